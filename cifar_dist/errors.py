@@ -1,0 +1,38 @@
+"""Floor 0. A mistake that a person can mend is one sentence with the remedy, and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """One sentence for the person at the keyboard: what is wrong and what to do about it.
+
+    Any other exception is a bug of ours and keeps its traceback.
+    """
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for its group, told by the launcher's environment alone."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def run_command(main: Callable[[list[str]], int]) -> int:
+    """Run a command's `main(arguments)` and return its exit code; 2 and one sentence for a UserError.
+
+    Errors of the storage (disk full, no permission) are the person's to mend as well.
+    """
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        sentence = f"{error.filename or 'a file'}: {error.strerror}; free or choose another place"
+    if is_main_rank():
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return 2
