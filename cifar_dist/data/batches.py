@@ -1,0 +1,116 @@
+"""Split -> Batch: which rows make up which global batch, as a pure function of the step.
+
+The plan of an epoch is a permutation keyed by (seed, epoch). Global batch g of an epoch is rows
+[g * batch_size, (g + 1) * batch_size) of it, cut into shards; rank r runs shards r, r + W, ...
+So any rank of any world can start at any step, and nothing about the order is ever saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.errors import UserError
+from cifar_dist.keys import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    images: Tensor  # uint8 [B, 3, 32, 32]
+    labels: Tensor  # int64 [B]
+    rows: Tensor  # int64 [B]; a row's number in the split, whatever is held out
+    epoch: int
+    shard: int
+
+
+def shard_bounds(batch_size: int, shards: int) -> list[tuple[int, int]]:
+    """Where each shard of a global batch begins and ends; sizes differ by at most one row."""
+    edges = [batch_size * shard // shards for shard in range(shards + 1)]
+    return list(pairwise(edges))
+
+
+def holdout_rows(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and `count` rows held out, stratified by class; both ascending, int64.
+
+    The choice depends on the labels and on `count` alone, so all seeds and recipes share it.
+    """
+    classes = int(labels.max()) + 1
+    if count % classes or count >= len(labels):
+        raise UserError(
+            f"data.holdout={count}: give a multiple of {classes} (the classes) below {len(labels)} (the rows)"
+        )
+    order = torch.randperm(len(labels), generator=generator("holdout"))
+    by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
+    first = torch.searchsorted(labels.cpu()[by_class].contiguous(), torch.arange(classes))
+    held = (first[:, None] + torch.arange(count // classes)).flatten()
+    is_held = torch.zeros(len(labels), dtype=torch.bool)
+    is_held[by_class[held]] = True
+    return (~is_held).nonzero().flatten(), is_held.nonzero().flatten()
+
+
+def epoch_order(rows: Tensor, *, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    """The rows in the order in which this epoch visits them, int64."""
+    if not shuffle:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator("order", seed, epoch))]
+
+
+def train_batches(
+    split: Split,
+    rows: Tensor,
+    *,
+    seed: int,
+    shuffle: bool,
+    batch_size: int,
+    shards: int,
+    start_step: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[list[Batch]]:
+    """This rank's shards of each global batch, from `start_step` on, without an end.
+
+    `rows` are the rows to train on (int64, CPU). An epoch's last partial batch is dropped.
+    """
+    device = split.labels.device
+    steps_per_epoch = len(rows) // batch_size
+    bounds = shard_bounds(batch_size, shards)
+    mine = range(rank, shards, world_size)
+    epoch, first_batch = divmod(start_step, steps_per_epoch)
+    while True:
+        order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=shuffle).to(device)
+        for batch in range(first_batch, steps_per_epoch):
+            start = batch * batch_size
+            yield [
+                take(split, order[start + begin : start + end], epoch=epoch, shard=shard)
+                for shard, (begin, end) in ((shard, bounds[shard]) for shard in mine)
+            ]
+        epoch, first_batch = epoch + 1, 0
+
+
+def eval_blocks(
+    split: Split, rows: Tensor, *, block_size: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """This rank's blocks of `rows`: block b goes whole to rank b % world_size.
+
+    A block has the same rows at any world size, so its forward has the same bits.
+    """
+    rows = rows.to(split.labels.device)
+    for block in range(rank, -(-len(rows) // block_size), world_size):
+        block_rows = rows[block * block_size : (block + 1) * block_size]
+        yield take(split, block_rows, epoch=0, shard=block)
+
+
+def take(split: Split, rows: Tensor, *, epoch: int, shard: int) -> Batch:
+    """The rows of the split as a Batch, by one gather on the split's device."""
+    return Batch(
+        images=split.images.index_select(0, rows),
+        labels=split.labels.index_select(0, rows),
+        rows=rows,
+        epoch=epoch,
+        shard=shard,
+    )

@@ -1,0 +1,121 @@
+"""State of a run on disk: model + optimizer + averages + progress.json, complete or absent.
+
+A checkpoint is written aside, fsynced and renamed; its manifest has each file's SHA-256. What is
+damaged is named and skipped. No random state, sampler or loader is saved: a run is a fold over the
+step. Nothing that is read here can execute code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cifar_dist.engine.runtime import log
+from cifar_dist.errors import UserError
+from cifar_dist.files import folder_aside, sha256
+
+Progress = dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any],
+    progress: Progress,
+) -> Path:
+    """Write `folder/step_00000600` with one safetensors file for each entry of `tensors`."""
+    final = folder / f"step_{step:08d}"
+    with folder_aside(final) as aside:
+        for name, state in tensors.items():
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(contiguous, aside / f"{name}.safetensors")
+        torch.save(dict(optimizer), aside / "optimizer.pt")
+        (aside / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
+        digests = {path.name: sha256(path) for path in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
+    return final
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, as a short phrase, or None when every byte is right."""
+    try:
+        digests = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+        assert isinstance(digests, dict)
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError, AssertionError):
+        return "manifest.json is damaged"
+    for needed in ("model.safetensors", "optimizer.pt", "progress.json"):
+        if needed not in digests:
+            return f"manifest.json does not list {needed}"
+    for name, digest in digests.items():
+        path = checkpoint / Path(name).name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, newest first."""
+    if not folder.is_dir():
+        return []
+    names = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest checkpoint without damage; damaged ones are named in the log.
+
+    None when there is none at all; UserError when there are some and all are damaged, since a run
+    must never silently start from zero.
+    """
+    found = checkpoints(folder)
+    reasons = []
+    for checkpoint in found:
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        reasons.append(f"{checkpoint.name} ({reason})")
+        log.warning(f"skipping the checkpoint {checkpoint}: {reason}")
+    if found:
+        raise UserError(
+            f"{folder}: every checkpoint is damaged: {', '.join(reasons)}; restore one, or delete "
+            "the folder to start from the beginning"
+        )
+    return None
+
+
+def load_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The entry `name` of a checkpoint's tensors on the CPU; empty when it has none."""
+    path = checkpoint / f"{name}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def load_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """The optimizer's state on the CPU."""
+    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    return json.loads((checkpoint / "progress.json").read_text())
+
+
+def prune(folder: Path, *, keep: int, best: str | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the one named `best`."""
+    for checkpoint in checkpoints(folder)[keep:]:
+        if checkpoint.name != best:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    for leftover in folder.glob(".*"):  # of a process that was killed while it wrote or deleted
+        shutil.rmtree(leftover, ignore_errors=True)

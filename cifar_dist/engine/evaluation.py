@@ -1,0 +1,63 @@
+"""Exact evaluation: fixed blocks of rows, each dealt whole to one rank, the same bits in any world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.data.batches import eval_blocks
+from cifar_dist.engine.metrics import accuracy
+from cifar_dist.engine.runtime import Ranks, gather_blocks, share_buffers
+from cifar_dist.engine.step import Precision, autocast
+
+BLOCK_SIZE = 250  # rows; part of the result's identity, so a constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    metrics: dict[str, float]  # loss, top1 and top5 in percent
+    logits: Tensor  # f32 [N, C] on the CPU, in the order of the rows, times the recipe's scale
+    labels: Tensor  # int64 [N] on the CPU
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    rows: Tensor,
+    *,
+    precision: Precision,
+    logit_scale: float,
+    ranks: Ranks,
+) -> Evaluation:
+    """Run the bare model (no DDP) over `rows` (int64, ascending); all ranks get the same result.
+
+    `logit_scale` is what the loss multiplies cosines with; without it their softmax says nothing.
+    """
+    device = split.labels.device
+    share_buffers(model, ranks)
+    was_training = model.training
+    model.eval()
+    blocks = -(-len(rows) // BLOCK_SIZE)
+    mine = -(-blocks // ranks.world_size)  # as many places on each rank; the last may stay empty
+    logits: Tensor | None = None
+    for place, batch in enumerate(
+        eval_blocks(
+            split, rows, block_size=BLOCK_SIZE, rank=ranks.rank, world_size=ranks.world_size
+        )
+    ):
+        with autocast(precision, device):
+            outputs = model(batch.images)
+        if logits is None:
+            logits = torch.zeros(mine, BLOCK_SIZE, outputs.logits.shape[1], device=device)
+        logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
+    model.train(was_training)
+    classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]
+    if logits is None:  # fewer blocks than ranks
+        logits = torch.zeros(mine, BLOCK_SIZE, int(classes), device=device)
+    gathered = gather_blocks(logits, ranks).flatten(0, 1)[: len(rows)].cpu()
+    labels = split.labels.index_select(0, rows.to(device)).cpu()
+    return Evaluation(metrics=accuracy(gathered, labels), logits=gathered, labels=labels)

@@ -1,0 +1,203 @@
+"""The processes of a run: how they start, how they agree, how they end.
+
+Accelerate gives launch, process group, device, DDP and no_sync. The recipe owns the mathematics, so
+what a launcher's configuration says about precision, accumulation or compilation is overridden.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cifar_dist.errors import UserError, is_main_rank
+
+T = TypeVar("T")
+
+log = logging.getLogger("cifar_dist")
+
+# What launchers put into the environment and the recipe decides: variable -> (neutral, remedy).
+OVERRIDDEN = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "run.precision"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "run.shards"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "run.compile"),
+}
+REFUSED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def log_to_terminal() -> None:
+    """Rank 0 tells what happens, line by line around its progress bar; other ranks only warn."""
+
+    class AroundTheBar(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+    if not log.handlers:
+        log.addHandler(AroundTheBar())
+    log.setLevel(logging.INFO if is_main_rank() else logging.WARNING)
+    log.propagate = False
+
+
+def adopt_slurm_ranks() -> None:
+    """Under plain srun, tell torch what Slurm knows: RANK, WORLD_SIZE, LOCAL_RANK."""
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+
+def local_world_size(world_size: int) -> int:
+    """How many of the processes run on this machine."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return max(1, int(os.environ[name]))
+    return world_size
+
+
+def start_processes(
+    *, timeout_seconds: int, threads: int | None, deterministic: bool = False
+) -> Accelerator:
+    """Join the process group that the launcher prepared (or be alone) and check that it is whole.
+
+    Raises UserError when this process believes in another number of processes than its launcher.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    for name, what in REFUSED.items():
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"the launcher's configuration asks for {what}, but recipes train with DDP; "
+                "use one of accelerate_configs/"
+            )
+    for name, (neutral, remedy) in OVERRIDDEN.items():
+        said = os.environ.get(name, neutral).lower()
+        if said != neutral:
+            log.info(f"the launcher's {name}={said} is overridden: the recipe decides ({remedy})")
+        os.environ[name] = neutral
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    accelerator = Accelerator(
+        mixed_precision="no",  # autocast and scaler are the step's, one mechanism on all devices
+        cpu=on_cpu or not torch.accelerator.is_available(),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,  # statistics are shard 0's, shared before an evaluation
+                gradient_as_bucket_view=True,
+            ),
+        ],
+    )
+    if accelerator.num_processes != asked:
+        raise UserError(
+            f"the launcher started {asked} processes but each believes in {accelerator.num_processes}; "
+            "use one of accelerate_configs/ or `torchrun --nproc_per_node N -m cifar_dist.train`"
+        )
+    here = local_world_size(accelerator.num_processes)
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
+    return accelerator
+
+
+def end_processes(accelerator: Accelerator) -> None:
+    """Leave the process group together; without this some runs exit non-zero."""
+    if dist.is_initialized():
+        accelerator.wait_for_everyone()
+        dist.destroy_process_group()
+
+
+def wrap(accelerator: Accelerator, model: nn.Module, *, shards: int) -> nn.Module:
+    """The model under DDP, or itself where there is one process.
+
+    The graph is static only where each rank runs one shard: together with `no_sync` a static graph
+    crashes on the first backward or stops reducing.
+    """
+    accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
+    return accelerator.prepare_model(model)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How ranks agree: over a group of their own on the CPU, so that no vote waits for a device."""
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> Ranks:
+        alone = accelerator.num_processes == 1
+        group = None if alone else dist.new_group(backend="gloo")
+        return cls(accelerator.process_index, accelerator.num_processes, group)  # type: ignore[arg-type]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def largest(self, values: list[float]) -> list[float]:
+        """Each value's maximum over the ranks; all ranks get the same numbers."""
+        if self.world_size == 1:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
+        return numbers.tolist()
+
+    def main_does(self, act: Callable[[], T]) -> T:
+        """Rank 0 acts, all ranks get its result, or all raise its UserError."""
+        if self.world_size == 1:
+            return act()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = act()
+            except (UserError, OSError) as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def same(self, what: str, value: str) -> None:
+        """Stop with one sentence where ranks see different things (code, recipe, data)."""
+        if self.world_size == 1:
+            return
+        seen: list[Any] = [None] * self.world_size
+        dist.all_gather_object(seen, value, group=self.group)
+        other = next((rank for rank in range(self.world_size) if seen[rank] != seen[0]), None)
+        if other is not None:
+            raise UserError(
+                f"rank {other} has another {what} than rank 0 ({seen[other]} against {seen[0]}); "
+                "start all ranks from the same files"
+            )
+
+
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Give all ranks rank 0's buffers (BatchNorm's running statistics are shard 0's)."""
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def gather_blocks(local: Tensor, ranks: Ranks) -> Tensor:
+    """[blocks, ...] of each rank, dealt block by block, back in one row: [blocks * W, ...]."""
+    if ranks.world_size == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(ranks.world_size)]
+    dist.all_gather(parts, local.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)

@@ -1,0 +1,96 @@
+"""The state of a run at a step, and nothing else: what a checkpoint holds.
+
+No random state, no sampler, no loader: those are functions of the step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifar_dist.engine import checkpoint
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import Ranks
+from cifar_dist.learn.ema import Ema
+
+
+@dataclass
+class State:
+    model: nn.Module  # the bare one
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    window: Window
+    step: int = 0  # updates done
+    saved_step: int = 0
+    evaluated_step: int = 0
+    best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint"}
+    seconds_before: float = 0.0  # of earlier starts
+    started: float = field(default_factory=time.perf_counter)
+    last_save: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run, all starts together."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """What is judged: the average where there is one."""
+        return self.ema.model if self.ema else self.model
+
+    def save(self, folder: Path, ranks: Ranks, *, keep: int, facts: dict[str, Any]) -> None:
+        """Rank 0 writes the checkpoint of this step; all ranks wait until it is complete.
+
+        `facts` (shards, digest of the data) are kept beside, to be compared on the next start.
+        """
+        sums = self.window.read()  # all ranks take part
+        self.saved_step, self.last_save = self.step, time.perf_counter()
+        progress = {
+            **facts,
+            "seconds": self.seconds,
+            "evaluated_step": self.evaluated_step,
+            "best": self.best,
+            "scaler": self.scaler.state_dict(),
+            "window": {
+                "sums": sums,
+                "steps": self.window.steps,
+                "seconds": self.window.elapsed(),
+                "skipped_in_a_row": int(self.window.skipped_in_a_row),
+            },
+        }
+        tensors = {"model": self.model.state_dict()}
+        if self.ema:
+            tensors["ema"] = self.ema.model.state_dict()
+
+        def write() -> None:
+            checkpoint.save_checkpoint(
+                folder,
+                step=self.step,
+                tensors=tensors,
+                optimizer=self.optimizer.state_dict(),
+                progress=progress,
+            )
+            best = self.best["checkpoint"] if self.best else None
+            checkpoint.prune(folder, keep=keep, best=best)
+
+        ranks.main_does(write)
+
+    def restore(self, saved: Path, ranks: Ranks) -> None:
+        """Become the state that `saved` (checked before) holds, on every rank."""
+        progress = checkpoint.load_progress(saved)
+        self.model.load_state_dict(checkpoint.load_tensors(saved, "model"))
+        self.optimizer.load_state_dict(checkpoint.load_optimizer(saved))
+        self.scaler.load_state_dict(progress["scaler"])
+        if self.ema:
+            average = checkpoint.load_tensors(saved, "ema")  # none: asked for only now, by force
+            self.ema.model.load_state_dict(average or self.model.state_dict())
+        self.window.restore(**progress["window"], ranks=ranks)
+        self.step = self.saved_step = progress["step"]
+        self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
+        self.seconds_before = progress["seconds"]

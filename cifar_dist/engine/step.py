@@ -1,0 +1,133 @@
+"""Shards -> one update of the weights. No trainer object, no callback, no hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cifar_dist.data.batches import Batch
+from cifar_dist.errors import UserError
+from cifar_dist.keys import key
+from cifar_dist.learn.objective import Objective, Terms
+
+Precision = Literal["bf16", "fp16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update leaves: each shard's detached terms, and whether the update was made."""
+
+    terms: list[tuple[int, Terms]]  # (shard, its terms)
+    skipped: Tensor  # bool []: the gradient was not finite, no weight has changed
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse bf16 where the device only emulates it (a T4 claims to support it, by emulation)."""
+    if (
+        precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{name} has no bf16; add run.precision=fp16")
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Autocast to the recipe's precision; float32 turns it off."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def make_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """The loss scaler that fp16 needs; it does nothing for bf16 and fp32."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+@contextmanager
+def keyed(model: nn.Module, *, seed: int, step: int, shard: int) -> Iterator[None]:
+    """Draw dropout from the key of this shard; only shard 0 moves BatchNorm's running statistics.
+
+    So they are the same whether one process runs all shards or each shard has its own.
+    """
+    torch.manual_seed(key("step", seed, step, shard))
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    followers = [module for module in norms if module.track_running_stats] if shard else []
+    for module in followers:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in followers:
+            module.track_running_stats = True
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    shards: list[Batch],
+    *,
+    precision: Precision,
+    seed: int,
+    step: int,
+    batch_size: int,
+    max_grad_norm: float | None,
+) -> Step:
+    """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
+
+    Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
+    it the mean over the global batch. A gradient that is not finite changes nothing.
+    """
+    *_, final = shards
+    scale = accelerator.num_processes / batch_size
+    terms = []
+    for shard in shards:
+        with (
+            nullcontext() if shard is final else accelerator.no_sync(model),
+            keyed(model, seed=seed, step=step, shard=shard.shard),
+        ):
+            with autocast(precision, accelerator.device):
+                shard_terms = objective(model, shard)
+            scaler.scale(shard_terms["loss"].sum() * scale).backward()
+        terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
+    skipped = update(model, optimizer, scaler, max_grad_norm=max_grad_norm)
+    return Step(terms, skipped)
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    max_grad_norm: float | None,
+) -> Tensor:
+    """Clip, step where the gradient is finite, clear; returns bool [], True where it was not.
+
+    The gradients are averaged already, so all ranks find the same. Fused optimizers leave out the
+    update on the device (`found_inf`); the others cost one host read a step.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    finite = norm.isfinite()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    elif optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return ~finite

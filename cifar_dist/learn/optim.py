@@ -1,0 +1,111 @@
+"""Floor 2. Any optimizer that timm's factory knows, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, Literal
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import Tensor, nn
+
+from cifar_dist.config import NonNegative, Positive, Share, config
+from cifar_dist.errors import UserError
+
+
+@config
+class OptimConfig:
+    """The optimizer, its groups, and its schedule; times in epochs."""
+
+    name: str = "adamw"  # timm's names: "sgd" is Nesterov's, "momentum" is the plain one
+    lr: Positive = 0.001
+    weight_decay: NonNegative = 0.0
+    momentum: Share = 0.9  # used where the optimizer has one, as are betas and eps
+    betas: tuple[float, float] | None = None
+    eps: Positive | None = None
+    decay_norm_and_bias: bool = False
+    max_grad_norm: Positive | None = None
+    schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: Positive = 0.1
+    final_lr_fraction: Share = 0.0
+
+
+def learning_rate(
+    config: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int
+) -> float:
+    """The learning rate of update number `step`, counted from 0.
+
+    Warm-up is linear and reaches `lr` at its last update (Goyal et al. 2017). Then `constant`;
+    `multistep`: times gamma at each milestone; `cosine`: half a cosine that would reach
+    lr * final_lr_fraction at update `total_steps` (Loshchilov and Hutter 2017).
+    `one_cycle` (Smith and Topin 2018) is torch's OneCycleLR: over `warmup_epochs`, or 30 % of the
+    run where that is 0, half a cosine from lr / 25 up to lr, then another down to its last
+    update, to lr * final_lr_fraction, but at least lr / 250,000.
+    """
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "one_cycle":
+        peak = max((warmup_steps or 0.3 * total_steps) - 1, 0)
+        if step < peak:
+            return ease(config.lr / 25, config.lr, step / peak)
+        last = config.lr * max(config.final_lr_fraction, 1 / 250_000)
+        return ease(config.lr, last, (step - peak) / max(total_steps - 1 - peak, 1))
+
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "multistep":
+            passed = sum(step >= round(epoch * steps_per_epoch) for epoch in config.milestones)
+            return config.lr * config.gamma**passed
+        case "cosine":
+            share = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+            return ease(config.lr, config.lr * config.final_lr_fraction, share)
+
+
+def ease(start: float, end: float, share: float) -> float:
+    """Half a cosine from `start` at share 0 to `end` at share 1 and beyond."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1))) / 2
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer over the parameters of `model` that learn; fused where torch has it so.
+
+    Unless `decay_norm_and_bias`, norms, biases and what the model itself names are not decayed.
+    UserError for a name that timm lacks.
+    """
+    names = list_optimizers()
+    name = config.name.removeprefix("lookahead_")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3) or names
+        raise UserError(f"optim.name: timm has no {config.name!r}; choose {', '.join(close)}")
+    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
+    options = {key: value for key, value in options.items() if value is not None}
+    if get_optimizer_class(name, bind_defaults=False) in (
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+    ):
+        options["fused"] = True
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return create_optimizer_v2(
+        learning if config.decay_norm_and_bias else model,
+        config.name,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **options,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's learning rate to `lr` times its `lr_scale`, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        value = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # a captured graph reads the tensor it was made with
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

@@ -1,0 +1,389 @@
+"""Floor 1. From a config to a model: any timm backbone, its weights, its stem, and a head.
+
+The only file that knows timm's models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cifar_dist.config import Count, Share, config
+from cifar_dist.errors import UserError
+from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
+from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+
+log = logging.getLogger(__name__)
+State = Mapping[str, Tensor]
+
+
+@config
+class ModelConfig:
+    """Which backbone, on which pixels, with which head, from which weights."""
+
+    backbone: str = "resnet18"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    image_size: Count = 32
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    normalize: bool = True
+    head: Literal["linear", "cosine"] = "linear"
+    embedding_size: Count = 512  # of the cosine head
+    pretrained: bool = False
+    weights: str | None = None
+    drop_rate: Share = 0.0
+    drop_path_rate: Share = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.weights is not None:
+            raise ValueError(
+                "pretrained and weights both say where the weights come from: remove one of them"
+            )
+
+
+class Classifier(nn.Module):
+    """uint8 [B,3,H,W] -> Outputs: pixels, backbone, head."""
+
+    def __init__(self, pixels: PixelInput, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.pixels, self.backbone, self.head = pixels, backbone, head
+
+    def forward(self, images: Tensor) -> Outputs:
+        features = self.backbone(self.pixels(images))  # [B, F]
+        return self.head(features)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, beyond norms and biases, that timm's backbone wants undecayed."""
+        names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in names}
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers the model learns or could learn; buffers are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_model(config: ModelConfig, num_classes: int, state: State | None = None) -> Classifier:
+    """The model that `config` describes, on the CPU, in contiguous memory, in training mode.
+
+    `state`, a whole state dict of this very model, stands in for `pretrained` and `weights`: a
+    trained model is rebuilt without the file or the network that it once started from.
+    Raises UserError for what the backbone cannot do and for weights that do not fit.
+    """
+    cfg = pretrained_cfg(config.backbone)
+    if state is not None:
+        source, body, head_state = "the saved model", *split_state(state)
+    elif config.weights is not None:
+        source = f"model.weights: {config.weights}"
+        body, head_state = split_state(read_weights(Path(config.weights)))
+    else:
+        source, body, head_state = "", None, {}
+
+    backbone = create_backbone(config, pretrained=config.pretrained and body is None)
+    if config.stem == "small":
+        shrink_stem(backbone, config, body)
+    if body is not None:
+        load_backbone(backbone, body, cfg, source)
+
+    if not config.normalize:
+        pixels = PixelInput(config.image_size, config.interpolation)
+    elif config.pretrained or config.weights is not None:
+        pixels = PixelInput(config.image_size, config.interpolation, cfg.mean, cfg.std)
+    else:
+        pixels = PixelInput(config.image_size, config.interpolation, CIFAR_MEAN, CIFAR_STD)
+
+    in_features = count_features(backbone, config)
+    head: nn.Module
+    match config.head:
+        case "linear":
+            head = LinearHead(in_features, num_classes)
+        case "cosine":
+            head = CosineHead(in_features, num_classes, config.embedding_size)
+    if shapes(head_state) == shapes(head.state_dict()):
+        head.load_state_dict(head_state)
+    elif state is not None:
+        raise UserError(f"{source} has another head; check model.head and the number of classes")
+    return Classifier(pixels, backbone, head)
+
+
+# ----------------------------------------------------------------------------- the backbone
+
+
+def pretrained_cfg(name: str) -> Any:
+    """timm's description of a backbone and its weights; UserError for a name that it lacks."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
+        raise UserError(f"model.backbone: timm has no model {name!r}; {hint}")
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        architecture = name.partition(".")[0]
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+        raise UserError(f"model.backbone: timm has no weights {name!r}; it has: {tags}") from None
+    return cfg or timm.models.PretrainedCfg()
+
+
+def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
+    """timm's model without its classifier; with its ImageNet weights if `pretrained`."""
+    options: dict[str, Any] = {}
+    if pretrained_cfg(config.backbone).fixed_input_size:
+        options["img_size"] = config.image_size
+    if config.drop_rate:
+        options["drop_rate"] = config.drop_rate
+    if config.drop_path_rate:
+        options["drop_path_rate"] = config.drop_path_rate
+    if pretrained:
+        options["pretrained_cfg_overlay"] = {"file": str(fetch_pretrained(config))}
+    try:
+        return timm.create_model(config.backbone, pretrained, num_classes=0, **options)
+    except TypeError as error:
+        refused = next((key for key in options if f"'{key}'" in str(error)), None)
+        if refused is None:
+            raise
+        raise UserError(
+            f"model: {config.backbone} does not take {refused}; remove it or change the backbone"
+        ) from None
+
+
+def shrink_stem(backbone: nn.Module, config: ModelConfig, state: State | None) -> None:
+    """Make the first convolution stride 1 and drop the max-pool: a 32 px picture stays 32 px.
+
+    A ResNet from scratch gets a 3x3 kernel (He et al. 2016, section 4.2); one with weights keeps
+    the kernel that its weights have. `state`: the weights, unless timm has loaded them.
+    """
+    conv = getattr(backbone, "conv_stem", None) or getattr(backbone, "conv1", None)
+    if isinstance(conv, nn.Sequential):  # ResNet-D: three 3x3 convolutions
+        conv = conv[0]
+    resnet = hasattr(backbone, "conv1") and hasattr(backbone, "maxpool")
+    if not isinstance(conv, nn.Conv2d) or not (resnet or hasattr(backbone, "conv_stem")):
+        raise UserError(
+            f"model.stem: small is known for ResNets and EfficientNets, not for {config.backbone}; "
+            "use stem: imagenet with a larger image_size"
+        )
+    conv.stride = (1, 1)
+    if not resnet:
+        return
+    backbone.maxpool = nn.Identity()
+    if state is None:
+        fits = config.pretrained
+    else:
+        fits = "conv1.weight" not in state or state["conv1.weight"].shape == conv.weight.shape
+    if not fits and conv is backbone.conv1:
+        fresh = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(fresh.weight, mode="fan_out", nonlinearity="relu")
+        backbone.conv1 = fresh
+
+
+def count_features(backbone: nn.Module, config: ModelConfig) -> int:
+    """The width of the backbone's output, by asking it: timm's attributes tell it not for all."""
+    training = backbone.training
+    size = config.image_size
+    try:
+        with torch.no_grad():
+            features = backbone.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"model: {config.backbone} cannot take {size} px pictures "
+            f"({str(error).splitlines()[0]}); choose another image_size"
+        ) from error
+    backbone.train(training)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise UserError(f"model: {config.backbone} gives no feature vector; choose another one")
+    return features.shape[1]
+
+
+# ----------------------------------------------------------------------------- weights from a file
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or torch file, wrappers' prefixes removed; runs no code."""
+    if not path.is_file():
+        raise UserError(f"model.weights: there is no file {path}; give the path of a weights file")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+        raise UserError(
+            f"model.weights: {path} is not a file of plain tensors ({type(error).__name__}); "
+            "save its state dict with safetensors.torch.save_file and give that"
+        ) from error
+    for nest in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            content = content[nest]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise UserError(f"model.weights: {path} holds no state dict (a dict of tensors); save one")
+    state = {}
+    for name, value in content.items():
+        while name.startswith(("module.", "_orig_mod.")):
+            name = name.partition(".")[2]
+        state[name] = value
+    return state
+
+
+def split_state(state: State) -> tuple[State, State]:
+    """(backbone's tensors, head's tensors); the latter only from a state dict of a `Classifier`."""
+    if not any(name.startswith("backbone.") for name in state):
+        return state, {}
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    return parts["backbone"], parts["head"]
+
+
+def load_backbone(backbone: nn.Module, state: State, cfg: Any, source: str) -> None:
+    """Load `state` by name, or in order where no name but every shape fits; else UserError.
+
+    Files in their authors' format go through timm's converter for the architecture first.
+    """
+    classifier = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
+    dropped = {f"{layer}.{kind}" for layer in classifier for kind in ("weight", "bias")}
+    wanted = backbone.state_dict()
+
+    converted = dict(state)
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert and shapes(state) != shapes(wanted):
+        # A converter may stumble over a format that it does not know: then the file as it is.
+        with suppress(KeyError, RuntimeError, ValueError, AttributeError):
+            converted = dict(convert(dict(state), backbone))
+    found = {name: value for name, value in converted.items() if name not in dropped}
+    if not found.keys() & wanted.keys():
+        in_order = match_in_order(state, wanted)
+        if in_order is None:
+            raise UserError(
+                f"{source}: neither names nor shapes fit {cfg.architecture} (it has "
+                f"{next(iter(state), 'nothing')!r}, the model {next(iter(wanted))!r}); "
+                "check model.backbone"
+            )
+        log.info("%s: no name fits, every shape does; loaded in order", source)
+        found = in_order
+
+    problems = [f"{name} is missing" for name in wanted if name not in found and counts(name)]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(value.shape)}, not {list(wanted[name].shape)}"
+        for name, value in found.items()
+        if name in wanted and value.shape != wanted[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{source} does not fit {cfg.architecture}: {'; '.join(problems[:3])}{more}; "
+            "check model.backbone, model.stem and model.image_size"
+        )
+    backbone.load_state_dict(found, strict=False)
+
+
+def match_in_order(state: State, wanted: State) -> dict[str, Tensor] | None:
+    """`state` under the names of `wanted` if the shapes agree one to one, but for a last layer."""
+    theirs = [item for item in state.items() if counts(item[0])]
+    ours = [item for item in wanted.items() if counts(item[0])]
+    if not len(ours) <= len(theirs) <= len(ours) + 2:  # a classifier's weight and bias may follow
+        return None
+    kinds = ("weight", "bias", "running_mean", "running_var")
+    for (their_name, their_value), (our_name, our_value) in zip(theirs, ours, strict=False):
+        kind = their_name.rpartition(".")[2]
+        # A safetensors file is sorted by name: the four vectors of a norm would change places.
+        if kind in kinds and kind != our_name.rpartition(".")[2]:
+            return None
+        if their_value.shape != our_value.shape:
+            return None
+    return {ours[index][0]: theirs[index][1] for index in range(len(ours))}
+
+
+def counts(name: str) -> bool:
+    """Whether a tensor says anything about the function: BatchNorm's step counter does not."""
+    return not name.endswith("num_batches_tracked")
+
+
+def shapes(state: State) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
+
+
+# ----------------------------------------------------------------------------- weights from timm
+
+
+def fetch_pretrained(config: ModelConfig) -> Path | None:
+    """The local file of timm's weights, downloaded if need be; None unless `config.pretrained`.
+
+    Cheap, and silent on the network, when the file is in the cache. Before many processes build a
+    model, call it on one. UserError within seconds, not half a minute, when there is no network.
+    """
+    if not config.pretrained:
+        return None
+    cfg = pretrained_cfg(config.backbone)
+    remedy = (
+        "build this model once on a machine with network and copy its cache "
+        f"({constants.HF_HUB_CACHE}), or set model.weights=PATH, or model.pretrained=false"
+    )
+    if cfg.hf_hub_id:
+        repository, _, revision = cfg.hf_hub_id.partition("@")
+        names = weight_names(cfg.hf_hub_filename or "pytorch_model.bin")
+        for name in names:
+            cached = huggingface_hub.try_to_load_from_cache(
+                repository, name, revision=revision or None
+            )
+            if isinstance(cached, str):
+                return Path(cached)
+        address = constants.ENDPOINT
+    elif cfg.url:
+        file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(cfg.url).path))
+        if file.is_file():
+            return file
+        address = cfg.url
+    else:
+        raise UserError(
+            f"model.pretrained: timm has no weights for {config.backbone}; set model.weights=PATH "
+            "or model.pretrained=false"
+        )
+
+    problem = f"model.pretrained: the weights of {config.backbone} are not in the cache and"
+    if constants.HF_HUB_OFFLINE or not is_reachable(address):
+        raise UserError(f"{problem} {urlparse(address).netloc} cannot be reached; {remedy}")
+    try:
+        if not cfg.hf_hub_id:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(cfg.url, str(file), progress=False)
+            return file
+        listed = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
+        name = next(name for name in names if name in listed)
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # the hub's errors share no base class across its versions
+        raise UserError(f"{problem} the download failed ({error}); {remedy}") from error
+
+
+def weight_names(name: str) -> tuple[str, ...]:
+    """The file names to try on the hub, safetensors before pickles, as timm does."""
+    safe = "model.safetensors" if name == "pytorch_model.bin" else f"{Path(name).stem}.safetensors"
+    return (safe, name) if name.endswith(".bin") else (name,)
+
+
+def is_reachable(address: str) -> bool:
+    """Whether the server of an address answers within 3 seconds, through the proxy if one is set."""
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=3).close()
+    except HTTPError:  # a refusal is an answer
+        return True
+    except OSError:
+        return False
+    return True

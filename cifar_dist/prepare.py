@@ -1,0 +1,203 @@
+"""Floor 5. `python -m cifar_dist.prepare`: CIFAR-100, or the drawn sample, to what training reads."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from cifar_dist.data.arrow import (
+    DIGEST,
+    INFO,
+    SPLITS,
+    TABLE,
+    content_digest,
+    data_digest,
+    read_digest,
+    read_split,
+    write_dataset,
+)
+from cifar_dist.data.download import download
+from cifar_dist.data.members import FOLDER, OFFICIAL_MD5, is_official, read_members
+from cifar_dist.data.pickles import RawMeta, RawSplit, check_hierarchy, read_meta, read_pickle
+from cifar_dist.data.sample import draw_sample, pickle_members
+from cifar_dist.errors import UserError, run_command
+
+OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
+SAMPLE = "sample"
+
+Content = Literal["official", "sample", "other"]
+
+EXAMPLES = """\
+examples:
+  python -m cifar_dist.prepare                      # downloads 169 MB, writes data/cifar100
+  python -m cifar_dist.prepare --source cifar-100-python.tar.gz
+  python -m cifar_dist.prepare --sample             # draws 7,000 pictures, writes data/sample
+  python -m cifar_dist.prepare --source my_folder --any-content --output data/mine
+"""
+
+
+def prepare(
+    source: str | None, output: Path, *, any_content: bool = False, force: bool = False
+) -> None:
+    """Make `output` the data set that `load_split` reads; nothing to do where it is one already.
+
+    `source`: an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
+    three files must be CIFAR-100's own (by md5) unless `any_content`. Raises UserError, and leaves
+    nothing behind but a begun download, which the next call goes on with.
+    """
+    started = time.monotonic()
+    source = source or OFFICIAL_URL
+    output = output.expanduser().resolve()
+    with _alone(output.parent):
+        _refuse_foreign(output)
+        held = None if force else _held(output)
+        expected = SAMPLE if source == SAMPLE else None if any_content else "official"
+        if held is not None and expected is not None:
+            _say_held(output, same=held["content"] == expected)
+            return
+        content: Content
+        if source == SAMPLE:
+            content, members = "sample", pickle_members(*draw_sample())
+        else:
+            members = _read_source(source, output)
+            content = "official" if is_official(members) else "other"
+            if content != expected and expected is not None:
+                raise UserError(f"{source} is not the official CIFAR-100; add --any-content")
+        train, test, meta = _parse(members, source)
+        if held is not None:
+            digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
+            _say_held(output, same=all(held[s]["sha256"] == digests[s] for s in SPLITS))
+            return
+        beside = {f"{FOLDER}/{name}": data for name, data in members.items()}
+        write_dataset(
+            output, train, test, meta, content=content, beside=beside if source == SAMPLE else None
+        )
+    print(
+        f"{output}: {content} data, {len(train.images):,} + {len(test.images):,} rows, digest "
+        f"{data_digest(output)[:12]}, {time.monotonic() - started:.1f} s; open it with\n"
+        f"  from datasets import load_from_disk\n"
+        f'  train, test = load_from_disk("{output}").values()',
+        flush=True,
+    )
+
+
+def _read_source(source: str, output: Path) -> dict[str, bytes]:
+    if not source.startswith(("http://", "https://")):
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise UserError(f"{source} does not exist; give --source an archive, folder or URL")
+        return read_members(path)
+    # Named after the URL, so that a download never goes on with the beginning of another.
+    key = hashlib.sha256(source.encode()).hexdigest()[:8]
+    part = output.with_name(f"{output.name}.{key}.part")
+    download(source, part, md5=ARCHIVE_MD5.get(source))
+    try:
+        return read_members(part)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    finally:
+        part.unlink()
+
+
+def _parse(members: dict[str, bytes], source: str) -> tuple[RawSplit, RawSplit, RawMeta]:
+    try:
+        train = read_pickle(io.BytesIO(members["train"]), "train")
+        test = read_pickle(io.BytesIO(members["test"]), "test")
+        check_hierarchy(train, test)
+        return train, test, read_meta(io.BytesIO(members["meta"]))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _held(output: Path) -> dict[str, Any] | None:
+    """The digest of the data set at `output`, verified; None where there is nothing."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return None
+    for name in SPLITS:
+        read_split(output, name)
+    return read_digest(output)
+
+
+def _say_held(output: Path, *, same: bool) -> None:
+    if not same:
+        raise UserError(f"{output} holds other data; choose another --output, or add --force")
+    print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """UserError unless `output` is absent, empty, or holds no file but those we write."""
+    if not output.exists():
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    if names and "dataset_dict.json" not in names:
+        raise UserError(f"{output} is not a data set of ours; choose another --output")
+    known = {"dataset_dict.json", DIGEST}
+    known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
+    with suppress(UserError):
+        if read_digest(output)["content"] == SAMPLE:
+            known |= {f"{FOLDER}/{name}" for name in OFFICIAL_MD5}
+    for path in output.rglob("*"):
+        name = path.relative_to(output).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            raise UserError(f"{output} holds {name}, which is not ours; choose another --output")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time in `folder`, which is made if absent and goes again if it stays empty."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename} is not a folder; choose another --output") from error
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        for path in absent:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_dist.prepare",
+        description="Write CIFAR-100 as the Hugging Face data set (Arrow) that training reads.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--source", help="a .tar.gz, .tar.xz or .tar, a folder with train, test and meta, or a URL"
+    )
+    origin.add_argument("--sample", action="store_true", help="draw 100 classes of coloured shapes")
+    parser.add_argument("--output", type=Path, help="default: data/cifar100, or data/sample")
+    parser.add_argument(
+        "--any-content", action="store_true", help="take other pictures in the same layout as well"
+    )
+    parser.add_argument("--force", action="store_true", help="write it anew even if it is there")
+    options = parser.parse_args(arguments)
+    prepare(
+        SAMPLE if options.sample else options.source,
+        options.output or Path("data", "sample" if options.sample else "cifar100"),
+        any_content=options.any_content,
+        force=options.force,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,320 @@
+"""Floor 4. YAML -> Recipe, strictly: what is not understood exactly is refused with a suggestion.
+
+The only file that knows the validator. A recipe is made of the config classes of the floors below;
+their defaults are the defaults, and there is no inheritance between recipes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from cifar_dist.config import Count, Index, Positive, config
+from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.engine.step import Precision
+from cifar_dist.engine.tracking import TrackingConfig
+from cifar_dist.errors import UserError
+from cifar_dist.learn.ema import EmaConfig
+from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
+from cifar_dist.learn.optim import OptimConfig
+from cifar_dist.nets.backbones import ModelConfig
+
+if TYPE_CHECKING:
+    Losses = dict[str, Loss]
+else:  # a key for each loss; one line in LOSSES is all that a new loss needs
+    Losses = TypedDict("Losses", dict(LOSSES), total=False)  # noqa: UP013
+    Losses.__pydantic_config__ = {"extra": "forbid"}
+
+MAX_BYTES = 1 << 16  # a recipe is a page, not a program
+
+# Where it is written, how often it reports, where the data lie: never "a changed recipe".
+NOT_THE_RECIPE = (
+    "run.output",
+    "run.threads",
+    "run.eval_every_epochs",
+    "run.save_every_minutes",
+    "run.report_every_steps",
+    "run.keep_checkpoints",
+    "run.compile",
+    "run.timeout_seconds",
+    "data.path",
+    "data.source",
+    "tracking",
+)
+
+# What people write from habit, and where it lives here.
+HABITS = {
+    "gradient_accumulation_steps": "run.shards (a global batch is cut into shards)",
+    "accumulate_grad_batches": "run.shards (a global batch is cut into shards)",
+    "mixed_precision": "run.precision",
+    "amp": "run.precision",
+    "num_epochs": "run.epochs",
+    "num_processes": "nothing: the launcher decides the number of processes",
+    "num_gpus": "nothing: the launcher decides the number of processes",
+    "learning_rate": "optim.lr",
+    "wd": "optim.weight_decay",
+    "scheduler": "optim.schedule",
+    "name_or_path": "model.backbone",
+    "per_device_train_batch_size": "run.batch_size (the global batch)",
+    "wandb": "tracking.mode",
+}
+
+
+@config
+class RunConfig:
+    """How long, how large, how exact, and where to."""
+
+    epochs: Count = 200
+    batch_size: Count = 250  # global, whatever the number of processes
+    shards: Count | None = (
+        None  # parts of the global batch; None: the world size of the first start
+    )
+    precision: Precision = "bf16"
+    seed: Index = 0
+    output: str = "runs"
+    threads: Count | None = None  # CPU threads a process; None: the machine's, divided
+    eval_every_epochs: Count = 1
+    save_every_minutes: Positive = 10.0
+    report_every_steps: Count = 50
+    keep_checkpoints: Count = 2
+    compile: bool = False
+    timeout_seconds: Count = 600  # how long a collective may wait for a rank
+    deterministic: bool = False  # the same bits twice on a GPU, at a price
+
+    def __post_init__(self) -> None:
+        if self.shards is not None and self.shards > self.batch_size:
+            raise ValueError(f"shards={self.shards} is more than batch_size={self.batch_size} rows")
+
+
+@config
+class DataConfig:
+    """Where the Arrow data lie and what makes them when they are missing."""
+
+    path: str = "data/cifar100"
+    source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    shuffle: bool = True
+    holdout: Index = 0  # rows of train, stratified by class, to choose hyper-parameters on
+
+
+@config
+class Recipe:
+    """One experiment: all that decides its numbers, and the few things that do not."""
+
+    name: str
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig | None = None
+    losses: Losses = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        if not self.losses:
+            raise ValueError("losses is empty; name at least one, like cross_entropy: {}")
+        for name, loss in self.losses.items():
+            if loss.head is not None and loss.head != self.model.head:
+                raise ValueError(f"losses.{name} needs model.head={loss.head}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.output) / self.name
+
+
+ADAPTER = TypeAdapter(Recipe)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is no recipe")
+        text = path.read_text()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; see recipes/"
+        raise UserError(f"{path}: no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    raw = parse_yaml(text, where=str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping that begins with `name: ...`")
+    for override in overrides or []:
+        apply_override(raw, override)
+    return validate(raw, where=str(path))
+
+
+def validate(raw: dict[str, Any], *, where: str) -> Recipe:
+    """Check plain data against the config classes; types are exact, unknown keys are refused."""
+    refuse_unknown_keys(raw, where=where)
+    try:
+        return ADAPTER.validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: "
+            + problem["msg"].removeprefix("Value error, ")
+            + (
+                ""
+                if problem["type"] in ("missing", "value_error")
+                else f" (got {problem['input']!r})"
+            )
+            for problem in error.errors()
+        ]
+        raise UserError(f"{where}: {'; '.join(problems[:4])}") from None
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """All that the recipe says, defaults included, as plain data."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, default_flow_style=None)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors: recipes/schema.json."""
+    schema = ADAPTER.json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+# --- YAML, the unsurprising part of it -------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: 1e-3 is a number, `no` and `010` are text; no repeats, no aliases."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                "anchors and aliases are not allowed; write the value out",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if not isinstance(name, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} is not a word", key_node.start_mark
+                )
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name!r} is given twice; keep one", key_node.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
+    ("bool", r"^(?:true|false)$", list("tf")),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Plain data from YAML text; UserError with line and column for what is not plain."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise UserError(f"{place}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a recipe: {str(error).splitlines()[0]}") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in plain data; may open a section that the file lacks."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"{override!r}: write an override as section.key=value, like run.epochs=2")
+    *sections, last = dotted.split(".")
+    place = raw
+    for section in sections:
+        inner = place.get(section)
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+        place[section] = place = inner or {}
+    place[last] = parse_yaml(text, where=override)
+
+
+# --- unknown keys, with a suggestion ---------------------------------------------------------------
+
+
+def known_keys() -> dict[str, list[str]]:
+    """{"": ["name", "run", ...], "run": ["epochs", ...], "losses.arcface": [...], ...}."""
+    keys: dict[str, list[str]] = {}
+
+    def visit(kind: Any, prefix: str) -> None:
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            for option in typing.get_args(kind):
+                visit(option, prefix)
+        elif kind is Losses or (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            inner = dict(LOSSES) if kind is Losses else field_types(kind)
+            keys[prefix] = list(inner)
+            for name, inner_kind in inner.items():
+                visit(inner_kind, f"{prefix}.{name}".lstrip("."))
+
+    def field_types(kind: Any) -> dict[str, Any]:
+        hints = typing.get_type_hints(kind)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+    visit(Recipe, "")
+    return keys
+
+
+def refuse_unknown_keys(raw: dict[str, Any], *, where: str) -> None:
+    """UserError for the first key that no config class has, with the nearest that one has."""
+    known = known_keys()
+    everywhere = [f"{section}.{name}".lstrip(".") for section in known for name in known[section]]
+
+    def visit(value: Any, prefix: str) -> None:
+        if prefix not in known or not isinstance(value, dict):
+            return
+        for name, inner in value.items():
+            dotted = f"{prefix}.{name}".lstrip(".")
+            if name not in known[prefix]:
+                raise UserError(f"{where}: {dotted}: unknown key; {suggest(name, prefix)}")
+            visit(inner, dotted)
+
+    def suggest(name: str, prefix: str) -> str:
+        if name in HABITS:
+            return f"use {HABITS[name]}"
+        near = difflib.get_close_matches(name, known[prefix], n=1)
+        if near:
+            return f"did you mean {f'{prefix}.{near[0]}'.lstrip('.')}?"
+        last_words = {dotted.rpartition(".")[2]: dotted for dotted in everywhere}
+        far = difflib.get_close_matches(name, list(last_words), n=1, cutoff=0.75)
+        if far:
+            return f"did you mean {last_words[far[0]]}?"
+        return f"known here: {', '.join(known[prefix])}"
+
+    visit(raw, "")

@@ -1,0 +1,474 @@
+"""Train one recipe: the walk from pickles to a finished run. Read it top to bottom.
+
+A run is a fold over the step. All that is random is derived from (seed, step, row), so stopping,
+going on and another number of processes are one thing: start again at the checkpoint's step.
+"""
+
+from __future__ import annotations
+
+from cifar_dist import signals
+
+if __name__ == "__main__":
+    signals.install()  # before torch: a signal kills a Python process that has no handler yet
+
+import argparse
+import hashlib
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from cifar_dist import __version__
+from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import holdout_rows, train_batches
+from cifar_dist.engine import results, run_folder
+from cifar_dist.engine.checkpoint import load_progress, load_tensors, newest_valid
+from cifar_dist.engine.estimate import estimate, optimizer_states, readable
+from cifar_dist.engine.evaluation import Evaluation, evaluate
+from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
+from cifar_dist.engine.runtime import (
+    Ranks,
+    adopt_slurm_ranks,
+    end_processes,
+    log,
+    log_to_terminal,
+    start_processes,
+    wrap,
+)
+from cifar_dist.engine.state import State
+from cifar_dist.engine.step import check_precision, make_scaler, train_step
+from cifar_dist.engine.tracking import Tracker
+from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.files import write_file, write_json
+from cifar_dist.keys import key
+from cifar_dist.learn.ema import Ema
+from cifar_dist.learn.losses import logit_scale
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
+from cifar_dist.nets.backbones import build_model, fetch_pretrained
+from cifar_dist.prepare import prepare
+from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, load_recipe, parse_yaml, resolved, to_yaml
+
+STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
+VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving, in measured step time
+MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
+
+
+def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> dict[str, Any]:
+    """Train, evaluate, log and save one recipe; returns what summary.json says.
+
+    Goes on where an earlier start stopped; `finished` is False when a signal stopped this one.
+    """
+    ranks, device = Ranks.of(accelerator), accelerator.device
+    run, data, folder = recipe.run, recipe.data, recipe.folder
+    check_precision(run.precision, device)
+    with ExitStack() as stack:
+        # One folder, one job, one recipe, one data set.
+        ranks.main_does(lambda: stack.enter_context(run_folder.locked(folder)))
+        digest = data_digest(Path(data.path))
+        ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
+        ranks.same("data set", digest[:12])
+        saved, shards = ranks.main_does(lambda: open_run(recipe, digest, force=force))
+        surroundings = run_folder.environment(
+            world_size=ranks.world_size,
+            threads=torch.get_num_threads(),
+            device=device,
+            data=digest,
+        )
+        ranks.main_does(lambda: write_json(folder / "environment.json", surroundings))
+        shards = shards or run.shards or ranks.world_size
+        if ranks.world_size > shards:
+            raise UserError(
+                f"{ranks.world_size} processes for {shards} shards of the batch would leave some "
+                f"idle; start at most {shards}, or cut the batch anew: run.shards={ranks.world_size}"
+            )
+
+        # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
+        train_split = load_split(Path(data.path), "train", device)
+        test_split = load_split(Path(data.path), "test", device)
+        rows, held_rows = torch.arange(len(train_split.labels)), None
+        if data.holdout:
+            rows, held_rows = holdout_rows(train_split.labels, data.holdout)
+        steps_per_epoch = len(rows) // run.batch_size
+        if steps_per_epoch == 0:
+            raise UserError(f"run.batch_size={run.batch_size} is more than the {len(rows)} rows")
+        total_steps = run.epochs * steps_per_epoch
+
+        # The state of the run: at step 0, or as it was saved.
+        if saved is None:
+            ranks.main_does(lambda: fetch_pretrained(recipe.model))
+        torch.manual_seed(key("weights", run.seed))
+        classes = len(class_names(Path(data.path)))
+        trained = load_tensors(saved, "model") if saved else None
+        model = build_model(recipe.model, classes, trained)
+        model.to(device).to(memory_format=torch.channels_last)
+        objective = Objective(Augment(recipe.augment, rows=len(train_split.labels)), recipe.losses)
+        state = State(
+            model=model,
+            optimizer=build_optimizer(recipe.optim, model),
+            scaler=make_scaler(run.precision, device),
+            ema=Ema(recipe.ema, model) if recipe.ema else None,
+            window=Window(objective.names, shards=shards, device=device),
+        )
+        if saved is not None:
+            state.restore(saved, ranks)
+        if run.compile:
+            model.compile()
+        wrapped = wrap(accelerator, model, shards=shards)
+
+        # What the run leaves.
+        metrics_file = MetricsFile(folder / "metrics.jsonl")
+        tracker = Tracker()
+        if ranks.is_main:
+            metrics_file.truncate(state.step)
+            tracker.start(recipe.tracking, folder=folder, name=recipe.name, recipe=resolved(recipe))
+        log.info(
+            f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {run.epochs} epochs of "
+            f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"
+            + (f"; goes on at step {state.step} of {total_steps}" if state.step else "")
+        )
+        bar = stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main))
+
+        def tell(kind: str, values: dict[str, Any]) -> None:
+            line = {"kind": kind, "step": state.step, "epoch": state.step / steps_per_epoch}
+            if ranks.is_main:
+                metrics_file.append(line | values)
+                tracker.log(line | values)
+                log.info(results.sentence(line | values, epochs=run.epochs))
+
+        def look(split: Split, split_rows: torch.Tensor) -> Evaluation:
+            return evaluate(
+                state.evaluated_model,
+                split,
+                split_rows,
+                precision=run.precision,
+                logit_scale=logit_scale(recipe.losses.values()),
+                ranks=ranks,
+            )
+
+        batches = train_batches(
+            train_split,
+            rows,
+            seed=run.seed,
+            shuffle=data.shuffle,
+            batch_size=run.batch_size,
+            shards=shards,
+            start_step=state.step,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        test_rows = torch.arange(len(test_split.labels))
+        evaluation = None
+        vote_step = state.step
+        while True:
+            # What is due after `step` updates; nothing here happens twice at a step.
+            step, at_end = state.step, state.step == total_steps
+            stop = save_now = False
+            if step >= vote_step:
+                stop, save_now, pause_votes = vote(state, ranks, run.save_every_minutes)
+                vote_step, stop = step + pause_votes, stop and not at_end
+            report_due = state.window.steps and (at_end or step % run.report_every_steps == 0)
+            look_due = step > state.evaluated_step and not stop
+            look_due &= at_end or step % (run.eval_every_epochs * steps_per_epoch) == 0
+            save_due = step > state.saved_step and (at_end or stop or save_now)
+            if report_due or look_due or save_due:
+                stop_at_broken_numbers(state, run.precision, ranks)
+            if report_due:
+                images = state.window.steps * run.batch_size
+                numbers = means(state.window.read(), state.window.names, samples=images)
+                numbers["lr"] = state.optimizer.param_groups[0]["lr"]
+                numbers["images_per_second"] = images / state.window.elapsed()
+                tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
+                state.window.clear()
+            paused = time.perf_counter()
+            if look_due:
+                evaluation = look(test_split, test_rows)
+                numbers = dict(evaluation.metrics)
+                if held_rows is not None:
+                    held_out = look(train_split, held_rows).metrics
+                    numbers |= {f"val_{name}": value for name, value in held_out.items()}
+                    if state.best is None or held_out["top1"] > state.best["val_top1"]:
+                        state.best = {
+                            "val_top1": held_out["top1"],
+                            "checkpoint": f"step_{step:08d}",
+                        }
+                        save_due = True
+                tell("eval", numbers)
+                state.evaluated_step = step
+            if save_due:
+                facts = {"shards": shards, "data": digest, "world_size": ranks.world_size}
+                state.save(folder / "checkpoints", ranks, keep=run.keep_checkpoints, facts=facts)
+            state.window.pause(time.perf_counter() - paused)
+            if stop or at_end:
+                break
+
+            # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
+            lr = learning_rate(
+                recipe.optim, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+            )
+            set_learning_rate(state.optimizer, lr)
+            made = train_step(
+                accelerator,
+                wrapped,
+                objective,
+                state.optimizer,
+                state.scaler,
+                next(batches),
+                precision=run.precision,
+                seed=run.seed,
+                step=step,
+                batch_size=run.batch_size,
+                max_grad_norm=recipe.optim.max_grad_norm,
+            )
+            state.window.add(made)
+            state.step += 1
+            if state.ema:
+                state.ema.update(model, state.step)
+            bar.update()
+
+        # The last numbers are the headline, whatever an earlier epoch had.
+        facts = {
+            "name": recipe.name,
+            "shards": shards,
+            "world_size": ranks.world_size,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "peak_memory_bytes": int(ranks.largest([peak_memory_bytes(device)])[0]),
+            "epochs": state.step / steps_per_epoch,
+            "steps": state.step,
+            "seconds": state.seconds,
+            "finished": at_end,
+        }
+        if at_end and evaluation is None:  # all was done but the summary
+            evaluation = look(test_split, test_rows)
+
+        def conclude() -> dict[str, Any]:
+            lines = metrics_file.read()
+            summary = results.summarize(facts, lines)
+            if evaluation is not None and at_end:
+                results.write_predictions(folder, evaluation)
+            results.write_summary(folder, summary)
+            if stop:  # a batch script that finds this file queues the job again
+                write_file(folder / "stopped", f"{signals.received()}\n")
+            tracker.finish(summary)
+            return summary
+
+        return ranks.main_does(conclude)
+
+
+def open_run(recipe: Recipe, digest: str, *, force: bool) -> tuple[Path | None, int | None]:
+    """Rank 0 opens the run folder: (checkpoint to go on from, its shards), both None for a new run.
+
+    A changed recipe or data set is refused with the difference, unless forced.
+    """
+    folder = recipe.folder
+    saved = newest_valid(folder / "checkpoints")
+    facts = load_progress(saved) if saved else {}
+    if saved and not force:
+        changed = recipe_changes(recipe)
+        if facts["data"] != digest:
+            changed.append(f"the data set: {facts['data'][:12]} -> {digest[:12]}")
+        if changed:
+            raise UserError(
+                f"{folder} was trained with another recipe ({'; '.join(changed)}); "
+                "give this one a name (name=...), or go on all the same with --force"
+            )
+    (folder / "stopped").unlink(missing_ok=True)
+    write_file(folder / "recipe.yaml", to_yaml(recipe))
+    return saved, None if force and recipe.run.shards else facts.get("shards")
+
+
+def recipe_changes(recipe: Recipe) -> list[str]:
+    """How the recipe differs from the one that its run folder was trained with."""
+    path = recipe.folder / "recipe.yaml"
+    if not path.exists():
+        return []
+    before = parse_yaml(path.read_text(), where=str(path))
+    return run_folder.differences(before, resolved(recipe), ignore=NOT_THE_RECIPE)
+
+
+def vote(state: State, ranks: Ranks, save_every_minutes: float) -> tuple[bool, bool, int]:
+    """What all ranks agree on: stop?, save now? (rank 0's clock), steps until the next vote."""
+    minutes = (time.perf_counter() - state.last_save) / 60
+    pace = state.window.elapsed() / max(1, state.window.steps)
+    step = state.step
+    stop, save, slowest, latest, earliest = ranks.largest(
+        [
+            float(signals.received() is not None),
+            float(ranks.is_main and minutes >= save_every_minutes),
+            pace if state.window.steps else VOTE_SECONDS,
+            float(step),
+            float(-step),
+        ]
+    )
+    assert latest == step == -earliest, f"ranks are at steps {-earliest:.0f} to {latest:.0f}"
+    steps = 1 if ranks.world_size == 1 else max(1, int(VOTE_SECONDS / max(slowest, 1e-6)))
+    return stop > 0, save > 0, min(steps, 1000)
+
+
+def stop_at_broken_numbers(state: State, precision: str, ranks: Ranks) -> None:
+    """Raise when the gradient stopped being finite; the weights are those of the last good step."""
+    skips = int(state.window.skipped_in_a_row)
+    if skips >= MOST_SKIPS[precision]:
+        raise UserError(
+            f"rank {ranks.rank}: the gradient was not finite in the last {skips} step(s) before step "
+            f"{state.step}; nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, or try "
+            "run.precision=fp32"
+        )
+
+
+def progress_bar(done: int, total: int, *, shown: bool) -> tqdm:
+    """A bar on rank 0 of a terminal, nothing elsewhere."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        leave=False,
+        disable=None if shown else True,  # None: only on a terminal
+    )
+
+
+def ensure_data(path: Path, source: str | None) -> None:
+    """Have the Arrow data on disk: rank 0 prepares what is missing, the others wait for the file."""
+    if (path / "digest.json").exists():
+        return
+    if is_main_rank():
+        if source is None:
+            raise UserError(
+                f"{path} has no data; run `python -m cifar_dist.prepare --output {path}`"
+            )
+        prepare(source, path)
+    waited = 0
+    while not (path / "digest.json").exists():
+        time.sleep(0.2)
+        waited += 1
+        if waited % 300 == 0:
+            log.warning(
+                f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
+            )
+
+
+def plan(recipe: Recipe) -> str:
+    """What --dry-run prints: the resolved recipe and what it will cost."""
+    run = recipe.run
+    states = optimizer_states(recipe.optim)
+    with FakeTensorMode():  # shapes only: the largest model costs nothing
+        numbers = estimate(
+            build_model(replace(recipe.model, pretrained=False, weights=None), 100),
+            batch_size=run.batch_size,
+            shards=run.shards or 1,
+            states=states,
+            ema=recipe.ema is not None,
+            half=run.precision != "fp32",
+        )
+    rows = 50_000 - recipe.data.holdout
+    if (Path(recipe.data.path) / "digest.json").exists():
+        rows = read_digest(Path(recipe.data.path))["train"]["rows"] - recipe.data.holdout
+    steps = rows // run.batch_size
+    flops = 3 * numbers["forward_flops_per_image"] * steps * run.batch_size * run.epochs
+    return (
+        f"{to_yaml(recipe)}\n"
+        f"parameters        {numbers['parameters']:,}\n"
+        f"FLOPs an image    {readable(numbers['forward_flops_per_image'])} forward, "
+        f"{readable(flops)} in the whole training\n"
+        f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
+        f"memory a process  at least {numbers['memory_bytes'] / 2**30:.2f} GiB "
+        f"({-(-run.batch_size // (run.shards or 1))} rows a shard), and 0.17 GiB of data\n"
+        f"run folder        {recipe.folder}"
+    )
+
+
+def finished_before(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of this very recipe on this very data when it is finished, else None."""
+    folder = recipe.folder
+    summary = results.read_summary(folder)
+    if not summary or not summary.get("finished") or recipe_changes(recipe):
+        return None
+    surroundings = results.read_json(folder / "environment.json") or {}
+    same_data = surroundings.get("data") == data_digest(Path(recipe.data.path))
+    return summary if same_data else None
+
+
+def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
+    log.info(
+        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after {summary['epochs']:g} epochs "
+        f"in {summary['seconds']:.0f} s; see {recipe.folder}"
+    )
+    if is_sample:
+        log.info(SAMPLE_NOTE)
+
+
+SAMPLE_NOTE = (
+    "This is the drawn sample, not CIFAR-100. The real thing: "
+    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
+)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_dist.train",
+        description="Train a recipe on one process or many; start it again to go on.",
+        epilog="examples:\n"
+        "  python -m cifar_dist.train recipes/debug.yaml\n"
+        "  accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20\n"
+        "  accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
+        "recipes/r18_32.yaml name=seed1 run.seed=1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its cost"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the recipe has changed"
+    )
+    parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
+    options = parser.parse_args(arguments)
+
+    adopt_slurm_ranks()
+    log_to_terminal()
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        print(plan(recipe))
+        return 0
+    path = Path(recipe.data.path)
+    ensure_data(path, recipe.data.source)
+    is_sample = read_digest(path)["content"] == "sample"
+    if is_sample:
+        log.info(SAMPLE_NOTE)
+    summary = finished_before(recipe)
+    if summary is not None and not options.force:
+        say_finished(recipe, summary, is_sample=is_sample)
+        return 0
+    accelerator = start_processes(
+        timeout_seconds=recipe.run.timeout_seconds,
+        threads=recipe.run.threads,
+        deterministic=recipe.run.deterministic,
+    )
+    log.info(
+        f"cifar_dist {__version__}: {accelerator.num_processes} process(es) train on "
+        f"{accelerator.device}, {recipe.run.precision}, {torch.get_num_threads()} CPU thread(s) each"
+    )
+    summary = train(recipe, accelerator, force=options.force)
+    end_processes(accelerator)
+    if not summary["finished"]:
+        log.info(
+            f"{recipe.name}: stopped by {signals.received() or 'a signal'} at step "
+            f"{summary['steps']}, all saved in {recipe.folder}; start it again to go on"
+        )
+        return STOPPED
+    say_finished(recipe, summary, is_sample=is_sample)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

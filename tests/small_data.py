@@ -1,0 +1,23 @@
+"""A true data set in small: 64 + 23 rows of the drawn sample (23 divides by nothing)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cifar_dist.data.pickles import RawMeta, RawSplit
+from cifar_dist.data.sample import draw_sample
+
+
+def cut(raw: RawSplit, rows: int) -> RawSplit:
+    return replace(
+        raw,
+        images=raw.images[:rows],
+        fine_labels=raw.fine_labels[:rows],
+        coarse_labels=raw.coarse_labels[:rows],
+        filenames=raw.filenames[:rows],
+    )
+
+
+def small_data() -> tuple[RawSplit, RawSplit, RawMeta]:
+    train, test, meta = draw_sample(train_per_class=1, test_per_class=1)
+    return cut(train, 64), cut(test, 23), meta

