@@ -63,7 +63,7 @@ def test_what_is_loaded_is_what_was_written(written: Path) -> None:
     assert not [path for path in written.parent.iterdir() if path != written]
 
 
-def test_datasets_opens_it(written: Path) -> None:
+def test_datasets_opens_it(written: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     opened = datasets.load_from_disk(written)
     assert {name: len(split) for name, split in opened.items()} == {"train": 64, "test": 23}
@@ -76,8 +76,11 @@ def test_datasets_opens_it(written: Path) -> None:
     assert row["filename"] == TEST.filenames[22]
     assert row["coarse_label"] == TEST.coarse_labels[22]
     assert opened["train"].data.column("image").num_chunks == 1
-    fingerprints = {split._fingerprint for split in opened.values()}
-    assert len(fingerprints) == 2
+    other = tmp_path / "other"
+    write_dataset(other, cut(TRAIN, 60), TEST, META, content="other")
+    again = datasets.load_from_disk(other)  # `datasets` keeps its caches under the fingerprint
+    assert again["test"]._fingerprint == opened["test"]._fingerprint
+    assert again["train"]._fingerprint != opened["train"]._fingerprint
 
 
 def test_loading_needs_no_datasets_and_gives_no_warning(written: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +11,9 @@ from torch import nn
 from cifar_dist.learn.ema import Ema, EmaConfig
 
 
-def one_number(value: float) -> nn.Module:
+def one_number(value: float) -> Any:
     """A model of one parameter and one buffer."""
-    model = nn.Module()
+    model: Any = nn.Module()
     model.weight = nn.Parameter(torch.tensor([value]))
     model.register_buffer("count", torch.tensor([value]))
     return model
@@ -26,7 +27,7 @@ def set_to(model: nn.Module, value: float) -> None:
 
 def test_parameters_are_averaged_and_buffers_copied():
     model = one_number(0.0)
-    ema = Ema(EmaConfig(decay=0.75, warmup=False), model)
+    ema: Any = Ema(EmaConfig(decay=0.75, warmup=False), model)
     for step, (value, average) in enumerate([(1.0, 0.25), (1.0, 0.4375), (5.0, 1.578125)], 1):
         set_to(model, value)
         ema.update(model, step)
@@ -36,7 +37,7 @@ def test_parameters_are_averaged_and_buffers_copied():
 
 def test_warmup_shortens_the_memory_at_first():
     model = one_number(0.0)
-    ema = Ema(EmaConfig(decay=0.2), model)
+    ema: Any = Ema(EmaConfig(decay=0.2), model)
     set_to(model, 1.0)
     ema.update(model, 1)  # decay 2/11, under 0.2
     torch.testing.assert_close(ema.model.weight.detach(), torch.tensor([9 / 11]))
@@ -46,7 +47,7 @@ def test_warmup_shortens_the_memory_at_first():
 
 def test_only_every_few_steps():
     model = one_number(0.0)
-    ema = Ema(EmaConfig(decay=0.5, every_steps=3, warmup=False), model)
+    ema: Any = Ema(EmaConfig(decay=0.5, every_steps=3, warmup=False), model)
     set_to(model, 1.0)
     seen = []
     for step in range(1, 7):
@@ -56,8 +57,8 @@ def test_only_every_few_steps():
 
 
 def test_the_average_is_a_separate_model_in_eval_mode():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
-    ema = Ema(EmaConfig(), model)
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
+    ema: Any = Ema(EmaConfig(), model)
     assert model.training
     assert not any(module.training for module in ema.model.modules())
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())

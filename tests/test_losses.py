@@ -83,9 +83,9 @@ def test_the_true_logit_falls_with_the_angle_and_has_no_step(margin, straight_th
     assert steps.max() < 2e-6  # float32 at the flat ends
     assert steps.abs().max() < 2.1e-3  # 3000 steps of pi / 3000 with a slope of at most 1, twice
     before = theta < math.pi - margin
-    torch.testing.assert_close(logit[before], (theta[before] + margin).cos().double(), rtol=0, atol=1e-3)  # fmt: skip
-    line = theta[~before].cos() + math.cos(margin) - 1
-    torch.testing.assert_close(logit[~before], line.double(), rtol=0, atol=1e-6)
+    line = theta.cos() + math.cos(margin) - 1
+    wanted = torch.where(before, (theta + margin).cos(), line).double()
+    torch.testing.assert_close(logit, wanted, rtol=0, atol=3e-4)  # the sine is at least 3e-4
 
 
 def test_the_gradient_is_that_of_the_formula():
@@ -176,7 +176,7 @@ def test_logits_are_not_changed_in_place():
 
 
 def test_the_table_of_losses_and_the_scale_of_their_logits():
-    assert LOSSES == {"cross_entropy": CrossEntropy, "arcface": ArcFace}
+    assert list(LOSSES.values()) == [CrossEntropy, ArcFace]
     assert (CrossEntropy.head, ArcFace.head) == (None, "cosine")
     assert logit_scale([]) == 1
     assert logit_scale([CrossEntropy()]) == 1

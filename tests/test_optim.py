@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -54,7 +56,7 @@ def test_no_jumps_up_to_the_peak_and_down(schedule):
     assert peak in (99, 100)
     assert found[: peak + 1] == sorted(found[: peak + 1])
     assert found[peak:] == sorted(found[peak:], reverse=True)
-    assert max(abs(a - b) for a, b in zip(found, found[1:], strict=False)) < 0.02
+    assert max(abs(a - b) for a, b in itertools.pairwise(found)) < 0.02
     assert 0 < found[-1] < 1e-5
 
 
@@ -146,7 +148,10 @@ def test_an_unknown_name_is_one_sentence_with_a_remedy(name):
 
 def test_the_learning_rate_is_set_in_every_group():
     model = nn.Linear(2, 2)
-    groups = [{"params": [model.weight], "lr_scale": 0.5}, {"params": [model.bias]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.weight], "lr_scale": 0.5},
+        {"params": [model.bias]},
+    ]
     optimizer = torch.optim.SGD(groups, lr=1)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25]

@@ -230,7 +230,7 @@ def hostile() -> dict[str, bytes]:
         "a set": pickle.dumps({1, 2}, protocol=4),
         "a list": pickle.dumps([fields(TINY)], protocol=2),
         "a key too many": pickle.dumps(fields(TINY, more=1), protocol=2),
-        "a repeated key": good[:-2] + b"U\x0bbatch_labelU\x01au.",
+        "a repeated key": good[:-2] + b"U\x0bbatch_labelU\x15training batch 1 of 1u.",
         "a number as key": pickle.dumps({1: 2}, protocol=2),
         "a list as key": stream(b"}]Ns"),
         "test for train": MEMBERS["test"],
@@ -277,6 +277,22 @@ def test_hostile_pickles_are_refused_and_nothing_runs(name: str) -> None:
     assert EVENTS == []
     assert time.process_time() - started < 5
     assert not Path("/tmp/owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a text encoded again and again", "encodes more text than it has"),
+        ("a million lists", "too many opcodes"),
+        ("a repeated key", "repeated key"),
+        ("a huge BYTEARRAY8", "cut off"),
+        ("Fortran flag", "not a uint8 matrix in C order"),
+        ("an array without state", "not rows of 3072 pixels"),
+    ],
+)
+def test_the_reason_is_named(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        read(HOSTILE[name])
 
 
 def test_the_hostile_pickles_are_bad_enough() -> None:

@@ -21,18 +21,18 @@ OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the ne
 def download(url: str, part: Path, *, md5: str | None = None) -> None:
     """Fetch `url` into `part`, going on where an earlier try ended; UserError if that fails."""
     have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     remedy = "get it in another way and give it with --source FILE"
     try:
+        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
             total = _receive(response, part, have)
     except HTTPError as error:
         if error.code != 416 or not have:
             raise UserError(f"{url} answers {error.code} {error.reason}; {remedy}") from error
-        total = int(error.headers.get("Content-Range", "*/-1").rpartition("/")[2])
-        if total != have:  # what is here is no beginning of what is there
-            part.unlink()
+        if error.headers.get("Content-Range") != f"bytes */{have}":
+            part.unlink()  # what is here is no beginning of what is there
             return download(url, part, md5=md5)
+        total = have
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, OSError) and error.errno in OUR_DISK:
             raise
@@ -64,7 +64,7 @@ def _receive(response: HTTPResponse, part: Path, have: int) -> int | None:
         while chunk := response.read(1 << 20):
             file.write(chunk)
             bar.update(len(chunk))
-            if bar.n > MAX_ARCHIVE_BYTES:
+            if file.tell() > MAX_ARCHIVE_BYTES:
                 part.unlink()
                 raise ValueError("it is larger than CIFAR-100")
     return total

@@ -86,9 +86,14 @@ def train_step(
 
     Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
     it the mean over the global batch. A gradient that is not finite changes nothing.
+
+    Under fp16 world_size is multiplied in after the backward, which must see the same magnitudes in
+    any world, or it would overflow and underflow elsewhere.
     """
     *_, final = shards
-    scale = accelerator.num_processes / batch_size
+    world_size = accelerator.num_processes
+    later = world_size if scaler.is_enabled() else 1
+    scale = world_size / later / batch_size
     terms = []
     for shard in shards:
         with (
@@ -99,7 +104,7 @@ def train_step(
                 shard_terms = objective(model, shard)
             scaler.scale(shard_terms["loss"].sum() * scale).backward()
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
-    skipped = update(model, optimizer, scaler, max_grad_norm=max_grad_norm)
+    skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
     return Step(terms, skipped)
 
 
@@ -108,16 +113,20 @@ def update(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     *,
+    times: int,
     max_grad_norm: float | None,
 ) -> Tensor:
-    """Clip, step where the gradient is finite, clear; returns bool [], True where it was not.
+    """Multiply the gradients by `times`, clip, step if they are finite; bool [], True if not.
 
     The gradients are averaged already, so all ranks find the same. Fused optimizers leave out the
     update on the device (`found_inf`); the others cost one host read a step.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if times != 1:
+        torch._foreach_mul_(gradients, times)
+    norm = nn.utils.get_total_norm(gradients)
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     finite = norm.isfinite()

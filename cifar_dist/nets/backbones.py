@@ -70,7 +70,7 @@ class Classifier(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, beyond norms and biases, that timm's backbone wants undecayed."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in names}
+        return {f"backbone.{name}" for name, _ in self.backbone.named_parameters() if name in names}
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -1,0 +1,54 @@
+"""What two runs must share: weights, averages, optimizer, every logged number but the clock's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cifar_dist.engine.checkpoint import checkpoints, damage
+
+CLOCK = ("images_per_second", "memory_bytes", "seconds")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what the clock says."""
+    parsed = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in line.items() if name not in CLOCK} for line in parsed]
+
+
+def tensors(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint, and the predictions of a finished run."""
+    newest = checkpoints(run / "checkpoints")[0]
+    assert damage(newest) is None
+    found = {}
+    for path in sorted(newest.glob("*.safetensors")):
+        found |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
+    if (run / "predictions.safetensors").exists():
+        found |= load_file(run / "predictions.safetensors")
+    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
+    for index, state in optimizer["state"].items():
+        found |= {f"optimizer.{index}.{k}": v for k, v in state.items() if v is not None}
+    return found
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    return max(
+        float((first[name].double() - second[name].double()).abs().max())
+        for name in first
+        if not name.startswith("optimizer")
+    )
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not differing, f"{len(differing)} of {len(first)} tensors differ: {differing[:5]}"
+    assert lines(one) == lines(other)

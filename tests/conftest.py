@@ -1,0 +1,66 @@
+"""Small true data sets on disk, made once a session, and a recipe that trains on them in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_data import small_data
+
+from cifar_dist.data.arrow import write_dataset
+from cifar_dist.data.sample import draw_sample
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 + 23 rows of the drawn sample as Arrow; 23 divides by nothing."""
+    root = tmp_path_factory.mktemp("small") / "data"
+    write_dataset(root, *small_data(), content="other")
+    return root
+
+
+@pytest.fixture(scope="session")
+def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 + 300 rows, for batches of 250 and more than one block of an evaluation."""
+    root = tmp_path_factory.mktemp("middle") / "data"
+    write_dataset(root, *draw_sample(train_per_class=6, test_per_class=3), content="other")
+    return root
+
+
+RecipeMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
+    """Write a recipe; sections given by name replace keys of: 24 steps of timm's smallest ResNet."""
+
+    def make(name: str = "tiny", **sections: Any) -> Path:
+        content: dict[str, Any] = {
+            "name": name,
+            "run": {
+                "epochs": 4,
+                "batch_size": 10,
+                "shards": 2,
+                "precision": "fp32",
+                "threads": 1,
+                "report_every_steps": 5,
+            },
+            "data": {"path": str(data)},
+            "model": {"backbone": "test_resnet", "drop_rate": 0.1},
+            "augment": {"crop_padding": 4, "flip": True, "cutout": 8},
+            "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
+            "ema": {"decay": 0.9},
+        }
+        for section, keys in sections.items():
+            if isinstance(keys, dict):
+                content[section] = content.get(section, {}) | keys
+            else:
+                content[section] = keys
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value}))
+        return path
+
+    return make

@@ -1,0 +1,110 @@
+"""Run a command of ours as real ranks: processes with gloo between them, forked from a warm server.
+
+The fork server imports torch once and computes nothing, so a rank starts in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other work shares the cores
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["cifar_dist.train", "cifar_dist.evaluate", "torch._dynamo"])
+
+
+def _be_rank(
+    command: str, arguments: list[str], environment: dict[str, str], cwd: str, output: str
+) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [command, *arguments]
+    from cifar_dist import evaluate, signals, train
+    from cifar_dist.errors import run_command
+
+    signals.install()
+    sys.exit(run_command({"train": train.main, "evaluate": evaluate.main}[command]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Ranks:
+    """The processes of one launch; `output` is what they printed together."""
+
+    def __init__(
+        self,
+        command: str,
+        arguments: Sequence[object],
+        *,
+        cwd: Path,
+        world_size: int = 1,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.log = cwd / f"output_{time.monotonic_ns()}.txt"
+        port = str(free_port())
+        self.processes: list[BaseProcess] = []
+        for rank in range(world_size):
+            variables = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "ACCELERATE_USE_CPU": "true",
+                "OMP_WAIT_POLICY": "passive",
+                **(environment or {}),
+            }
+            process = context.Process(
+                target=_be_rank,
+                args=(command, [str(a) for a in arguments], variables, str(cwd), str(self.log)),
+            )
+            process.start()
+            self.processes.append(process)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, seconds: float = 120) -> list[int | None]:
+        """The exit codes; what does not end in time is killed and fails the test."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        self.kill()
+        assert not late, f"{len(late)} ranks did not end in {seconds} s:\n{self.output}"
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def train(
+    *arguments: object,
+    cwd: Path,
+    world_size: int = 1,
+    expect: int = 0,
+    environment: dict[str, str] | None = None,
+) -> str:
+    """Train with the ranks, assert every exit code, return what they printed."""
+    ranks = Ranks("train", arguments, cwd=cwd, world_size=world_size, environment=environment)
+    codes = ranks.wait()
+    assert codes == [expect] * world_size, f"exit codes {codes}:\n{ranks.output}"
+    return ranks.output

@@ -1,0 +1,151 @@
+"""The number of processes is the launcher's business: the numbers do not change with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_same_bits, largest_difference, lines, tensors
+from conftest import RecipeMaker
+from ranks import Ranks, train
+from safetensors.torch import load_file
+
+
+def summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_one_and_two_processes_compute_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    path = recipe(run={"precision": precision})
+    for world_size in (1, 2):
+        output = train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+        assert f"{world_size} process(es) train" in output
+        assert summary(tmp_path / f"runs/w{world_size}")["world_size"] == world_size
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
+
+
+def test_more_processes_agree_to_rounding(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    path = recipe(
+        run={"batch_size": 250, "shards": 4, "epochs": 2},
+        data={"path": str(middle_data)},
+        optim={"name": "sgd", "lr": 0.005},  # a large one makes rounding grow from step to step
+    )
+    for world_size in (1, 2, 3, 4):
+        train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+    for world_size in (2, 3, 4):
+        difference = largest_difference(tmp_path / "runs/w1", tmp_path / f"runs/w{world_size}")
+        assert difference < 1e-5, f"{world_size} processes: {difference}"
+
+
+def test_number_of_shards_is_only_rounding_without_batch_norm(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """24 steps of SGD in float32; a ViT normalises over features, so shards do not matter to it."""
+    for shards in (1, 4):
+        train(
+            recipe(
+                f"s{shards}",
+                run={"shards": shards, "epochs": 4},
+                model={"backbone": "test_vit", "drop_rate": 0.0},
+                optim={"name": "sgd", "lr": 0.01, "max_grad_norm": None},
+            ),
+            cwd=tmp_path,
+        )
+    assert lines(tmp_path / "runs/s1")[-1]["step"] == 24
+    assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s4") < 1e-6
+
+
+def test_batch_norm_sees_shards_and_keeps_shard_zeros_statistics(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """With BatchNorm the number of shards is part of the mathematics, so it must not be rounding."""
+    for shards in (1, 2):
+        train(recipe(f"s{shards}", run={"shards": shards}), cwd=tmp_path)
+    assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s2") > 1e-3
+
+
+def test_predictions_have_the_same_bits_in_any_world(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    path = recipe(run={"batch_size": 50, "epochs": 1}, data={"path": str(middle_data)})
+    train(path, cwd=tmp_path)
+    for world_size in (1, 2, 3):
+        ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path, world_size=world_size)
+        assert ranks.wait() == [0] * world_size, ranks.output
+        assert "the same bits as" in ranks.output, ranks.output
+
+
+def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Each rank hashes its weights after four steps; the step itself never compares them."""
+    import subprocess
+    import sys
+
+    script = Path(__file__).parent / "rank_hashes.py"
+    path = recipe(run={"shards": 4, "batch_size": 12, "epochs": 1})
+    from ranks import free_port
+
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(path)],
+            cwd=tmp_path,
+            env={
+                **__import__("os").environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "ACCELERATE_USE_CPU": "true",
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for port in [str(free_port())]
+        for rank in range(2)
+    ]
+    hashes = [process.communicate(timeout=120)[0].split()[-1] for process in processes]
+    assert len(set(hashes)) == 1
+
+
+def test_too_many_processes_are_refused_with_the_remedy(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    output = train(recipe(), cwd=tmp_path, world_size=3, expect=2)
+    assert output.count("error:") == 1
+    assert "run.shards=3" in output
+
+
+def test_default_shards_are_the_first_starts_world_size(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    path = recipe(run={"shards": None})
+    train(path, cwd=tmp_path, world_size=2)
+    assert summary(tmp_path / "runs/tiny")["shards"] == 2
+
+
+def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+    train(recipe(data={"holdout": 0}), cwd=tmp_path, world_size=2)
+    run = tmp_path / "runs/tiny"
+    logged = lines(run)
+    trains = [line["step"] for line in logged if line["kind"] == "train"]
+    evals = [line["step"] for line in logged if line["kind"] == "eval"]
+    assert trains == [5, 10, 15, 20, 24]
+    assert evals == [6, 12, 18, 24]
+    predictions = load_file(run / "predictions.safetensors")
+    top1 = 100 * (predictions["logits"].argmax(1) == predictions["labels"]).float().mean().item()
+    said = summary(run)
+    assert said["top1"] == pytest.approx(top1, abs=1e-4)
+    assert said["finished"] is True
+    assert said["epochs"] == 4
+    assert said["best_test_top1"] == max(line["top1"] for line in logged if line["kind"] == "eval")
+    assert not (run / "lock.json").exists()
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert len(list((run / "checkpoints").iterdir())) == 1  # the clock never asked for another
+    assert torch.isfinite(torch.stack([t.double().sum() for t in tensors(run).values()])).all()

@@ -1,0 +1,239 @@
+"""A run that was killed, stopped or moved to another number of processes ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from compare import assert_same_bits, largest_difference, lines
+from conftest import RecipeMaker
+from ranks import Ranks, train
+
+from cifar_dist.engine.checkpoint import checkpoints
+
+EVERY_STEP = 1e-9  # minutes between saves: one at every vote, which one process holds every step
+
+
+def wait_for_step(ranks: Ranks, run: Path, step: int) -> None:
+    """Until the run has a checkpoint of `step` or later; other work may make that slow."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = checkpoints(run / "checkpoints")
+        if found and int(found[0].name.removeprefix("step_")) >= step:
+            return
+        assert all(process.is_alive() for process in ranks.processes), ranks.output
+        time.sleep(0.002)
+    raise AssertionError(f"no checkpoint of step {step}:\n{ranks.output}")
+
+
+def kill_and_go_on(
+    path: Path, cwd: Path, steps: list[int], *, last_step: int, world_size: int = 1
+) -> None:
+    """kill -9 all ranks once the run is past each of `steps`, and start it again; then finish it."""
+    arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
+    run = cwd / "runs/killed"
+    for step in steps:
+        ranks = Ranks("train", arguments, cwd=cwd, world_size=world_size)
+        wait_for_step(ranks, run, step)
+        ranks.kill()
+        assert not (run / "summary.json").exists(), "the run ended before it could be killed"
+    output = train(*arguments, cwd=cwd, world_size=world_size)
+    assert f"of {last_step}" in output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_killed_runs_end_with_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    """Three kills mid-epoch (6 steps an epoch) and mid-window (5 steps a report)."""
+    path = recipe(run={"precision": precision, "epochs": 8})
+    train(path, "name=straight", cwd=tmp_path)
+    kill_and_go_on(path, tmp_path, [4, 15, 29], last_step=48)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_twenty_kills(tmp_path: Path, recipe: RecipeMaker, precision: str, world_size: int) -> None:
+    epochs = 40
+    path = recipe(run={"precision": precision, "epochs": epochs})
+    train(path, "name=straight", cwd=tmp_path, world_size=world_size)
+    steps = sorted(random.Random(precision).sample(range(2, 6 * epochs - 40), 20))
+    kill_and_go_on(path, tmp_path, steps, last_step=6 * epochs, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
+
+
+def stop_at(path: Path, cwd: Path, step: int, *, world_size: int, name: str) -> str:
+    """Start, send SIGUSR1 to one rank once past `step`, and see all ranks save and exit with 75."""
+    arguments = [path, f"name={name}", f"run.save_every_minutes={EVERY_STEP}"]
+    ranks = Ranks("train", arguments, cwd=cwd, world_size=world_size)
+    wait_for_step(ranks, cwd / "runs" / name, step)
+    pid = ranks.processes[-1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGUSR1)
+    assert ranks.wait() == [75] * world_size, ranks.output
+    assert (cwd / "runs" / name / "stopped").exists()
+    return ranks.output
+
+
+def test_two_one_two_processes_are_bitwise_two(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(run={"epochs": 60, "eval_every_epochs": 20})
+    train(path, "name=straight", cwd=tmp_path, world_size=2)
+    stop_at(path, tmp_path, 2, world_size=2, name="moved")
+    output = stop_at(path, tmp_path, 40, world_size=1, name="moved")
+    assert "goes on at step" in output
+    train(path, "name=moved", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/moved")
+    summary = json.loads((tmp_path / "runs/moved/summary.json").read_text())
+    assert summary["shards"] == 2
+    assert summary["finished"] is True
+
+
+def test_four_then_three_processes_agree_to_rounding(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    path = recipe(
+        run={"batch_size": 60, "shards": 4, "epochs": 4},
+        data={"path": str(middle_data)},
+        optim={"name": "sgd", "lr": 0.001},
+    )
+    train(path, "name=straight", cwd=tmp_path, world_size=4)
+    stop_at(path, tmp_path, 1, world_size=4, name="moved")
+    train(path, "name=moved", cwd=tmp_path, world_size=3)
+    assert largest_difference(tmp_path / "runs/straight", tmp_path / "runs/moved") < 1e-5
+
+
+def test_start_of_a_finished_run_says_so(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe()
+    train(path, cwd=tmp_path)
+    before = (tmp_path / "runs/tiny/metrics.jsonl").read_bytes()
+    started = time.monotonic()
+    output = train(path, cwd=tmp_path)
+    assert "finished, top1" in output
+    assert (tmp_path / "runs/tiny/metrics.jsonl").read_bytes() == before
+    assert time.monotonic() - started < 20
+
+
+def test_a_changed_recipe_is_refused_and_can_be_forced(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe()
+    train(path, cwd=tmp_path)
+    output = train(path, "optim.lr=0.001", "run.epochs=6", cwd=tmp_path, expect=2)
+    assert output.count("error:") == 1
+    assert "optim.lr: 0.003 -> 0.001" in output
+    assert "run.epochs: 4 -> 6" in output
+    assert "--force" in output
+    train(path, "run.report_every_steps=3", cwd=tmp_path)  # never a changed recipe
+    train(path, "run.epochs=6", "--force", cwd=tmp_path)
+    assert lines(tmp_path / "runs/tiny")[-1]["step"] == 36
+
+
+def test_changed_data_are_refused(tmp_path: Path, recipe: RecipeMaker, middle_data: Path) -> None:
+    path = recipe()
+    train(path, cwd=tmp_path)
+    output = train(path, f"data.path={middle_data}", cwd=tmp_path, expect=2)
+    assert "the data set:" in output
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, harm: str) -> None:
+    path = recipe(run={"keep_checkpoints": 3})
+    every = f"run.save_every_minutes={EVERY_STEP}"
+    cached = request.config.cache
+    assert cached is not None
+    finished = Path(str(cached.mkdir("finished_run")))
+    if not (finished / "runs/tiny/summary.json").exists():
+        train(path, every, cwd=tmp_path)
+        shutil.copytree(tmp_path / "runs", finished / "runs", dirs_exist_ok=True)
+    run = tmp_path / "runs/tiny"
+    if not run.exists():
+        shutil.copytree(finished / "runs", tmp_path / "runs")
+    (run / "summary.json").unlink()
+    victim = checkpoints(run / "checkpoints")[0] / name
+    harm_file(victim, harm)
+    from cifar_dist.engine.checkpoint import newest_valid
+
+    chosen = newest_valid(run / "checkpoints")
+    assert chosen is not None
+    assert chosen.name == "step_00000023"
+
+
+def harm_file(path: Path, harm: str) -> None:
+    content = bytearray(path.read_bytes())
+    match harm:
+        case "flip":
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        case "cut":
+            path.write_bytes(content[: len(content) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "remove":
+            path.unlink()
+
+
+def test_a_run_never_starts_from_zero_silently(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe()
+    train(path, cwd=tmp_path)
+    run = tmp_path / "runs/tiny"
+    (run / "summary.json").unlink()
+    newest = checkpoints(run / "checkpoints")[0]
+    harm_file(newest / "model.safetensors", "flip")
+    output = train(path, cwd=tmp_path, expect=2)
+    assert "every checkpoint is damaged" in output
+    assert "model.safetensors is damaged" in output
+
+
+def test_the_best_by_held_out_accuracy_is_kept(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    path = recipe(
+        run={"batch_size": 50, "epochs": 8, "keep_checkpoints": 1},
+        data={"path": str(middle_data), "holdout": 100},
+        optim={"lr": 0.05},
+    )
+    train(path, cwd=tmp_path)
+    run = tmp_path / "runs/tiny"
+    evals = [line for line in lines(run) if line["kind"] == "eval"]
+    assert all("val_top1" in line for line in evals)
+    best = max(evals, key=lambda line: (line["val_top1"], -line["step"]))
+    kept = {path.name for path in checkpoints(run / "checkpoints")}
+    assert kept == {f"step_{best['step']:08d}", f"step_{evals[-1]['step']:08d}"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_top1"] == evals[-1]["val_top1"]  # the headline is the last epoch's
+
+
+def test_one_job_at_a_time(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(run={"epochs": 400})
+    first = Ranks("train", [path, f"run.save_every_minutes={EVERY_STEP}"], cwd=tmp_path)
+    wait_for_step(first, tmp_path / "runs/tiny", 1)
+    try:
+        output = train(path, cwd=tmp_path, expect=2)
+        assert "is in use by process" in output
+        assert "name=" in output
+    finally:
+        first.kill()
+    ranks = Ranks("train", [path], cwd=tmp_path)  # a dead owner's lock is nobody's
+    deadline = time.monotonic() + 60
+    while "goes on at step" not in ranks.output and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks.kill()
+    assert "goes on at step" in ranks.output
+
+
+def test_broken_numbers_stop_all_ranks_with_the_last_good_weights(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    path = recipe(optim={"name": "sgd", "lr": 1e30, "max_grad_norm": None})
+    output = train(path, cwd=tmp_path, world_size=2, expect=2)
+    assert output.count("error:") == 1
+    assert "not finite" in output
+    assert not (tmp_path / "runs/tiny/summary.json").exists()
+    assert checkpoints(tmp_path / "runs/tiny/checkpoints") == []
