@@ -85,7 +85,9 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/debug")
-    parser.add_argument("--checkpoint", metavar="NAME", help="like step_00000600; default: the newest")
+    parser.add_argument(
+        "--checkpoint", metavar="NAME", help="like step_00000600; default: the newest"
+    )
     parser.add_argument("--split", choices=("test", "train", "held-out"), default="test")
     parser.add_argument("--data", type=Path, help="another place of the same data")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON too")

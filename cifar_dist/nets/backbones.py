@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 State = Mapping[str, Tensor]
 
 
+Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
+
+
 @config
 class ModelConfig:
     """Which backbone, on which pixels, with which head, from which weights."""
@@ -42,6 +45,8 @@ class ModelConfig:
     image_size: Count = 32
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     normalize: bool = True
+    mean: Colour | None = None  # None: of the weights in use (timm's), or CIFAR-100's from scratch
+    std: Colour | None = None
     head: Literal["linear", "cosine"] = "linear"
     embedding_size: Count = 512  # of the cosine head
     pretrained: bool = False
@@ -54,6 +59,10 @@ class ModelConfig:
             raise ValueError(
                 "pretrained and weights both say where the weights come from: remove one of them"
             )
+        if not self.normalize and (self.mean or self.std):
+            raise ValueError("mean and std need normalize: true; remove them or set it")
+        if self.std and min(self.std) <= 0:
+            raise ValueError("std: give three numbers above 0")
 
 
 class Classifier(nn.Module):
@@ -100,12 +109,12 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
     if body is not None:
         load_backbone(backbone, body, cfg, source)
 
+    from_weights = config.pretrained or config.weights is not None
+    mean = config.mean or (cfg.mean if from_weights else CIFAR_MEAN)
+    std = config.std or (cfg.std if from_weights else CIFAR_STD)
     if not config.normalize:
-        pixels = PixelInput(config.image_size, config.interpolation)
-    elif config.pretrained or config.weights is not None:
-        pixels = PixelInput(config.image_size, config.interpolation, cfg.mean, cfg.std)
-    else:
-        pixels = PixelInput(config.image_size, config.interpolation, CIFAR_MEAN, CIFAR_STD)
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    pixels = PixelInput(config.image_size, config.interpolation, mean, std)
 
     in_features = count_features(backbone, config)
     head: nn.Module
@@ -198,9 +207,10 @@ def count_features(backbone: nn.Module, config: ModelConfig) -> int:
         with torch.no_grad():
             features = backbone.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"model: {config.backbone} cannot take {size} px pictures "
-            f"({str(error).splitlines()[0]}); choose another image_size"
+            f"model: {config.backbone} cannot take {size} px pictures ({reason}); "
+            "choose another image_size"
         ) from error
     backbone.train(training)
     if not isinstance(features, Tensor) or features.ndim != 2:

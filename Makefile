@@ -1,0 +1,43 @@
+# `make train` and `make test` do all the set-up. PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+RECIPE ?= recipes/debug.yaml
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Two gloo processes where there is no GPU; all GPUs of the machine where there are some.
+LAUNCH := $(if $(shell command -v nvidia-smi),,--config_file accelerate_configs/cpu_2.yaml)
+
+.PHONY: train test lint schema faults clean
+
+train: $(VENV)/.user
+	@$(BIN)/accelerate launch $(LAUNCH) -m cifar_dist.train $(RECIPE) $(ARGS) 2>&1
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m fault
+
+schema: $(VENV)/.user
+	$(BIN)/python -c "from cifar_dist.recipe import json_schema; from cifar_dist.files import write_json; from pathlib import Path; write_json(Path('recipes/schema.json'), json_schema())"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cifar_dist needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "making $(VENV) (once; some minutes, mostly the download of torch)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.user
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

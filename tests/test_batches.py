@@ -1,0 +1,118 @@
+"""The plan: every row once an epoch, the same global batches for any rank, world and start."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.data.arrow import Split, load_split
+from cifar_dist.data.batches import (
+    epoch_order,
+    eval_blocks,
+    holdout_rows,
+    shard_bounds,
+    train_batches,
+)
+from cifar_dist.errors import UserError
+
+
+@pytest.fixture
+def split(data: Path) -> Split:
+    return load_split(data, "train")
+
+
+def plan(split: Split, *, steps: int, start: int = 0, shards: int = 3, world_size: int = 1) -> list:
+    """{(step, shard): rows} as sorted pairs, of all ranks together."""
+    found = {}
+    for rank in range(world_size):
+        batches = train_batches(
+            split,
+            torch.arange(64),
+            seed=7,
+            shuffle=True,
+            batch_size=10,
+            shards=shards,
+            start_step=start,
+            rank=rank,
+            world_size=world_size,
+        )
+        for step, parts in enumerate(islice(batches, steps - start), start):
+            for part in parts:
+                found[step, part.shard] = part.rows.tolist()
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("start", [0, 1, 5, 6, 11])
+def test_plan_depends_on_nothing_but_seed_and_step(
+    split: Split, world_size: int, start: int
+) -> None:
+    whole = plan(split, steps=14)
+    later = [pair for pair in whole if pair[0][0] >= start]
+    assert plan(split, steps=14, start=start, world_size=world_size) == later
+
+
+def test_an_epoch_visits_a_row_at_most_once_and_drops_the_rest(split: Split) -> None:
+    rows = [row for (step, _), rows in plan(split, steps=6) for row in rows]
+    assert len(rows) == 60
+    assert len(set(rows)) == 60
+    first, second = (epoch_order(torch.arange(64), seed=7, epoch=e, shuffle=True) for e in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(64))
+    assert first.tolist() != second.tolist()
+    assert epoch_order(torch.arange(64), seed=7, epoch=1, shuffle=False).tolist() == list(range(64))
+
+
+@pytest.mark.parametrize(("batch_size", "shards"), [(10, 3), (250, 4), (7, 7), (1000, 6)])
+def test_shards_differ_by_at_most_one_row(batch_size: int, shards: int) -> None:
+    bounds = shard_bounds(batch_size, shards)
+    sizes = [end - begin for begin, end in bounds]
+    assert sum(sizes) == batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert [begin for begin, _ in bounds[1:]] == [end for _, end in bounds[:-1]]
+
+
+def test_a_batch_holds_the_rows_that_it_names(split: Split) -> None:
+    (batch,) = next(
+        train_batches(
+            split,
+            torch.arange(64),
+            seed=0,
+            shuffle=True,
+            batch_size=10,
+            shards=1,
+            start_step=3,
+            rank=0,
+            world_size=1,
+        )
+    )
+    assert torch.equal(batch.images, split.images[batch.rows])
+    assert torch.equal(batch.labels, split.labels[batch.rows])
+    assert batch.images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_blocks_are_dealt_whole_and_cover_all_rows(split: Split, world_size: int) -> None:
+    rows = torch.arange(64)
+    blocks = {}
+    for rank in range(world_size):
+        for block in eval_blocks(split, rows, block_size=10, rank=rank, world_size=world_size):
+            assert block.shard not in blocks
+            blocks[block.shard] = block.rows
+    assert torch.equal(torch.cat([blocks[index] for index in sorted(blocks)]), rows)
+    assert [len(blocks[index]) for index in sorted(blocks)] == [10] * 6 + [4]
+
+
+def test_holdout_is_stratified_constant_and_disjoint() -> None:
+    labels = torch.arange(5).repeat(40)[torch.randperm(200, generator=torch.manual_seed(0))]
+    rows, held = holdout_rows(labels, 50)
+    assert sorted([*rows.tolist(), *held.tolist()]) == list(range(200))
+    assert torch.equal(labels[held].bincount(), torch.full((5,), 10))
+    assert torch.equal(held, held.sort().values)
+    again = holdout_rows(labels, 50)
+    assert torch.equal(held, again[1])
+    for count in (51, 200, 400):
+        with pytest.raises(UserError, match=f"data.holdout={count}"):
+            holdout_rows(labels, count)

@@ -1,0 +1,155 @@
+"""A recipe is understood exactly or refused in one sentence that helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from cifar_dist.engine.run_folder import flat
+from cifar_dist.errors import UserError
+from cifar_dist.recipe import (
+    Recipe,
+    json_schema,
+    known_keys,
+    load_recipe,
+    parse_yaml,
+    resolved,
+    to_yaml,
+    validate,
+)
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_fit_the_schema(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.run.shards is not None, "a published recipe says its number of shards"
+    assert len([line for line in path.read_text().splitlines() if line[0] != "#"]) <= 30
+    jsonschema.validate(parse_yaml(path.read_text(), where=str(path)), json_schema())
+
+
+def test_schema_on_disk_is_the_generated_one() -> None:
+    assert json.loads((ROOT / "recipes/schema.json").read_text()) == json_schema(), (
+        "run `make schema`"
+    )
+
+
+def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    for path in SHIPPED:
+        recipe = load_recipe(path)
+        again = tmp_path / path.name
+        again.write_text(to_yaml(recipe))
+        assert load_recipe(again) == recipe
+        assert validate(resolved(recipe), where="resolved") == recipe
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nrun: {epoch: 3}", ["run.epoch", "run.epochs"]),
+        ("name: a\nepochs: 3", ["epochs", "run.epochs"]),
+        ("name: a\nrun: {gradient_accumulation_steps: 4}", ["run.shards"]),
+        ("name: a\nmixed_precision: bf16", ["run.precision"]),
+        ("name: a\nlearning_rate: 0.1", ["optim.lr"]),
+        ("name: a\nrun: {epochs: 3, epochs: 4}", [":2:", "given twice"]),
+        ("name: a\nrun: {epochs: '3'}", ["run.epochs", "integer"]),
+        ("name: a\nrun: {epochs: 3.5}", ["run.epochs", "integer"]),
+        ("name: a\nrun: {epochs: 010}", ["run.epochs", "integer"]),
+        ("name: a\nrun: {epochs: 0}", ["run.epochs", "greater than 0"]),
+        ("name: a\nrun: {epochs: true}", ["run.epochs", "integer"]),
+        ("name: a\naugment: {flip: no}", ["augment.flip", "boolean"]),
+        ("name: a\naugment: {flip: 1}", ["augment.flip", "boolean"]),
+        ("name: a\noptim: {lr: -1e-3}", ["optim.lr", "greater than 0"]),
+        ("name: a\noptim: {lr: .nan}", ["optim.lr"]),
+        ("name: a\nmodel: {drop_rate: 1.0}", ["model.drop_rate", "less than 1"]),
+        ("name: a\nmodel: {stem: tiny}", ["model.stem", "imagenet", "small"]),
+        ("name: a\nmodel: {pretrained: true, weights: x.pt}", ["pretrained", "weights"]),
+        ("name: a\nrun: {batch_size: 2, shards: 3}", ["shards=3", "batch_size=2"]),
+        ("name: a\nlosses: {arcface: {}}", ["losses.arcface", "model.head=cosine"]),
+        ("name: a\nlosses: {arcfase: {}}", ["losses.arcface"]),
+        ("name: a\nlosses: {}", ["losses"]),
+        ("run: {epochs: 3}", ["name", "required"]),
+        ("name: ../../etc", ["name", "letters"]),
+        ("name: a\nrun: &x {epochs: 3}\ndata: *x", ["aliases", "not allowed"]),
+        ("name: a\n<<: {run: {epochs: 3}}", ["<<"]),
+        ("- a\n- b", ["mapping"]),
+        ("", ["mapping"]),
+        ("name: a\nrun: [1", ["recipe.yaml"]),
+        ("name: !!python/object/apply:os.system ['true']", ["could not determine"]),
+        ("name: a\n1: 2", ["not a word"]),
+        ("[" * 30000, ["recipe.yaml"]),
+        ("name: a\x00", ["recipe.yaml"]),
+        ("# " + "x" * 70000, ["larger than"]),
+    ],
+)
+def test_mistakes_are_refused_with_file_place_and_remedy(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, text))
+    sentence = str(caught.value)
+    assert "recipe.yaml" in sentence
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 400
+
+
+def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
+    text = "name: a\noptim: {lr: 1e-3, weight_decay: 5.0e-4, milestones: [60, 1.5e2]}"
+    optim = load_recipe(write(tmp_path, text)).optim
+    assert (optim.lr, optim.weight_decay, optim.milestones) == (1e-3, 5e-4, (60.0, 150.0))
+    words = parse_yaml("[no, yes, on, 0x10, 1_000, 12:30, 2026-01-01]", where="here")
+    assert words == ["no", "yes", "on", "0x10", "1_000", "12:30", "2026-01-01"]
+
+
+def test_overrides_change_and_open_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\nrun: {epochs: 3}")
+    overrides = ["run.epochs=5", "ema.decay=0.99", "name=b", "losses.cross_entropy.weight=2"]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.run.epochs, recipe.name) == (5, "b")
+    assert recipe.ema is not None
+    assert recipe.ema.decay == 0.99
+    assert recipe.losses["cross_entropy"].weight == 2
+    for bad, word in (
+        ("run.epochs", "section.key=value"),
+        ("run.epochs.x=1", "not a section"),
+        ("run.epoch=1", "run.epochs"),
+        ("run.epochs=[1", "run.epochs"),
+    ):
+        with pytest.raises(UserError, match=word):
+            load_recipe(path, [bad])
+
+
+def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, "name: a")
+    with pytest.raises(UserError, match=r"did you mean .*recipe\.yaml"):
+        load_recipe(tmp_path / "recpie.yaml")
+
+
+def test_every_known_key_is_in_the_resolved_recipe() -> None:
+    everything = validate(
+        {
+            "name": "a",
+            "ema": {},
+            "losses": {"cross_entropy": {}, "arcface": {}},
+            "model": {"head": "cosine"},
+        },
+        where="here",
+    )
+    assert isinstance(everything, Recipe)
+    said = set(flat(resolved(everything)))
+    known = known_keys()
+    leaves = {f"{section}.{name}".lstrip(".") for section in known for name in known[section]}
+    assert leaves - known.keys() <= said
