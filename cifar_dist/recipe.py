@@ -12,7 +12,6 @@ import json
 import re
 import types
 import typing
-from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from cifar_dist.learn.ema import EmaConfig
 from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
 from cifar_dist.learn.optim import OptimConfig
 from cifar_dist.nets.backbones import ModelConfig
+from cifar_dist.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
     Losses = dict[str, Loss]
@@ -182,6 +182,29 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"run.epochs": 200, ...}; lists are values."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    pairs: dict[str, Any] = {}
+    for name, inner in value.items():
+        pairs |= flat(inner, f"{prefix}.{name}".lstrip("."))
+    return pairs
+
+
+def recipe_changes(recipe: Recipe) -> list[str]:
+    """How it differs from the one that its run folder was trained with: `run.epochs: 200 -> 300`."""
+    path = recipe.folder / "recipe.yaml"
+    if not path.exists():
+        return []
+    before, after = flat(parse_yaml(path.read_text(), where=str(path))), flat(resolved(recipe))
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not name.startswith(NOT_THE_RECIPE)
+    ]
+
+
 def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(resolved(recipe), sort_keys=False, default_flow_style=None)
 
@@ -190,65 +213,6 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe, for editors: recipes/schema.json."""
     schema = ADAPTER.json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-# --- YAML, the unsurprising part of it -------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: 1e-3 is a number, `no` and `010` are text; no repeats, no aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                "anchors and aliases are not allowed; write the value out",
-                event.start_mark,
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=True)
-            if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} is not a word", key_node.start_mark
-                )
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is given twice; keep one", key_node.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
-    ("bool", r"^(?:true|false)$", list("tf")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-
-
-def parse_yaml(text: str, *, where: str) -> Any:
-    """Plain data from YAML text; UserError with line and column for what is not plain."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise UserError(f"{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a recipe: {str(error).splitlines()[0]}") from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -16,22 +16,19 @@ import hashlib
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
 from cifar_dist import __version__
 from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
+from cifar_dist.dry_run import plan
 from cifar_dist.engine import results, run_folder
 from cifar_dist.engine.checkpoint import load_progress, load_tensors, newest_valid
-from cifar_dist.engine.estimate import estimate, optimizer_states, readable
 from cifar_dist.engine.evaluation import Evaluation, evaluate
 from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
 from cifar_dist.engine.runtime import (
@@ -40,10 +37,11 @@ from cifar_dist.engine.runtime import (
     end_processes,
     log,
     log_to_terminal,
+    progress_bar,
     start_processes,
     wrap,
 )
-from cifar_dist.engine.state import State
+from cifar_dist.engine.state import State, vote
 from cifar_dist.engine.step import check_precision, make_scaler, train_step
 from cifar_dist.engine.tracking import Tracker
 from cifar_dist.errors import UserError, is_main_rank, run_command
@@ -55,10 +53,9 @@ from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
 from cifar_dist.nets.backbones import build_model, fetch_pretrained
 from cifar_dist.prepare import prepare
-from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, load_recipe, parse_yaml, resolved, to_yaml
+from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, resolved, to_yaml
 
 STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
-VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving, in measured step time
 MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
 
 
@@ -173,14 +170,16 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             step, at_end = state.step, state.step == total_steps
             stop = save_now = False
             if step >= vote_step:
-                stop, save_now, pause_votes = vote(state, ranks, run.save_every_minutes)
+                stop, save_now, pause_votes = vote(
+                    state, ranks, save_every_minutes=run.save_every_minutes
+                )
                 vote_step, stop = step + pause_votes, stop and not at_end
             report_due = state.window.steps and (at_end or step % run.report_every_steps == 0)
             look_due = step > state.evaluated_step and not stop
             look_due &= at_end or step % (run.eval_every_epochs * steps_per_epoch) == 0
             save_due = step > state.saved_step and (at_end or stop or save_now)
             if report_due or look_due or save_due:
-                stop_at_broken_numbers(state, run.precision, ranks)
+                state.refuse_broken_numbers(most_skips=MOST_SKIPS[run.precision])
             if report_due:
                 images = state.window.steps * run.batch_size
                 numbers = means(state.window.read(), state.window.names, samples=images)
@@ -285,57 +284,6 @@ def open_run(recipe: Recipe, digest: str, *, force: bool) -> tuple[Path | None, 
     return saved, None if force and recipe.run.shards else facts.get("shards")
 
 
-def recipe_changes(recipe: Recipe) -> list[str]:
-    """How the recipe differs from the one that its run folder was trained with."""
-    path = recipe.folder / "recipe.yaml"
-    if not path.exists():
-        return []
-    before = parse_yaml(path.read_text(), where=str(path))
-    return run_folder.differences(before, resolved(recipe), ignore=NOT_THE_RECIPE)
-
-
-def vote(state: State, ranks: Ranks, save_every_minutes: float) -> tuple[bool, bool, int]:
-    """What all ranks agree on: stop?, save now? (rank 0's clock), steps until the next vote."""
-    minutes = (time.perf_counter() - state.last_save) / 60
-    pace = state.window.elapsed() / max(1, state.window.steps)
-    step = state.step
-    stop, save, slowest, latest, earliest = ranks.largest(
-        [
-            float(signals.received() is not None),
-            float(ranks.is_main and minutes >= save_every_minutes),
-            pace if state.window.steps else VOTE_SECONDS,
-            float(step),
-            float(-step),
-        ]
-    )
-    assert latest == step == -earliest, f"ranks are at steps {-earliest:.0f} to {latest:.0f}"
-    steps = 1 if ranks.world_size == 1 else max(1, int(VOTE_SECONDS / max(slowest, 1e-6)))
-    return stop > 0, save > 0, min(steps, 1000)
-
-
-def stop_at_broken_numbers(state: State, precision: str, ranks: Ranks) -> None:
-    """Raise when the gradient stopped being finite; the weights are those of the last good step."""
-    skips = int(state.window.skipped_in_a_row)
-    if skips >= MOST_SKIPS[precision]:
-        raise UserError(
-            f"rank {ranks.rank}: the gradient was not finite in the last {skips} step(s) before step "
-            f"{state.step}; nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, or try "
-            "run.precision=fp32"
-        )
-
-
-def progress_bar(done: int, total: int, *, shown: bool) -> tqdm:
-    """A bar on rank 0 of a terminal, nothing elsewhere."""
-    return tqdm(
-        total=total,
-        initial=done,
-        unit="step",
-        dynamic_ncols=True,
-        leave=False,
-        disable=None if shown else True,  # None: only on a terminal
-    )
-
-
 def ensure_data(path: Path, source: str | None) -> None:
     """Have the Arrow data on disk: rank 0 prepares what is missing, the others wait for the file."""
     if (path / "digest.json").exists():
@@ -354,36 +302,6 @@ def ensure_data(path: Path, source: str | None) -> None:
             log.warning(
                 f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
             )
-
-
-def plan(recipe: Recipe) -> str:
-    """What --dry-run prints: the resolved recipe and what it will cost."""
-    run = recipe.run
-    states = optimizer_states(recipe.optim)
-    with FakeTensorMode():  # shapes only: the largest model costs nothing
-        numbers = estimate(
-            build_model(replace(recipe.model, pretrained=False, weights=None), 100),
-            batch_size=run.batch_size,
-            shards=run.shards or 1,
-            states=states,
-            ema=recipe.ema is not None,
-            half=run.precision != "fp32",
-        )
-    rows = 50_000 - recipe.data.holdout
-    if (Path(recipe.data.path) / "digest.json").exists():
-        rows = read_digest(Path(recipe.data.path))["train"]["rows"] - recipe.data.holdout
-    steps = rows // run.batch_size
-    flops = 3 * numbers["forward_flops_per_image"] * steps * run.batch_size * run.epochs
-    return (
-        f"{to_yaml(recipe)}\n"
-        f"parameters        {numbers['parameters']:,}\n"
-        f"FLOPs an image    {readable(numbers['forward_flops_per_image'])} forward, "
-        f"{readable(flops)} in the whole training\n"
-        f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
-        f"memory a process  at least {numbers['memory_bytes'] / 2**30:.2f} GiB "
-        f"({-(-run.batch_size // (run.shards or 1))} rows a shard), and 0.17 GiB of data\n"
-        f"run folder        {recipe.folder}"
-    )
 
 
 def finished_before(recipe: Recipe) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ def tensors(run: Path) -> dict[str, Tensor]:
     """All tensors of the newest checkpoint, and the predictions of a finished run."""
     newest = checkpoints(run / "checkpoints")[0]
     assert damage(newest) is None
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in sorted(newest.glob("*.safetensors")):
         found |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
     if (run / "predictions.safetensors").exists():

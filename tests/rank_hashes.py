@@ -19,7 +19,7 @@ if __name__ == "__main__":
         original(self, *arguments, **options)  # type: ignore[arg-type]
         states.append(self)
 
-    State.__init__ = remember  # type: ignore[method-assign, assignment]
+    State.__init__ = remember  # type: ignore[method-assign]
     accelerator = start_processes(timeout_seconds=60, threads=1)
     assert accelerator.num_processes == 2
     walk.train(load_recipe(Path(sys.argv[1])), accelerator)

@@ -8,18 +8,18 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from cifar_dist.engine.run_folder import flat
 from cifar_dist.errors import UserError
 from cifar_dist.recipe import (
     Recipe,
+    flat,
     json_schema,
     known_keys,
     load_recipe,
-    parse_yaml,
     resolved,
     to_yaml,
     validate,
 )
+from cifar_dist.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))

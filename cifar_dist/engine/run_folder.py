@@ -96,26 +96,6 @@ def locked(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"run.epochs": 200, ...}; lists are values."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    pairs: dict[str, Any] = {}
-    for name, inner in value.items():
-        pairs |= flat(inner, f"{prefix}.{name}" if prefix else str(name))
-    return pairs
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], *, ignore: tuple[str, ...]) -> list[str]:
-    """What changed between two resolved recipes, as `run.epochs: 200 -> 300`."""
-    before, after = flat(old), flat(new)
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(ignore)
-    ]
-
-
 def environment(
     *, world_size: int, threads: int, device: torch.device, data: str
 ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,7 +130,9 @@ def wrap(accelerator: Accelerator, model: nn.Module, *, shards: int) -> nn.Modul
     crashes on the first backward or stops reducing.
     """
     accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
-    return accelerator.prepare_model(model)
+    with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return accelerator.prepare_model(model)
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,18 @@ class Ranks:
                 f"rank {other} has another {what} than rank 0 ({seen[other]} against {seen[0]}); "
                 "start all ranks from the same files"
             )
+
+
+def progress_bar(done: int, total: int, *, shown: bool) -> tqdm:
+    """A bar on rank 0 of a terminal, nothing elsewhere."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        dynamic_ncols=True,
+        leave=False,
+        disable=None if shown else True,  # None: only on a terminal
+    )
 
 
 def share_buffers(model: nn.Module, ranks: Ranks) -> None:

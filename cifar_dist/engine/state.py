@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from cifar_dist import signals
 from cifar_dist.engine import checkpoint
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
+from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import Ema
+
+VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
 
 @dataclass
@@ -43,6 +47,16 @@ class State:
     def evaluated_model(self) -> nn.Module:
         """What is judged: the average where there is one."""
         return self.ema.model if self.ema else self.model
+
+    def refuse_broken_numbers(self, *, most_skips: int) -> None:
+        """Stop when the gradient stays not finite; the weights are those of the last good step."""
+        skips = int(self.window.skipped_in_a_row)  # the one host read of a report
+        if skips >= most_skips:
+            raise UserError(
+                f"the gradient was not finite in the last {skips} step(s) before step {self.step}; "
+                "nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, or try "
+                "run.precision=fp32"
+            )
 
     def save(self, folder: Path, ranks: Ranks, *, keep: int, facts: dict[str, Any]) -> None:
         """Rank 0 writes the checkpoint of this step; all ranks wait until it is complete.
@@ -94,3 +108,24 @@ class State:
         self.step = self.saved_step = progress["step"]
         self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
         self.seconds_before = progress["seconds"]
+
+
+def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[bool, bool, int]:
+    """What all ranks agree on: stop?, save now? (rank 0's clock), steps until the next vote.
+
+    Votes come about once a second of the slowest rank's measured step time; alone, at every step.
+    """
+    steps = state.window.steps
+    minutes = (time.perf_counter() - state.last_save) / 60
+    stop, save, slowest, latest, earliest = ranks.largest(
+        [
+            float(signals.received() is not None),
+            float(ranks.is_main and minutes >= save_every_minutes),
+            state.window.elapsed() / steps if steps else VOTE_SECONDS,
+            float(state.step),
+            float(-state.step),
+        ]
+    )
+    assert latest == -earliest, f"ranks are at steps {-earliest:.0f} to {latest:.0f}"
+    until_next = 1 if ranks.world_size == 1 else int(VOTE_SECONDS / max(slowest, 1e-6))
+    return stop > 0, save > 0, min(max(until_next, 1), 1000)

@@ -1,0 +1,272 @@
+"""Train recipes under several seeds and keep their accuracies: a list of runs that one can interrupt.
+
+Each run is `accelerate launch -m cifar_dist.train`; where it was interrupted it goes on by itself.
+"""
+
+from __future__ import annotations
+
+from cifar_dist import signals
+
+if __name__ == "__main__":
+    signals.install()  # Ctrl-C is the end of the budget, from the first moment on
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_dist.data.arrow import DIGEST, data_digest
+from cifar_dist.engine.results import read_json, read_summary
+from cifar_dist.errors import UserError, run_command
+from cifar_dist.files import write_json
+from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, flat, load_recipe, resolved
+
+SAVE_SECONDS = 120  # what a training may take to save; then it is killed
+EPILOG = """\
+examples:
+  python benchmarks/accuracy.py recipes/r18_32.yaml --budget 30
+  python benchmarks/accuracy.py recipes/tutorial/*.yaml --budget 240 --seeds 0,1,2,3,4
+  python benchmarks/accuracy.py recipes/debug.yaml --budget 10 --seeds 0 run.epochs=2 \\
+    --config_file accelerate_configs/cpu_2.yaml
+
+The same command goes on where the last one stopped and starts nothing that is finished. With
+--budget 0 it only shows what there is. The results file may hold other recipes' results; they stay.
+"""
+
+Row = dict[str, Any]  # one finished run, as the results file has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One recipe under one seed."""
+
+    recipe: Recipe  # as the training sees it: its name ends in _seed{k}
+    base: str  # the recipe's own name
+    arguments: list[str]  # of cifar_dist.train
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers, as {"run.epochs": 200, ...}."""
+        pairs = flat(resolved(self.recipe)).items()
+        return {name: value for name, value in pairs if not name.startswith(NOT_THE_RECIPE)}
+
+    def is_among(self, rows: list[Row]) -> bool:
+        """Whether the results hold this very run, whatever has become of its folder."""
+        row = next((row for row in rows if row["name"] == self.recipe.name), None)
+        if row is None or row["settings"] != self.settings:
+            return False
+        data = Path(self.recipe.data.path)
+        return not (data / DIGEST).exists() or data_digest(data) == row["data"]
+
+    def row(self) -> Row | None:
+        """What its folder says once it is finished."""
+        summary = read_summary(self.recipe.folder)
+        if not summary or not summary["finished"]:
+            return None
+        surroundings = read_json(self.recipe.folder / "environment.json")
+        measured = ("top1", "top5", "best_test_top1", "epochs", "seconds", "images_per_second")
+        return {
+            "recipe": self.base,
+            "seed": self.recipe.run.seed,
+            **{name: summary[name] for name in (*measured, "peak_memory_bytes", "parameters")},
+            **{name: surroundings[name] for name in ("hardware", "world_size", "commit", "data")},
+            "torch": surroundings["packages"]["torch"],
+            "date": surroundings["started"],
+            "name": self.recipe.name,
+            "settings": self.settings,
+        }
+
+
+def plan(paths: list[Path], seeds: list[int], overrides: list[str]) -> list[Run]:
+    """All runs, seed by seed, so that an early end leaves every recipe with as many as possible."""
+    names = [load_recipe(path, overrides).name for path in paths]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two recipes have the name {twice}; a run is known by its recipe's name")
+    runs = []
+    for seed in seeds:
+        for path, base in zip(paths, names, strict=True):
+            own = [*overrides, f"name={base}_seed{seed}", f"run.seed={seed}"]
+            runs.append(Run(recipe=load_recipe(path, own), base=base, arguments=[str(path), *own]))
+    return runs
+
+
+def start_and_wait(command: list[str], deadline: float) -> int | None:
+    """Run a training until it ends: its exit code, or None where it was asked to save and stop.
+
+    It is asked at the deadline (of time.monotonic) or after a signal. What it prints, it prints
+    here; it has ended when nobody holds its output any more, be the launcher dead long before.
+    """
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for this process alone
+    )
+
+    def send(number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    def forward() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line.decode(errors="replace"), end="", flush=True)
+
+    output = threading.Thread(target=forward, daemon=True)
+    output.start()
+    asked = False
+    try:
+        while output.is_alive():
+            output.join(0.1)
+            if not asked and (signals.received() or time.monotonic() > deadline):
+                send(signal.SIGTERM)
+                asked, deadline = True, time.monotonic() + SAVE_SECONDS
+            if asked and time.monotonic() > deadline:
+                send(signal.SIGKILL)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        send(signal.SIGKILL)
+        raise
+    code = process.wait()
+    return None if asked else code
+
+
+def results(rows: list[Row]) -> dict[str, Any]:
+    """The results file: mean and sample standard deviation per recipe, then the runs themselves."""
+
+    def spread(values: list[float]) -> dict[str, float | None]:
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return {"mean": statistics.mean(values), "std": std}
+
+    def group(base: str) -> Iterator[tuple[str, Any]]:
+        mine = [row for row in rows if row["recipe"] == base]
+        yield "n", len(mine)
+        for name in ("top1", "top5", "best_test_top1", "seconds", "images_per_second"):
+            yield name, spread([row[name] for row in mine])
+
+    bases = dict.fromkeys(row["recipe"] for row in rows)
+    return {
+        "what": "accuracy",
+        "recipes": {base: dict(group(base)) for base in bases},
+        "runs": rows,
+    }
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The runs in a results file; none where there is no file."""
+    content = read_json(path)
+    if path.exists() and (not isinstance(content, dict) or content.get("what") != "accuracy"):
+        raise UserError(f"{path} is no results file of this benchmark; choose another --output")
+    return content["runs"] if content else []
+
+
+def table(content: dict[str, Any]) -> str:
+    def shown(value: dict[str, float | None]) -> str:
+        return f"{value['mean']:.2f}" + (f" +- {value['std']:.2f}" if value["std"] else "")
+
+    lines = [f"{'recipe':<40}{'n':>3}{'top1, last':>18}{'top5':>18}{'best test epoch':>18}{'s':>9}"]
+    for base, numbers in content["recipes"].items():
+        cells = (shown(numbers[name]) for name in ("top1", "top5", "best_test_top1"))
+        seconds = numbers["seconds"]["mean"]
+        lines.append(
+            f"{base:<40}{numbers['n']:>3}"
+            + "".join(f"{cell:>18}" for cell in cells)
+            + f"{seconds:>9.0f}"
+        )
+    return "\n".join(lines)
+
+
+def seed_list(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise UserError(f"--seeds {text}: write numbers with commas between, like 0,1,2")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/accuracy.py",
+        description="Train recipes under several seeds within a budget; start it again to go on.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RECIPE | section.key=value",
+        help="YAML files, see recipes/, and changes to all of them",
+    )
+    parser.add_argument(
+        "--budget", type=float, required=True, metavar="MINUTES", help="stop and save after these"
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the results, JSON; default: benchmarks/results/accuracy_cuda.json, or ..._cpu.json",
+    )
+    parser.add_argument(
+        "--least",
+        type=float,
+        default=1.0,
+        metavar="MINUTES",
+        help="start no run with less than this left (default: 1)",
+    )
+    parser.add_argument("--config_file", type=Path, help="given to accelerate launch")
+    options = parser.parse_intermixed_args(arguments)
+
+    overrides = [word for word in options.words if "=" in word]
+    paths = [Path(word) for word in options.words if "=" not in word]
+    runs = plan(paths, seed_list(options.seeds), overrides)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    output = options.output or Path(__file__).parent / f"results/accuracy_{device}.json"
+    rows = read_rows(output)
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if options.config_file:
+        launch += ["--config_file", str(options.config_file)]
+
+    deadline = started + 60 * options.budget
+    remaining, failed = [], []
+    for run in runs:
+        name = run.recipe.name
+        if run.is_among(rows):
+            print(f"{name}: finished before")
+            continue
+        if signals.received() or deadline - time.monotonic() < 60 * options.least:
+            remaining.append(name)
+            continue
+        print(f"{name}: {(deadline - time.monotonic()) / 60:.1f} minutes left", flush=True)
+        code = start_and_wait([*launch, "-m", "cifar_dist.train", *run.arguments], deadline)
+        row = run.row() if code == 0 else None
+        if row:
+            rows = [*(old for old in rows if old["name"] != name), row]
+            write_json(output, results(rows))
+        elif code is None:
+            remaining.append(name)
+        else:
+            failed.append(name)
+    if rows:
+        print(f"\n{table(results(rows))}")
+    if remaining:
+        print(
+            f"{len(remaining)} of {len(runs)} runs remain: {', '.join(remaining)}; "
+            "the same command goes on"
+        )
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; see above")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

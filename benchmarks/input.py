@@ -1,0 +1,322 @@
+"""How fast pictures come: the data path, the loop around a model that costs nothing, the step.
+
+Everything on one thread of the CPU, side by side with the tutorial's way and the usual ones.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: other work shares the cores
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from measure import Turns, machine, ratios, spread, take_turns
+from peers import endless, hugging_face_loader, tutorial_loader
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar_dist.data.arrow import Split, load_split, read_digest
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import start_processes
+from cifar_dist.engine.step import Step, make_scaler, train_step
+from cifar_dist.errors import UserError, run_command
+from cifar_dist.files import write_json
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import (
+    OptimConfig,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from cifar_dist.nets.heads import LinearHead, Outputs
+from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+
+Work = Callable[[], int]  # a piece of work; returns how many units it did
+
+BATCH_SIZE = 250
+TURN_SECONDS = 0.3
+TUTORIAL = "tutorial: Dataset, DataLoader"
+OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
+CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
+CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, flip=True, cutout=8)
+
+
+class NullModel(nn.Module):
+    """What a very fast GPU leaves to see: 16 of the pixels, their mean, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = LinearHead(3, 100)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return self.head(images[:, :, ::8, ::8].float().mean((2, 3)))
+
+
+def our_batches(split: Split, *, shards: int = 1) -> Iterator[list[Batch]]:
+    return train_batches(
+        split,
+        torch.arange(len(split.labels)),
+        seed=0,
+        shuffle=True,
+        batch_size=BATCH_SIZE,
+        shards=shards,
+        start_step=0,
+        rank=0,
+        world_size=1,
+    )
+
+
+def data_works(split: Split) -> dict[str, Work]:
+    """Batches out of the data, no model behind them; a unit is an image."""
+
+    def drawn(batches: Iterator[tuple[Tensor, Tensor]]) -> Work:
+        return lambda: len(next(batches)[1])
+
+    def ours(
+        config: AugmentConfig, pixels: Callable[[Tensor], Tensor] = lambda images: images
+    ) -> Work:
+        batches, augment = our_batches(split), Augment(config, rows=len(split.labels))
+        return lambda: len(pixels(augment(next(batches)[0]).images))
+
+    return {
+        TUTORIAL: drawn(endless(tutorial_loader(split, BATCH_SIZE))),
+        "Hugging Face Image(), set_transform": drawn(
+            endless(hugging_face_loader(split, BATCH_SIZE, augment=False))
+        ),
+        "... crop, flip, normalise by torchvision": drawn(
+            endless(hugging_face_loader(split, BATCH_SIZE, augment=True))
+        ),
+        "ours": ours(AugmentConfig()),
+        "ours, crop and flip": ours(CROP_FLIP),
+        "ours, crop, flip and cutout": ours(CROP_FLIP_CUTOUT),
+        "ours, crop, flip, float32 and normalised": ours(
+            CROP_FLIP, PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD)
+        ),
+    }
+
+
+def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
+    """Whole training loops around the null model; a unit is an image."""
+    cross_entropy = nn.CrossEntropyLoss()
+
+    def plain(batches: Iterator[tuple[Tensor, Tensor]]) -> Work:
+        model = NullModel()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, weight_decay=0.001)
+
+        def step() -> int:
+            images, labels = next(batches)
+            loss = cross_entropy(model(images).logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            return len(labels)
+
+        return step
+
+    def accelerated(*, augment: bool) -> Work:
+        bare = NullModel()
+        model, optimizer, loader = accelerator.prepare(
+            bare,
+            torch.optim.AdamW(bare.parameters(), lr=OPTIM.lr, weight_decay=0.001),
+            hugging_face_loader(split, BATCH_SIZE, augment=augment),
+        )
+        batches = endless(loader)
+
+        def step() -> int:
+            images, labels = next(batches)
+            loss = cross_entropy(model(images).logits, labels)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return len(labels)
+
+        return step
+
+    return {
+        TUTORIAL: plain(endless(tutorial_loader(split, BATCH_SIZE))),
+        "Accelerate, Image() and set_transform": accelerated(augment=False),
+        "... crop, flip, normalise by torchvision": accelerated(augment=True),
+        "ours": our_loop(split, AugmentConfig(), accelerator),
+        "ours, crop and flip": our_loop(split, CROP_FLIP, accelerator),
+    }
+
+
+def our_loop(split: Split, augment: AugmentConfig, accelerator: Accelerator) -> Work:
+    """What train.py does at each step, with a report every 50 steps."""
+    model, batches, steps = NullModel(), our_batches(split), count()
+    optimizer = build_optimizer(OPTIM, model)
+    objective = Objective(
+        Augment(augment, rows=len(split.labels)), {"cross_entropy": CrossEntropy()}
+    )
+    update = our_step(model, objective, optimizer, accelerator)
+    window = Window(objective.names, shards=1, device=accelerator.device)
+
+    def step() -> int:
+        number = next(steps)
+        lr = learning_rate(OPTIM, number, total_steps=1_000_000, steps_per_epoch=200)
+        set_learning_rate(optimizer, lr)
+        window.add(update(next(batches), number))
+        if window.steps == 50:
+            window.read()
+            window.clear()
+        return BATCH_SIZE
+
+    return step
+
+
+def our_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> Callable[[list[Batch], int], Step]:
+    scaler = make_scaler("fp32", accelerator.device)
+
+    def update(shards: list[Batch], step: int) -> Step:
+        return train_step(
+            accelerator,
+            model,
+            objective,
+            optimizer,
+            scaler,
+            shards,
+            precision="fp32",
+            seed=0,
+            step=step,
+            batch_size=BATCH_SIZE,
+            max_grad_norm=OPTIM.max_grad_norm,
+        )
+
+    return update
+
+
+def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
+    """One batch in two shards, again and again: our step, and its operations in plain torch."""
+    shards = next(our_batches(split, shards=2))
+    model, twin = NullModel(), NullModel()
+    optimizer = build_optimizer(OPTIM, model)
+    objective = Objective(Augment(AugmentConfig(), rows=1), {"cross_entropy": CrossEntropy()})
+    update = our_step(model, objective, optimizer, accelerator)
+
+    parameters = list(twin.parameters())
+    plain_optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, weight_decay=0.001, fused=True)
+
+    def ours() -> int:
+        update(shards, 0)
+        return 1
+
+    def by_hand() -> int:
+        for shard in shards:
+            outputs = twin(shard.images)
+            loss = F.cross_entropy(outputs.logits, shard.labels, reduction="none")
+            100.0 * (outputs.logits.detach().argmax(1) == shard.labels)
+            (loss.sum() / BATCH_SIZE).backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 5.0)
+        plain_optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+        return 1
+
+    return {"by hand": by_hand, "ours": ours}
+
+
+def compare(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Images a second of each, and how many times the tutorial's that is."""
+    turns = take_turns(works, rounds=rounds, seconds=seconds)
+    return [
+        {
+            "name": name,
+            "images_per_second": spread([turn.by_clock for turn in turns[name]]),
+            "images_per_cpu_second": spread([turn.by_cpu for turn in turns[name]]),
+            "times_the_tutorial": ratios(turns, name, TUTORIAL),
+        }
+        for name in works
+    ]
+
+
+def overhead(turns: Turns) -> dict[str, dict[str, float]]:
+    """Milliseconds of CPU a step, and what ours takes more than its operations do by hand."""
+    cost = {name: [1000 / turn.by_cpu for turn in turns[name]] for name in turns}
+    more = [ours - plain for ours, plain in zip(cost["ours"], cost["by hand"], strict=True)]
+    return {"by hand": spread(cost["by hand"]), "ours": spread(cost["ours"]), "more": spread(more)}
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    """One line a row: images/s by the clock with spread, by CPU time, times the tutorial's."""
+    lines = [
+        f"{title:<42}{'images/s':>12}{'least - most':>24}{'a CPU s':>12}{'x CPU':>8}{'x clock':>9}"
+    ]
+    for row in rows:
+        clock, cpu, times = (
+            row[name]
+            for name in ("images_per_second", "images_per_cpu_second", "times_the_tutorial")
+        )
+        span = f"{clock['least']:,.0f} - {clock['most']:,.0f}"
+        lines.append(
+            f"{row['name']:<42}{clock['median']:>12,.0f}{span:>24}{cpu['median']:>12,.0f}"
+            f"{times['by_cpu']['median']:>8.2f}{times['by_clock']['median']:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/input.py",
+        description="Measure the data path, the loop and the step on one CPU thread: 2 minutes.",
+    )
+    parser.add_argument("--data", type=Path, default=Path("data/sample"), help="prepared data")
+    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each row (default: 7)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds a turn (default: 0.5)")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.seconds <= 0:
+        raise UserError("--rounds and --seconds: give numbers above 0")
+    split = load_split(options.data, "train")
+    if len(split.labels) < BATCH_SIZE:
+        raise UserError(f"{options.data} has fewer than {BATCH_SIZE} training rows")
+    accelerator = start_processes(timeout_seconds=600, threads=1)
+
+    content = {"what": "input", **machine(), "data": read_digest(options.data)["content"]}
+    content |= {
+        "rows": len(split.labels),
+        "batch_size": BATCH_SIZE,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+    }
+    turn = {"rounds": options.rounds, "seconds": options.seconds}
+    content["data_path"] = compare(data_works(split), **turn)
+    content["null_model_loop"] = compare(loop_works(split, accelerator), **turn)
+    content["step_milliseconds"] = overhead(take_turns(step_works(split, accelerator), **turn))
+    print(
+        f"{content['hardware']}, {content['threads']} thread of {content['cores']} cores, torch "
+        f"{content['torch']}, {content['date']}, commit {content['commit']}, batch {BATCH_SIZE}, "
+        f"{options.rounds} rounds\n"
+    )
+    print(table("data path", content["data_path"]), end="\n\n")
+    print(table("whole loop, null model", content["null_model_loop"]), end="\n\n")
+    for name, cost in content["step_milliseconds"].items():
+        print(
+            f"step, two shards, {name:<8}{cost['median']:8.3f} ms of CPU "
+            f"({cost['least']:.3f} - {cost['most']:.3f})"
+        )
+    if options.output:
+        write_json(options.output, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

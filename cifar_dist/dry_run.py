@@ -1,0 +1,42 @@
+"""Floor 5. What `train --dry-run` prints: a recipe with its defaults, and what it will cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cifar_dist.data.arrow import read_digest
+from cifar_dist.engine.estimate import estimate, optimizer_states, readable
+from cifar_dist.nets.backbones import build_model
+from cifar_dist.recipe import Recipe, to_yaml
+
+
+def plan(recipe: Recipe) -> str:
+    """The resolved recipe, parameters, FLOPs, steps, memory, run folder; computes nothing."""
+    run, data = recipe.run, Path(recipe.data.path)
+    shards = run.shards or 1
+    states = optimizer_states(recipe.optim)
+    with FakeTensorMode():  # shapes only: the largest model costs nothing
+        numbers = estimate(
+            build_model(replace(recipe.model, pretrained=False, weights=None), 100),
+            batch_size=run.batch_size,
+            shards=shards,
+            states=states,
+            ema=recipe.ema is not None,
+            half=run.precision != "fp32",
+        )
+    rows = read_digest(data)["train"]["rows"] if (data / "digest.json").exists() else 50_000
+    steps = (rows - recipe.data.holdout) // run.batch_size
+    forward = numbers["forward_flops_per_image"]
+    training = 3 * forward * steps * run.batch_size * run.epochs  # the backward costs two forwards
+    return (
+        f"{to_yaml(recipe)}\n"
+        f"parameters        {numbers['parameters']:,}\n"
+        f"FLOPs an image    {readable(forward)} forward, {readable(training)} in the whole training\n"
+        f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
+        f"memory a process  at least {numbers['memory_bytes'] / 2**30:.2f} GiB "
+        f"({-(-run.batch_size // shards)} rows a shard), and {rows * 3092 / 2**30:.2f} GiB of data\n"
+        f"run folder        {recipe.folder}"
+    )

@@ -1,0 +1,205 @@
+"""The ways to start: those that can work do, the others stop with one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RecipeMaker
+from ranks import free_port, train
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def run(
+    *command: object, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *(str(part) for part in command)],
+        cwd=cwd,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+
+
+def world_size(cwd: Path) -> int:
+    return json.loads((cwd / "runs/tiny/summary.json").read_text())["world_size"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["--config_file", CONFIGS / "cpu_2.yaml"], 2),
+        (["--cpu", "--num_processes", "2"], 1),  # Accelerate starts one, and we say so
+    ],
+    ids=["cpu_2", "cpu flag"],
+)
+def test_accelerate_launch(
+    tmp_path: Path, recipe: RecipeMaker, launcher: list[object], processes: int
+) -> None:
+    port = ["--main_process_port", free_port()] if processes > 1 else []
+    command = ["accelerate.commands.launch", *launcher, *port, "-m", "cifar_dist.train", recipe()]
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert f"{processes} process(es) train on cpu" in done.stdout
+    assert world_size(tmp_path) == processes
+
+
+def test_torchrun(tmp_path: Path, recipe: RecipeMaker) -> None:
+    command = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    done = run(*command, "-m", "cifar_dist.train", recipe(), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert world_size(tmp_path) == 2
+
+
+def test_slurm_variables_alone(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two tasks as plain srun starts them."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cifar_dist.train", str(recipe())],
+            cwd=tmp_path,
+            env={
+                **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")},
+                "SLURM_PROCID": str(rank),
+                "SLURM_NTASKS": "2",
+                "SLURM_LOCALID": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_WAIT_POLICY": "passive",
+            },
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert world_size(tmp_path) == 2
+
+
+def test_launcher_settings_that_the_recipe_decides_are_overridden(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    output = train(
+        recipe(run={"epochs": 1}),
+        cwd=tmp_path,
+        environment={
+            "ACCELERATE_MIXED_PRECISION": "fp16",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+            "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        },
+    )
+    for remedy in ("run.precision", "run.shards", "run.compile"):
+        assert output.count(f"the recipe decides ({remedy})") == 1
+    assert ", fp32," in output
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_launchers_for_other_engines_are_refused(
+    tmp_path: Path, recipe: RecipeMaker, name: str
+) -> None:
+    output = train(recipe(), cwd=tmp_path, expect=2, environment={name: "true"})
+    assert "accelerate_configs/" in output
+
+
+def test_ranks_with_other_recipes_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
+    from ranks import Ranks
+
+    first = Ranks("train", [recipe()], cwd=tmp_path)  # only to have a warm server
+    first.wait()
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cifar_dist.train", str(recipe("other")), f"run.seed={rank}"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "rank 1 has another recipe than rank 0" in errors[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_just_after_start_ends_with_a_checkpoint(
+    tmp_path: Path, recipe: RecipeMaker, number: signal.Signals
+) -> None:
+    """Long before the first step: the note is kept and read at the first vote."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cifar_dist.train", str(recipe(run={"epochs": 1000}))],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1.0)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert f"stopped by {number.name}" in output
+    assert (tmp_path / "runs/tiny/stopped").read_text() == f"{number.name}\n"
+
+
+def test_help_and_version() -> None:
+    for command in ("train", "evaluate", "prepare"):
+        done = run(f"cifar_dist.{command}", "--help", cwd=ROOT)
+        assert done.returncode == 0
+        assert "examples:" in done.stdout
+    assert "cifar_dist 0." in run("cifar_dist.train", "--version", cwd=ROOT).stdout
+
+
+def test_dry_run_computes_nothing_and_knows_the_cost(tmp_path: Path) -> None:
+    done = run(
+        "cifar_dist.train", "--dry-run", ROOT / "recipes/r50_224.yaml", "run.epochs=2", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout
+    said = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line.strip())
+    # torchvision's published 4.09 G multiply-adds are 8.18 GFLOPs
+    assert said["FLOPs an image"].strip().startswith("8.18 G")
+    assert said["steps"].strip().startswith("2 epochs of 97")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_data_and_weights_are_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
+    output = train(
+        recipe(data={"path": "nowhere", "source": str(tmp_path / "absent.tar.gz")}),
+        cwd=tmp_path,
+        expect=2,
+    )
+    assert output.count("error:") == 1
+    assert "absent.tar.gz" in output
+    output = train(
+        recipe("weightless", model={"pretrained": True, "backbone": "resnet18"}),
+        cwd=tmp_path,
+        expect=2,
+        environment={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty")},
+    )
+    assert output.count("error:") == 1
+    assert "model.weights" in output
+
+
+def test_missing_sample_is_drawn_by_one_rank(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(
+        run={"epochs": 1, "batch_size": 1000}, data={"path": "data/sample", "source": "sample"}
+    )
+    output = train(path, cwd=tmp_path, world_size=2)
+    assert output.count("This is the drawn sample, not CIFAR-100") == 2  # first and last
+    assert (tmp_path / "data/sample/cifar-100-python/train").exists()

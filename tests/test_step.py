@@ -1,0 +1,220 @@
+"""The step against updates written by hand: scaling, statistics, clipping, the guard, dropout's key."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cifar_dist.data.arrow import load_split
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.engine.step import Precision, Step, check_precision, keyed, make_scaler, train_step
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.objective import Objective
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+CPU = torch.device("cpu")
+OBJECTIVE = Objective(Augment(AugmentConfig(), rows=64), {"cross_entropy": CrossEntropy()})
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def shards_of(data: Path, *, shards: int, batch_size: int = 10) -> list[Batch]:
+    batches = train_batches(
+        load_split(data, "train"),
+        torch.arange(64),
+        seed=0,
+        shuffle=True,
+        batch_size=batch_size,
+        shards=shards,
+        start_step=0,
+        rank=0,
+        world_size=1,
+    )
+    return next(batches)
+
+
+def model_of(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(backbone="test_resnet", **options), 100).train()  # type: ignore[arg-type]
+
+
+def step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    shards: list[Batch],
+    *,
+    max_grad_norm: float | None = None,
+    precision: Precision = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+) -> Step:
+    return train_step(
+        accelerator,
+        model,
+        OBJECTIVE,
+        optimizer,
+        scaler or make_scaler(precision, CPU),
+        shards,
+        precision=precision,
+        seed=0,
+        step=0,
+        batch_size=sum(len(shard.rows) for shard in shards),
+        max_grad_norm=max_grad_norm,
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+def test_update_equals_the_mean_loss_by_hand(
+    accelerator: Accelerator, data: Path, shards: int, max_grad_norm: float | None
+) -> None:
+    parts = shards_of(data, shards=shards)
+    model = model_of()
+    by_hand = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    made = step(accelerator, model, optimizer, parts, max_grad_norm=max_grad_norm)
+    assert not made.skipped
+
+    loss = torch.zeros(())
+    for part in parts:
+        logits = by_hand(part.images).logits
+        loss = loss + nn.functional.cross_entropy(logits, part.labels, reduction="sum")
+    (loss / 10).backward()
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(by_hand.parameters(), max_grad_norm)
+    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_running_statistics_are_shard_zeros(accelerator: Accelerator, data: Path) -> None:
+    parts = shards_of(data, shards=3)
+    model = model_of()
+    first_only = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(accelerator, model, optimizer, parts)
+    first_only(parts[0].images)
+    for (name, ours), theirs in zip(model.named_buffers(), first_only.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert all(
+        module.track_running_stats
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    )
+
+
+def test_dropout_belongs_to_seed_step_and_shard() -> None:
+    dropout = nn.Dropout(0.5)
+    ones = torch.ones(1000)
+
+    def mask(**key: int) -> torch.Tensor:
+        torch.rand(7)  # ambient randomness must not matter
+        with keyed(dropout, **key):
+            return dropout(ones)
+
+    base = mask(seed=0, step=5, shard=1)
+    assert torch.equal(base, mask(seed=0, step=5, shard=1))
+    for other in ({"seed": 1, "step": 5, "shard": 1}, {"seed": 0, "step": 6, "shard": 1}):
+        assert not torch.equal(base, mask(**other))
+    assert not torch.equal(base, mask(seed=0, step=5, shard=0))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+    ],
+    ids=["fused sgd", "fused adamw", "not fused"],
+)
+def test_a_broken_gradient_changes_nothing(
+    accelerator: Accelerator, data: Path, make: Callable[[Any], torch.optim.Optimizer]
+) -> None:
+    model = model_of()
+    optimizer = make(model.parameters())
+    parts = shards_of(data, shards=2)
+    step(accelerator, model, optimizer, parts)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+
+    handle = model.get_submodule("head").register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] * torch.nan,)
+    )
+    assert step(accelerator, model, optimizer, parts, max_grad_norm=1.0).skipped
+    handle.remove()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[0][name]), name
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[1][index][name]))
+    assert not step(accelerator, model, optimizer, parts).skipped
+
+
+def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: Path) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(model.state_dict())
+    parts = shards_of(data, shards=2)
+    made = step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler)
+    assert made.skipped
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    skips = 0
+    while step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler).skipped:
+        skips += 1
+    assert 10 < skips < 40
+
+
+def test_terms_are_one_number_a_sample(accelerator: Accelerator, data: Path) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = step(accelerator, model, optimizer, shards_of(data, shards=3))
+    assert [shard for shard, _ in made.terms] == [0, 1, 2]
+    for shard, terms in made.terms:
+        assert list(terms) == OBJECTIVE.names == ["cross_entropy", "loss", "top1"]
+        for term in terms.values():
+            assert term.shape == (3 + (shard == 2),)
+            assert term.dtype == torch.float32
+            assert not term.requires_grad
+
+
+def test_cpu_takes_every_precision() -> None:
+    for precision in ("bf16", "fp16", "fp32"):
+        check_precision(precision, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_step_on_a_gpu_makes_no_host_read(data: Path) -> None:
+    accelerator = Accelerator()
+    model = model_of().to(accelerator.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    split = load_split(data, "train", accelerator.device)
+    batches = train_batches(
+        split,
+        torch.arange(64),
+        seed=0,
+        shuffle=True,
+        batch_size=10,
+        shards=1,
+        start_step=0,
+        rank=0,
+        world_size=1,
+    )
+    step(accelerator, model, optimizer, next(batches), precision="bf16")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(accelerator, model, optimizer, next(batches), precision="bf16")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
