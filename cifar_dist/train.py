@@ -284,10 +284,8 @@ def open_run(recipe: Recipe, digest: str, *, force: bool) -> tuple[Path | None, 
     return saved, None if force and recipe.run.shards else facts.get("shards")
 
 
-def ensure_data(path: Path, source: str | None) -> None:
-    """Have the Arrow data on disk: rank 0 prepares what is missing, the others wait for the file."""
-    if (path / "digest.json").exists():
-        return
+def wait_for_data(path: Path, source: str | None) -> None:
+    """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
     if is_main_rank():
         if source is None:
             raise UserError(
@@ -358,11 +356,13 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(plan(recipe))
         return 0
-    path = Path(recipe.data.path)
-    ensure_data(path, recipe.data.source)
-    is_sample = read_digest(path)["content"] == "sample"
+    path, source = Path(recipe.data.path), recipe.data.source
+    has_data = (path / "digest.json").exists()
+    is_sample = read_digest(path)["content"] == "sample" if has_data else source == "sample"
     if is_sample:
         log.info(SAMPLE_NOTE)
+    if not has_data:
+        wait_for_data(path, source)
     summary = finished_before(recipe)
     if summary is not None and not options.force:
         say_finished(recipe, summary, is_sample=is_sample)
@@ -374,7 +374,7 @@ def main(arguments: list[str]) -> int:
     )
     log.info(
         f"cifar_dist {__version__}: {accelerator.num_processes} process(es) train on "
-        f"{accelerator.device}, {recipe.run.precision}, {torch.get_num_threads()} CPU thread(s) each"
+        f"{accelerator.device.type}, {recipe.run.precision}, {torch.get_num_threads()} CPU thread(s) each"
     )
     summary = train(recipe, accelerator, force=options.force)
     end_processes(accelerator)

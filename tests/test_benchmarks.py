@@ -1,0 +1,159 @@
+"""The benchmarks for real, in small: what they write, where they go on, when they stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RecipeMaker
+
+from cifar_dist.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import accuracy
+
+SMALL = {"epochs": 1, "report_every_steps": 2}
+LONG = {"epochs": 100_000, "eval_every_epochs": 100_000}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+
+
+def run(*words: object) -> tuple[int, dict[str, Any] | None]:
+    """The benchmark's exit code and its results file."""
+    code = accuracy.main([str(word) for word in (*words, "--output", "results.json")])
+    path = Path("results.json")
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = [path.name for path in folder.glob("checkpoints/step_*")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def test_two_recipes_two_seeds_then_nothing_to_do(
+    recipe: RecipeMaker, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = [recipe("one", run=SMALL), recipe("two", run=SMALL, optim={"lr": 0.01})]
+    code, results = run(*paths, "--budget", 10, "--seeds", "0,1", "run.report_every_steps=3")
+    assert code == 0
+    assert results is not None
+    assert [(row["recipe"], row["seed"]) for row in results["runs"]] == [
+        ("one", 0),
+        ("two", 0),
+        ("one", 1),
+        ("two", 1),
+    ]
+    for row in results["runs"]:
+        summary = json.loads(Path("runs", row["name"], "summary.json").read_text())
+        assert {name: row[name] for name in ("top1", "top5", "seconds")} == {
+            name: summary[name] for name in ("top1", "top5", "seconds")
+        }
+        assert row["epochs"] == 1
+        assert {"hardware", "torch", "date", "commit", "peak_memory_bytes"} <= row.keys()
+    first, second = (row["top5"] for row in results["runs"][::2])
+    numbers = results["recipes"]["one"]
+    assert numbers["n"] == 2
+    assert numbers["top5"]["mean"] == pytest.approx((first + second) / 2)
+    assert numbers["top5"]["std"] == pytest.approx(abs(first - second) / math.sqrt(2))
+
+    capfd.readouterr()
+    before = Path("results.json").read_bytes()
+    code, _ = run(*paths, "--budget", 10, "--seeds", "0,1")
+    output = capfd.readouterr().out
+    assert code == 0
+    assert output.count("finished before") == 4
+    assert "remain" not in output
+    assert Path("results.json").read_bytes() == before
+    code, _ = run(paths[0], "--budget", 0, "--seeds", "0", "optim.lr=0.5")
+    assert "1 of 1 runs remain: one_seed0" in capfd.readouterr().out, (
+        "another recipe is another run"
+    )
+
+
+def test_an_interrupted_run_goes_on(recipe: RecipeMaker, capfd: pytest.CaptureFixture[str]) -> None:
+    path, folder = recipe("long", run=LONG), Path("runs/long_seed3")
+    command = [sys.executable, BENCHMARKS / "accuracy.py", path, "--budget", "60", "--seeds", "3"]
+    with subprocess.Popen(
+        [*command, "--output", "results.json"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "loss" in line and "images/s" in line and "Ctrl-C" not in output:
+                output += "Ctrl-C\n"
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, output
+    assert "1 of 1 runs remain: long_seed3; the same command goes on" in output
+    first = saved_step(folder)
+    assert first > 0, output
+    assert not (folder / "lock.json").exists(), "the training has ended, too"
+
+    for minutes in (0.35, 1, 4):  # other work may make a start slow
+        code, results = run(path, "--budget", minutes, "--least", 0, "--seeds", 3)
+        output = capfd.readouterr().out
+        assert code == 0
+        assert results is None
+        assert "1 of 1 runs remain" in output
+        if saved_step(folder) > first:
+            break
+    assert saved_step(folder) > first
+    assert f"goes on at step {first} of" in output
+
+
+def test_a_failed_run_is_named(recipe: RecipeMaker, capfd: pytest.CaptureFixture[str]) -> None:
+    path = recipe("broken", run=SMALL, model={"backbone": "no_such_net"})
+    code, results = run(path, "--budget", 10, "--seeds", "0")
+    assert code == 1
+    assert results is None
+    assert "1 of 1 runs failed: broken_seed0" in capfd.readouterr().out
+
+
+def test_mistakes_are_said_before_anything_starts(recipe: RecipeMaker) -> None:
+    path = recipe("one")
+    with pytest.raises(UserError, match="did you mean run.epochs"):
+        run(path, "--budget", 10, "run.epoch=2")
+    with pytest.raises(UserError, match="two recipes have the name one"):
+        run(path, path, "--budget", 10)
+    with pytest.raises(UserError, match="--seeds a"):
+        run(path, "--budget", 10, "--seeds", "a")
+    Path("results.json").write_text("{}")
+    with pytest.raises(UserError, match="no results file"):
+        run(path, "--budget", 10)
+    assert not Path("runs").exists()
+
+
+def test_input_writes_all_its_numbers(middle_data: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "input.py", "--data", middle_data]
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--seconds", "0.05", "--output", "input.json"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(Path("input.json").read_text())
+    assert numbers["threads"] == 1
+    assert {"hardware", "cores", "torch", "date", "commit"} <= numbers.keys()
+    assert len(numbers["data_path"]) == 7
+    assert len(numbers["null_model_loop"]) == 5
+    for row in numbers["data_path"] + numbers["null_model_loop"]:
+        assert row["name"] in done.stdout
+        for spread in (row["images_per_second"], row["times_the_tutorial"]["by_cpu"]):
+            assert 0 < spread["least"] <= spread["median"] <= spread["most"]
+    assert numbers["step_milliseconds"]["ours"]["median"] > 0
