@@ -62,12 +62,26 @@ class Run:
         return {name: value for name, value in pairs if not name.startswith(NOT_THE_RECIPE)}
 
     def is_among(self, rows: list[Row]) -> bool:
-        """Whether the results hold this very run, whatever has become of its folder."""
-        row = next((row for row in rows if row["name"] == self.recipe.name), None)
-        if row is None or row["settings"] != self.settings:
-            return False
-        data = Path(self.recipe.data.path)
-        return not (data / DIGEST).exists() or data_digest(data) == row["data"]
+        """Whether the results hold this run, whatever has become of its folder.
+
+        UserError where they hold its recipe with other settings, which no mean may mix.
+        """
+        settings, data = self.settings, Path(self.recipe.data.path)
+        if (data / DIGEST).exists():
+            settings |= {"data": data_digest(data)}
+        for row in (row for row in rows if row["recipe"] == self.base):
+            before = row["settings"] | ({"data": row["data"]} if "data" in settings else {})
+            changed = [
+                f"{name}: {value} -> {settings.get(name)}"
+                for name, value in before.items()
+                if name not in ("name", "run.seed") and value != settings.get(name)
+            ]
+            if changed:
+                raise UserError(
+                    f"the results hold {row['name']} with other settings ({'; '.join(changed)}); "
+                    "give the recipe another name (name=...), or choose another --output"
+                )
+        return self.recipe.name in (row["name"] for row in rows)
 
     def row(self) -> Row | None:
         """What its folder says once it is finished."""
@@ -131,10 +145,12 @@ def start_and_wait(command: list[str], deadline: float) -> int | None:
         while output.is_alive():
             output.join(0.1)
             if not asked and (signals.received() or time.monotonic() > deadline):
+                print("asked to save and stop", flush=True)
                 send(signal.SIGTERM)
                 asked, deadline = True, time.monotonic() + SAVE_SECONDS
             if asked and time.monotonic() > deadline:
                 send(signal.SIGKILL)
+                break
     except KeyboardInterrupt:  # the second Ctrl-C
         send(signal.SIGKILL)
         raise
@@ -232,6 +248,7 @@ def main(arguments: list[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = options.output or Path(__file__).parent / f"results/accuracy_{device}.json"
     rows = read_rows(output)
+    finished = {run.recipe.name for run in runs if run.is_among(rows)}
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if options.config_file:
         launch += ["--config_file", str(options.config_file)]
@@ -240,7 +257,7 @@ def main(arguments: list[str]) -> int:
     remaining, failed = [], []
     for run in runs:
         name = run.recipe.name
-        if run.is_among(rows):
+        if name in finished:
             print(f"{name}: finished before")
             continue
         if signals.received() or deadline - time.monotonic() < 60 * options.least:
@@ -250,7 +267,7 @@ def main(arguments: list[str]) -> int:
         code = start_and_wait([*launch, "-m", "cifar_dist.train", *run.arguments], deadline)
         row = run.row() if code == 0 else None
         if row:
-            rows = [*(old for old in rows if old["name"] != name), row]
+            rows.append(row)
             write_json(output, results(rows))
         elif code is None:
             remaining.append(name)

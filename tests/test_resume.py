@@ -105,7 +105,8 @@ def test_four_then_three_processes_agree_to_rounding(
     path = recipe(
         run={"batch_size": 60, "shards": 4, "epochs": 4},
         data={"path": str(middle_data)},
-        optim={"name": "sgd", "lr": 0.001},
+        model={"backbone": "test_vit"},  # smooth: rounding does not grow from step to step
+        optim={"name": "sgd", "lr": 0.01},
     )
     train(path, "name=straight", cwd=tmp_path, world_size=4)
     stop_at(path, tmp_path, 1, world_size=4, name="moved")

@@ -7,6 +7,7 @@ What a sample looks like depends on (augment.seed, view, row), never on batch, r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,13 @@ def cutout(images: Tensor, hole_y: Tensor, hole_x: Tensor, size: int) -> Tensor:
         return (along >= start) & (along < start + size)
 
     hole = covered(hole_y)[:, :, None] & covered(hole_x)[:, None, :]
-    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=images.device)
-    return torch.where(hole[:, None], colour[:, None, None], images)
+    return torch.where(hole[:, None], mean_colour(images.device), images)
+
+
+@cache
+def mean_colour(device: torch.device) -> Tensor:
+    """uint8 [3, 1, 1]; copied to the device once, since each copy would wait for it."""
+    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device)[:, None, None]
 
 
 class Augment:
