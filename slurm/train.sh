@@ -18,8 +18,9 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 
 if [ $# -eq 0 ]; then set -- recipes/r50_224.yaml; fi
 
-# The first host and a port of the job's own; all tasks derive their ranks from SLURM_*.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The first host's address and a port of the job's own; tasks derive their ranks from SLURM_*.
+first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"

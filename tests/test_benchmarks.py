@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accuracy
 import pytest
 from conftest import RecipeMaker
 
 from cifar_dist.errors import UserError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import accuracy
 
 BENCHMARKS = Path(accuracy.__file__).parent
 SMALL = {"epochs": 1, "report_every_steps": 2}

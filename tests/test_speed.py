@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from measure import ratios, take_turns
+from peers import endless, hugging_face_loader, tutorial_loader
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +26,6 @@ from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.nets.backbones import ModelConfig, build_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from measure import ratios, take_turns
-from peers import endless, hugging_face_loader, tutorial_loader
 
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
 ALL_OPS = AugmentConfig(crop_padding=4, flip=True, cutout=8)

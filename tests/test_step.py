@@ -120,7 +120,7 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
 
     def mask(**key: int) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
-        with keyed(dropout, **key):
+        with keyed(dropout, CPU, **key):
             return dropout(ones)
 
     base = mask(seed=0, step=5, shard=1)

@@ -7,7 +7,6 @@ What a sample looks like depends on (augment.seed, view, row), never on batch, r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -99,14 +98,10 @@ def cutout(images: Tensor, hole_y: Tensor, hole_x: Tensor, size: int) -> Tensor:
         start = centre[:, None] - size // 2
         return (along >= start) & (along < start + size)
 
-    hole = covered(hole_y)[:, :, None] & covered(hole_x)[:, None, :]
-    return torch.where(hole[:, None], mean_colour(images.device), images)
-
-
-@cache
-def mean_colour(device: torch.device) -> Tensor:
-    """uint8 [3, 1, 1]; copied to the device once, since each copy would wait for it."""
-    return torch.tensor(MEAN_COLOUR, dtype=torch.uint8, device=device)[:, None, None]
+    hole = (covered(hole_y)[:, :, None] & covered(hole_x)[:, None, :]).to(torch.uint8)[:, None]
+    # plain numbers rather than a tensor of the colour, whose copy to the device would wait for it
+    colour = torch.cat([hole * level for level in MEAN_COLOUR], dim=1)
+    return images * (1 - hole) + colour
 
 
 class Augment:

@@ -111,9 +111,20 @@ def start_processes(
             f"the launcher started {asked} processes but each believes in {accelerator.num_processes}; "
             "use one of accelerate_configs/ or `torchrun --nproc_per_node N -m cifar_dist.train`"
         )
-    here = local_world_size(accelerator.num_processes)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
+    torch.set_num_threads(threads or threads_per_process(accelerator.num_processes))
     return accelerator
+
+
+def threads_per_process(world_size: int) -> int:
+    """Slurm's share of CPUs for a task, or the machine's CPUs divided by its processes.
+
+    Launchers set OMP_NUM_THREADS each in its own way, and other threads mean other last bits.
+    """
+    share = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    if share.isdigit():
+        return max(1, int(share))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // local_world_size(world_size))
 
 
 def end_processes(accelerator: Accelerator) -> None:

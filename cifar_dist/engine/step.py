@@ -50,13 +50,30 @@ def make_scaler(precision: Precision, device: torch.device) -> torch.amp.GradSca
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator that dropout on `device` draws from.
+
+    torch.manual_seed would seed those of all backends, at half a millisecond a call.
+    """
+    match device.type:
+        case "cpu":
+            return torch.default_generator
+        case "cuda":
+            return torch.cuda.default_generators[device.index or 0]
+        case "mps":
+            return torch.mps._get_default_mps_generator()
+    raise UserError(f"{device.type}: train on cuda, mps or cpu")
+
+
 @contextmanager
-def keyed(model: nn.Module, *, seed: int, step: int, shard: int) -> Iterator[None]:
+def keyed(
+    model: nn.Module, device: torch.device, *, seed: int, step: int, shard: int
+) -> Iterator[None]:
     """Draw dropout from the key of this shard; only shard 0 moves BatchNorm's running statistics.
 
     So they are the same whether one process runs all shards or each shard has its own.
     """
-    torch.manual_seed(key("step", seed, step, shard))
+    generator_of(device).manual_seed(key("step", seed, step, shard))
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     followers = [module for module in norms if module.track_running_stats] if shard else []
     for module in followers:
@@ -98,7 +115,7 @@ def train_step(
     for shard in shards:
         with (
             nullcontext() if shard is final else accelerator.no_sync(model),
-            keyed(model, seed=seed, step=step, shard=shard.shard),
+            keyed(model, accelerator.device, seed=seed, step=step, shard=shard.shard),
         ):
             with autocast(precision, accelerator.device):
                 shard_terms = objective(model, shard)
