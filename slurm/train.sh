@@ -2,7 +2,8 @@
 # sbatch [sbatch options] slurm/train.sh [RECIPE] [section.key=value ...]
 # One task a GPU; without arguments: recipes/r50_224.yaml. Nodes, GPUs, time, partition, account are
 # sbatch's own options, for instance `sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 ...`.
-# A run that Slurm warns (--signal) or terminates saves, and the job is queued again under its id.
+# A run that Slurm warns (--signal) saves, and the job is queued again under its id; so is a preempted
+# one, by Slurm. One that is cancelled saves, too, and stays cancelled.
 #SBATCH --job-name=cifar_dist
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -29,7 +30,7 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 run_folder=$(python -m cifar_dist.train --dry-run "$@" | sed -n 's/^run folder  *//p')
 [ -n "$run_folder" ] || exit 2
 
-# The script must outlive the TERM that it gets together with its tasks, to queue the job again.
+# The script outlives the TERM that it may get together with its tasks, until they have saved.
 trap 'echo "slurm/train.sh: TERM, waiting for the tasks to save"' TERM
 # A Python process dies of USR1 before it has a handler, so tasks begin with USR1 blocked and unblock
 # it themselves (signals.py).
@@ -43,8 +44,10 @@ while kill -0 "$wait_for" 2>/dev/null; do
     code=$?
 done
 
-if [ -e "$run_folder/stopped" ]; then
-    echo "slurm/train.sh: saved after $(cat "$run_folder/stopped"); queued again"
+# USR1 is Slurm's warning of the time limit. After TERM Slurm itself queues a preempted job again, and
+# a cancelled one shall stay so.
+if [ "$(cat "$run_folder/stopped" 2>/dev/null)" = SIGUSR1 ]; then
+    echo "slurm/train.sh: saved before the time limit; queued again"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

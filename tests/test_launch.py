@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compare import largest_difference
 from conftest import RecipeMaker
 from ranks import free_port, train
 
@@ -203,3 +205,36 @@ def test_missing_sample_is_drawn_by_one_rank(tmp_path: Path, recipe: RecipeMaker
     output = train(path, cwd=tmp_path, world_size=2)
     assert output.count("This is the drawn sample, not CIFAR-100") == 2  # first and last
     assert (tmp_path / "data/sample/cifar-100-python/train").exists()
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_damaged_data_are_refused_before_the_first_step(
+    tmp_path: Path, recipe: RecipeMaker, data: Path, harm: str
+) -> None:
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    table = mine / "train/data-00000-of-00001.arrow"
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(content[: len(content) // 2] if harm == "cut" else content)
+    output = train(recipe(data={"path": str(mine)}), cwd=tmp_path, world_size=2, expect=2)
+    assert output.count("error:") == 1
+    assert str(table) in output
+    assert "cifar_dist.prepare --force" in output
+    assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
+
+
+def test_compiled_training_stays_near_eager(tmp_path: Path, recipe: RecipeMaker) -> None:
+    for compiled in ("false", "true"):
+        train(
+            recipe(
+                model={"backbone": "test_vit"}, optim={"name": "sgd", "lr": 0.01}, run={"epochs": 1}
+            ),
+            f"name=compile_{compiled}",
+            f"run.compile={compiled}",
+            "run.shards=1",
+            "model.drop_rate=0.0",
+            cwd=tmp_path,
+        )
+    difference = largest_difference(tmp_path / "runs/compile_false", tmp_path / "runs/compile_true")
+    assert difference < 1e-5
