@@ -51,7 +51,7 @@ from cifar_dist.learn.ema import Ema
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
-from cifar_dist.nets.backbones import build_model, fetch_pretrained
+from cifar_dist.nets.backbones import build_model, fetch_pretrained, pretrained_cfg
 from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, resolved, to_yaml
 
@@ -356,6 +356,8 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(plan(recipe))
         return 0
+    pretrained_cfg(recipe.model.backbone)  # both refuse a wrong name, before anything is downloaded
+    build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
     path, source = Path(recipe.data.path), recipe.data.source
     has_data = (path / "digest.json").exists()
     is_sample = read_digest(path)["content"] == "sample" if has_data else source == "sample"

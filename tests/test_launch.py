@@ -198,6 +198,16 @@ def test_missing_data_and_weights_are_one_sentence(tmp_path: Path, recipe: Recip
     assert "model.weights" in output
 
 
+def test_wrong_names_are_refused_before_data_are_fetched(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    source = f"http://127.0.0.1:{free_port()}/archive.tar.gz"
+    path = recipe(data={"path": "nowhere", "source": source})
+    assert "did you mean resnet18" in train(path, "model.backbone=resnet81", cwd=tmp_path, expect=2)
+    assert "choose adam" in train(path, "optim.name=adamv", cwd=tmp_path, expect=2)
+    assert "cannot be fetched" in train(path, cwd=tmp_path, expect=2)
+
+
 def test_missing_sample_is_drawn_by_one_rank(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(
         run={"epochs": 1, "batch_size": 1000}, data={"path": "data/sample", "source": "sample"}
