@@ -7,13 +7,16 @@ and installed before torch, since a signal kills a Python process that has no ha
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
-_received: list[str] = []  # a process has one set of signal handlers, hence one list
+AGAIN_SECONDS = 5  # launchers pass a terminal's Ctrl-C on, so it arrives twice within moments
+
+_received: list[tuple[int, float]] = []  # (number, when): a process has one set of handlers
 
 
 def install() -> None:
-    """Note the stop signals from now on. A second Ctrl-C stops at once, without saving."""
+    """Note the stop signals from now on. A second Ctrl-C, 5 s later, stops without saving."""
     stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     for number in stops:
         signal.signal(number, _note)
@@ -21,12 +24,12 @@ def install() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    if name == "SIGINT" and name in _received:
+    now = time.monotonic()
+    if number == signal.SIGINT and _received and now - _received[0][1] > AGAIN_SECONDS:
         raise KeyboardInterrupt
-    _received.append(name)
+    _received.append((number, now))
 
 
-def received() -> str | None:
-    """The name of the first stop signal that this process got, or None."""
-    return _received[0] if _received else None
+def received() -> int:
+    """The number of the first stop signal that this process got, or 0."""
+    return _received[0][0] if _received else 0

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -168,12 +169,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
             step, at_end = state.step, state.step == total_steps
-            stop = save_now = False
+            stop, save_now = 0, False
             if step >= vote_step:
-                stop, save_now, pause_votes = vote(
+                stop, save_now, steps_to_next = vote(
                     state, ranks, save_every_minutes=run.save_every_minutes
                 )
-                vote_step, stop = step + pause_votes, stop and not at_end
+                vote_step, stop = step + steps_to_next, 0 if at_end else stop
             report_due = state.window.steps and (at_end or step % run.report_every_steps == 0)
             look_due = step > state.evaluated_step and not stop
             look_due &= at_end or step % (run.eval_every_epochs * steps_per_epoch) == 0
@@ -187,25 +188,22 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 numbers["images_per_second"] = images / state.window.elapsed()
                 tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
                 state.window.clear()
-            paused = time.perf_counter()
             if look_due:
-                evaluation = look(test_split, test_rows)
-                numbers = dict(evaluation.metrics)
-                if held_rows is not None:
-                    held_out = look(train_split, held_rows).metrics
-                    numbers |= {f"val_{name}": value for name, value in held_out.items()}
-                    if state.best is None or held_out["top1"] > state.best["val_top1"]:
-                        state.best = {
-                            "val_top1": held_out["top1"],
-                            "checkpoint": f"step_{step:08d}",
-                        }
-                        save_due = True
-                tell("eval", numbers)
-                state.evaluated_step = step
+                with state.window.paused():
+                    evaluation = look(test_split, test_rows)
+                    numbers = dict(evaluation.metrics)
+                    if held_rows is not None:
+                        held_out = look(train_split, held_rows).metrics
+                        numbers |= {f"val_{name}": value for name, value in held_out.items()}
+                        save_due |= state.note_held_out(held_out["top1"])
+                    tell("eval", numbers)
+                    state.evaluated_step = step
             if save_due:
                 facts = {"shards": shards, "data": digest, "world_size": ranks.world_size}
-                state.save(folder / "checkpoints", ranks, keep=run.keep_checkpoints, facts=facts)
-            state.window.pause(time.perf_counter() - paused)
+                with state.window.paused():
+                    state.save(
+                        folder / "checkpoints", ranks, keep=run.keep_checkpoints, facts=facts
+                    )
             if stop or at_end:
                 break
 
@@ -244,6 +242,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             "steps": state.step,
             "seconds": state.seconds,
             "finished": at_end,
+            **({"stopped_by": signal.Signals(stop).name} if stop else {}),
         }
         if at_end and evaluation is None:  # all was done but the summary
             evaluation = look(test_split, test_rows)
@@ -255,7 +254,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 results.write_predictions(folder, evaluation)
             results.write_summary(folder, summary)
             if stop:  # a batch script that finds this file queues the job again
-                write_file(folder / "stopped", f"{signals.received()}\n")
+                write_file(folder / "stopped", f"{signal.Signals(stop).name}\n")
             tracker.finish(summary)
             return summary
 
@@ -382,7 +381,7 @@ def main(arguments: list[str]) -> int:
     end_processes(accelerator)
     if not summary["finished"]:
         log.info(
-            f"{recipe.name}: stopped by {signals.received() or 'a signal'} at step "
+            f"{recipe.name}: stopped by {summary['stopped_by']} at step "
             f"{summary['steps']}, all saved in {recipe.folder}; start it again to go on"
         )
         return STOPPED

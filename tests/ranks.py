@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -41,6 +42,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def start_rank(
+    arguments: Sequence[object], *, cwd: Path, rank: int, world_size: int, port: int
+) -> subprocess.Popen[str]:
+    """One rank in an interpreter of its own: `python ARGUMENTS...`."""
+    return subprocess.Popen(
+        [sys.executable, *(str(argument) for argument in arguments)],
+        cwd=cwd,
+        env={**os.environ, **rank_variables(rank, world_size, port)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells a process about itself, all ranks on this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
 class Ranks:
     """The processes of one launch; `output` is what they printed together."""
 
@@ -54,20 +83,10 @@ class Ranks:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.log = cwd / f"output_{time.monotonic_ns()}.txt"
-        port = str(free_port())
+        port = free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
-            variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "ACCELERATE_USE_CPU": "true",
-                "OMP_WAIT_POLICY": "passive",
-                **(environment or {}),
-            }
+            variables = rank_variables(rank, world_size, port) | (environment or {})
             process = context.Process(
                 target=_be_rank,
                 args=(command, [str(a) for a in arguments], variables, str(cwd), str(self.log)),

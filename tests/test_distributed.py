@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import assert_same_bits, largest_difference, lines, tensors
 from conftest import RecipeMaker
-from ranks import Ranks, train
+from ranks import Ranks, free_port, start_rank, train
 from safetensors.torch import load_file
 
 
@@ -84,30 +84,10 @@ def test_predictions_have_the_same_bits_in_any_world(
 
 def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Each rank hashes its weights after four steps; the step itself never compares them."""
-    import subprocess
-    import sys
-
-    script = Path(__file__).parent / "rank_hashes.py"
     path = recipe(run={"shards": 4, "batch_size": 12, "epochs": 1})
-    from ranks import free_port
-
+    script, port = Path(__file__).with_name("rank_hashes.py"), free_port()
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(path)],
-            cwd=tmp_path,
-            env={
-                **__import__("os").environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "ACCELERATE_USE_CPU": "true",
-            },
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for port in [str(free_port())]
+        start_rank([script, path], cwd=tmp_path, rank=rank, world_size=2, port=port)
         for rank in range(2)
     ]
     hashes = [process.communicate(timeout=120)[0].split()[-1] for process in processes]

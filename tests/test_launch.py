@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from compare import largest_difference
 from conftest import RecipeMaker
-from ranks import free_port, train
+from ranks import free_port, start_rank, train
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -114,26 +114,10 @@ def test_launchers_for_other_engines_are_refused(
 
 
 def test_ranks_with_other_recipes_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
-    from ranks import Ranks
-
-    first = Ranks("train", [recipe()], cwd=tmp_path)  # only to have a warm server
-    first.wait()
-    port = str(free_port())
+    port = free_port()
+    command = ["-m", "cifar_dist.train", recipe()]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cifar_dist.train", str(recipe("other")), f"run.seed={rank}"],
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_rank([*command, f"run.seed={rank}"], cwd=tmp_path, rank=rank, world_size=2, port=port)
         for rank in range(2)
     ]
     errors = [process.communicate(timeout=240)[1] for process in processes]
@@ -158,6 +142,26 @@ def test_a_signal_just_after_start_ends_with_a_checkpoint(
     assert process.returncode == 75, output
     assert f"stopped by {number.name}" in output
     assert (tmp_path / "runs/tiny/stopped").read_text() == f"{number.name}\n"
+
+
+def test_ctrl_c_in_a_terminal_saves_although_the_launcher_passes_it_on(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
+    command += [str(free_port()), "--config_file", str(CONFIGS / "cpu_2.yaml")]
+    command += ["-m", "cifar_dist.train", str(recipe(run={"epochs": 2000}))]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    metrics = tmp_path / "runs/tiny/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert "stopped by SIGINT" in output, output
+    assert (tmp_path / "runs/tiny/stopped").read_text() == "SIGINT\n"
 
 
 def test_help_and_version() -> None:

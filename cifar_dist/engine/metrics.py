@@ -6,6 +6,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +75,12 @@ class Window:
         """Seconds of training in the window, those before a restart included."""
         return self.seconds + time.perf_counter() - self.started
 
-    def pause(self, seconds: float) -> None:
-        """Leave out the time that an evaluation or a save took."""
-        self.seconds -= seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that an evaluation or a save takes."""
+        begun = time.perf_counter()
+        yield
+        self.seconds -= time.perf_counter() - begun
 
 
 def means(sums: list[list[float]], names: list[str], *, samples: int) -> dict[str, float]:

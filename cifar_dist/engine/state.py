@@ -48,6 +48,13 @@ class State:
         """What is judged: the average where there is one."""
         return self.ema.model if self.ema else self.model
 
+    def note_held_out(self, top1: float) -> bool:
+        """Whether this held-out accuracy is the best so far; then this step's checkpoint is kept."""
+        is_best = self.best is None or top1 > self.best["val_top1"]
+        if is_best:
+            self.best = {"val_top1": top1, "checkpoint": f"step_{self.step:08d}"}
+        return is_best
+
     def refuse_broken_numbers(self, *, most_skips: int) -> None:
         """Stop when the gradient stays not finite; the weights are those of the last good step."""
         skips = int(self.window.skipped_in_a_row)  # the one host read of a report
@@ -110,8 +117,8 @@ class State:
         self.seconds_before = progress["seconds"]
 
 
-def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[bool, bool, int]:
-    """What all ranks agree on: stop?, save now? (rank 0's clock), steps until the next vote.
+def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[int, bool, int]:
+    """What ranks agree on: a stop signal or 0, save now? (rank 0's clock), steps to the next vote.
 
     Votes come about once a second of the slowest rank's measured step time; alone, at every step.
     """
@@ -119,7 +126,7 @@ def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[bool
     minutes = (time.perf_counter() - state.last_save) / 60
     stop, save, slowest, latest, earliest = ranks.largest(
         [
-            float(signals.received() is not None),
+            float(signals.received()),
             float(ranks.is_main and minutes >= save_every_minutes),
             state.window.elapsed() / steps if steps else VOTE_SECONDS,
             float(state.step),
@@ -128,4 +135,4 @@ def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[bool
     )
     assert latest == -earliest, f"ranks are at steps {-earliest:.0f} to {latest:.0f}"
     until_next = 1 if ranks.world_size == 1 else int(VOTE_SECONDS / max(slowest, 1e-6))
-    return stop > 0, save > 0, min(max(until_next, 1), 1000)
+    return int(stop), save > 0, min(max(until_next, 1), 1000)
