@@ -47,6 +47,14 @@ def kill_and_go_on(
     assert f"of {last_step}" in output
 
 
+def test_two_killed_ranks_end_with_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two ranks vote, and so save, about once a second."""
+    path = recipe(run={"epochs": 60, "eval_every_epochs": 30, "report_every_steps": 7})
+    train(path, "name=straight", cwd=tmp_path, world_size=2)
+    kill_and_go_on(path, tmp_path, [1, 60, 120], last_step=360, world_size=2)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_killed_runs_end_with_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, precision: str
