@@ -314,7 +314,7 @@ def finished_before(recipe: Recipe) -> dict[str, Any] | None:
 
 def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
     log.info(
-        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after {summary['epochs']:g} epochs "
+        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
         f"in {summary['seconds']:.0f} s; see {recipe.folder}"
     )
     if is_sample:
