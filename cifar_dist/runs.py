@@ -31,10 +31,12 @@ def open_run(
         changed = recipe_changes(recipe)
         if facts["data"] != data:
             changed.append(f"the data set: {facts['data'][:12]} -> {data[:12]}")
-        before = facts.get("teachers", [])
-        if before != teachers and len(before) == len(teachers):  # else the recipe says it
-            one, other = next((a, b) for a, b in zip(before, teachers, strict=True) if a != b)
-            changed.append(f"the teacher's weights: {one[:12]} -> {other[:12]}")
+        taught = zip(recipe.taught_by, facts.get("teachers", []), teachers, strict=False)
+        changed += [
+            f"the weights of teacher {teacher.run}: {before[:12]} -> {after[:12]}"
+            for teacher, before, after in taught  # of other lengths: that is in the recipe
+            if before != after
+        ]
         if changed:
             raise UserError(
                 f"{folder} was trained with another recipe ({'; '.join(changed)}); "

@@ -59,10 +59,14 @@ class Window:
         skipped_in_a_row: int,
         ranks: Ranks,
     ) -> None:
-        """Go on with the window that a checkpoint left open; rank 0 carries what was summed."""
+        """Go on with the window that a checkpoint left open.
+
+        Each rank takes up the sums of the shards that it runs, as a sum in another order has other
+        last bits.
+        """
         self.clear()
-        if ranks.is_main:
-            self.sums += torch.tensor(sums, device=self.sums.device)
+        mine = slice(ranks.rank, None, ranks.world_size)
+        self.sums[mine] += torch.tensor(sums, device=self.sums.device)[mine]
         self.skipped_in_a_row.fill_(skipped_in_a_row)
         self.steps, self.seconds = steps, seconds
 

@@ -192,7 +192,7 @@ def rows_of(file: Any, name: str, place: Tensor, mesh: DeviceMesh) -> Tensor:
     dimension = place.placements.index(Shard(0))  # of the mesh; a second one has replicas
     rows = -(-place.shape[0] // mesh.size(dimension))
     start = min(rows * mesh.get_local_rank(dimension), place.shape[0])
-    local = file.get_slice(name)[start : start + rows].to(device)
+    local = file.get_slice(name)[start : start + rows].to(device, copy=True)  # not a view of all
     return DTensor.from_local(
         local, mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
     )
