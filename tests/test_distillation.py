@@ -18,10 +18,14 @@ from ranks import Ranks, train
 from safetensors.torch import load_file
 from test_resume import EVERY_STEP, wait_for_step
 
+from cifar_dist.data.augment import View
+from cifar_dist.data.batches import Batch
 from cifar_dist.engine.checkpoint import checkpoints, save_checkpoint
+from cifar_dist.engine.runtime import rank_mesh
 from cifar_dist.files import sha256
-from cifar_dist.learn.teacher import parameters_without_numbers
+from cifar_dist.learn.teacher import TeacherConfig, build_teacher, parameters_without_numbers
 from cifar_dist.nets.backbones import ModelConfig, build_model, create_backbone
+from cifar_dist.runs import find_teacher
 
 MODELS = {  # with what is hard to shard about them
     "test_resnet": "BatchNorm's statistics",
@@ -140,6 +144,9 @@ def test_each_rank_holds_its_rows_and_says_the_same(
 ) -> None:
     """At rest ceil(rows / ranks) of each parameter; `node`: four ranks on two machines of two."""
     folders = [teacher(name, backbone=name, image_size=32) for name in MODELS]
+    if world_size == 2:  # 28 million parameters, and masks that are built where the parameters are
+        swin = "swin_tiny_patch4_window7_224"
+        folders.append(teacher(swin, backbone=swin, image_size=64))
     sharing = world_size if over == "world" else 2
     processes = Ranks(
         "sharded_teacher",
@@ -161,6 +168,31 @@ def test_each_rank_holds_its_rows_and_says_the_same(
                     first = min(rank % sharing * rows, whole[0])
                     assert local == [min(rows, whole[0] - first), *whole[1:]], name
                     assert storage <= rows * torch.Size(whole[1:]).numel(), name
+
+
+def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
+    """Frozen: what it says about a picture depends on no other one, and looking leaves no trace."""
+    folder = teacher("cosines", head="cosine", drop_rate=0.5, losses={"arcface": {"scale": 20}})
+    trained, device = find_teacher(folder), torch.device("cpu")
+    model = build_model(trained.model, 100, load_file(trained.weights)).eval()
+    built = build_teacher(
+        [TeacherConfig(run=str(folder), placement="sharded")],
+        [trained],
+        num_classes=100,
+        device=device,
+        mesh=lambda over: rank_mesh(device, 1, over=over),
+    )
+    assert built is not None
+    pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
+    batch = Batch(images=pictures, labels=rows, rows=rows, epoch=0, shard=0)
+    view = View(images=pictures, labels=rows)
+    guide = built(view, batch)
+    assert torch.equal(guide, 20 * model(pictures).logits)
+    assert torch.equal(built(view, batch), guide)
+    assert guide.dtype == torch.float32
+    assert not guide.requires_grad
+    alone = built(View(images=pictures[:1], labels=rows[:1]), batch)
+    torch.testing.assert_close(alone, guide[:1])
 
 
 def test_parameters_are_built_without_numbers_and_buffers_with_them() -> None:

@@ -134,8 +134,8 @@ def local_parameters(model: nn.Module) -> int:
 def shard_by_shard(trained: Trained, num_classes: int, mesh: DeviceMesh) -> Classifier:
     """The model with each parameter's rows dealt over the mesh; each rank reads its rows alone.
 
-    Parameters are built without numbers. Buffers are built with theirs and kept on every rank: those
-    that no file has (tables of relative positions) could not be filled in afterwards.
+    Parameters are built without numbers. Buffers are built with theirs and kept on every rank: there
+    are some that no file has, like tables of relative positions.
     """
     with safe_open(trained.weights, "pt") as file:
         names = file.keys()
@@ -149,6 +149,12 @@ def shard_by_shard(trained: Trained, num_classes: int, mesh: DeviceMesh) -> Clas
         model.load_state_dict(
             {name: rows_of(file, name, state[name], mesh) for name in names}, assign=True
         )
+    for module in model.modules():  # buffers that were built where the parameters were
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            rebuild = getattr(module, "init_non_persistent_buffers", None)  # timm's own name for it
+            if rebuild is None:
+                raise UserError("its buffers cannot be rebuilt; use placement: whole")
+            rebuild()
     return model
 
 
