@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -217,3 +218,24 @@ def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
     terms, labels = objective(model, batch_of(2)), torch.zeros(2, dtype=torch.int64)
     torch.testing.assert_close(terms["distill"], apply(Distill(), 16 * cosines, guide))
     assert torch.equal(terms["arcface"], ArcFace(scale=16)(outputs_of(cosines), labels))
+
+
+class SeesFirstLine:
+    """A teacher whose logits are the red pixels of a picture's first line."""
+
+    def __call__(self, view: View, batch: Batch) -> Tensor:
+        return view.images[:, 0, 0].float()
+
+
+def test_teacher_and_student_see_the_same_view():
+    batch = batch_of(8)
+    pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    batch = replace(batch, images=pictures, rows=torch.arange(8), epoch=3)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), rows=8)
+    objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
+
+    def student(images: Tensor) -> Outputs:
+        assert not torch.equal(images, pictures)
+        return outputs_of(images[:, 0, 0].float())
+
+    assert torch.equal(objective(student, batch)["logit_mse"], torch.zeros(8))
