@@ -89,7 +89,7 @@ def test_dkd_by_hand():
 
 
 def test_dkd_with_the_teachers_own_weight_of_the_others_is_distill():
-    """Zhao et al., eq. 6: KL = target + (1 - p) * others, p the teacher's of the true class."""
+    """Zhao et al. 2022: KL = target + (1 - p) * others, p the teacher's of the true class."""
     student, teacher = numbers(1, 10), numbers(1, 10, seed=1)
     label = torch.tensor([4])
     share = 1 - (teacher / 4).softmax(1)[0, 4].item()

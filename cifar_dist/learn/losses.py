@@ -123,7 +123,7 @@ class Distill:
 class DecoupledDistill:
     """T^2 * (target * KL(true class or not) + others * KL(among the other classes)).
 
-    Zhao et al. 2022, arXiv 2203.08679, eq. 7. With others = 1 - the teacher's probability of the
+    Zhao et al. 2022, arXiv 2203.08679. With others = 1 - the teacher's probability of the
     true class (another for each sample), and target = 1, this would be `Distill`.
     """
 
@@ -159,7 +159,7 @@ class Dist:
 
     Pearson's correlation of the teacher's and the student's softmax(logits / T): for each sample over
     the classes, and for each class over the samples of the shard, whose mean over the classes is
-    spread over [B]. Huang et al. 2022, arXiv 2205.10536, eq. 6 to 9; T^2 as with `Distill`.
+    spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
     """
 
     head: ClassVar[Literal["cosine"] | None] = None
@@ -187,7 +187,7 @@ class Dist:
 class LogitMse:
     """The mean over the classes of (student - teacher)^2, of the logits themselves.
 
-    Ba and Caruana 2014, arXiv 1312.6184, eq. 1, but for a constant; Kim et al. 2021, arXiv 2105.08919.
+    Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
     """
 
     head: ClassVar[Literal["cosine"] | None] = None
