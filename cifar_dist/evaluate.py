@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from cifar_dist.data.arrow import class_names, load_split
 from cifar_dist.data.batches import holdout_rows
 from cifar_dist.engine import results
-from cifar_dist.engine.checkpoint import damage, load_tensors, newest_valid
 from cifar_dist.engine.evaluation import Evaluation, evaluate
 from cifar_dist.engine.runtime import (
     Ranks,
@@ -26,32 +25,8 @@ from cifar_dist.engine.step import check_precision
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_json
 from cifar_dist.learn.losses import logit_scale
-from cifar_dist.nets.backbones import Classifier, build_model
-from cifar_dist.recipe import Recipe, load_recipe
-
-
-def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]:
-    """A run's resolved recipe and one of its checkpoints: the newest valid one, or by name."""
-    if not (folder / "recipe.yaml").exists():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
-    recipe = load_recipe(folder / "recipe.yaml")
-    if checkpoint is None:
-        saved = newest_valid(folder / "checkpoints")
-        if saved is None:
-            raise UserError(f"{folder} has no checkpoint yet; train it first")
-        return recipe, saved
-    saved = folder / "checkpoints" / checkpoint
-    reason = damage(saved)
-    if reason is not None:
-        raise UserError(f"{saved}: {reason}; choose another with --checkpoint")
-    return recipe, saved
-
-
-def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
-    """The model that a checkpoint is judged by: its average where the recipe has one."""
-    return build_model(
-        recipe.model, num_classes, load_tensors(saved, "ema" if recipe.ema else "model")
-    )
+from cifar_dist.recipe import Recipe
+from cifar_dist.runs import load_model, load_run
 
 
 def evaluate_run(

@@ -27,6 +27,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import EmaConfig
 from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
 from cifar_dist.learn.optim import OptimConfig
+from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig
 from cifar_dist.strict_yaml import parse_yaml
 
@@ -52,6 +53,7 @@ NOT_THE_RECIPE = (
     "data.source",
     "tracking",
 )
+PLACEMENT = (".placement", ".shard_over")  # of a teacher: other costs, the same numbers
 
 # What people write from habit, and where it lives here.
 HABITS = {
@@ -119,6 +121,8 @@ class Recipe:
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig | None = None
     losses: Losses = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
+    teacher: TeacherConfig | None = None  # short for a list of one
+    teachers: tuple[TeacherConfig, ...] | None = None
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
@@ -129,6 +133,17 @@ class Recipe:
         for name, loss in self.losses.items():
             if loss.head is not None and loss.head != self.model.head:
                 raise ValueError(f"losses.{name} needs model.head={loss.head}")
+            if loss.taught and not self.taught_by:
+                raise ValueError(f"losses.{name} needs a teacher: add teacher.run=runs/NAME")
+        if self.teacher and self.teachers:
+            raise ValueError("teacher and teachers both say who teaches: remove one of them")
+        if self.taught_by and not any(loss.taught for loss in self.losses.values()):
+            taught = ", ".join(name for name, kind in LOSSES.items() if kind.taught)
+            raise ValueError(f"no loss listens to the teacher: add one of {taught}, or remove it")
+
+    @property
+    def taught_by(self) -> tuple[TeacherConfig, ...]:
+        return (self.teacher,) if self.teacher else self.teachers or ()
 
     @property
     def folder(self) -> Path:
@@ -183,7 +198,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {"run.epochs": 200, ...}; lists are values."""
+    """A nested dict as {"run.epochs": 200, ...}; lists of numbers are values, others are numbered."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {str(place): inner for place, inner in enumerate(value)}
     if not isinstance(value, dict):
         return {prefix: value}
     pairs: dict[str, Any] = {}
@@ -201,7 +218,9 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     return [
         f"{name}: {before.get(name)} -> {after.get(name)}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not name.startswith(NOT_THE_RECIPE)
+        if before.get(name) != after.get(name)
+        and not name.startswith(NOT_THE_RECIPE)
+        and not name.endswith(PLACEMENT)
     ]
 
 

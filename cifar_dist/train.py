@@ -29,7 +29,7 @@ from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import results, run_folder
-from cifar_dist.engine.checkpoint import load_progress, load_tensors, newest_valid
+from cifar_dist.engine.checkpoint import load_tensors
 from cifar_dist.engine.evaluation import Evaluation, evaluate
 from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
 from cifar_dist.engine.runtime import (
@@ -39,6 +39,7 @@ from cifar_dist.engine.runtime import (
     log,
     log_to_terminal,
     progress_bar,
+    rank_mesh,
     start_processes,
     wrap,
 )
@@ -52,9 +53,11 @@ from cifar_dist.learn.ema import Ema
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
+from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, pretrained_cfg
 from cifar_dist.prepare import prepare
-from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, resolved, to_yaml
+from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
+from cifar_dist.runs import find_teacher, finished_before, open_run
 
 STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
 MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
@@ -69,17 +72,24 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
     run, data, folder = recipe.run, recipe.data, recipe.folder
     check_precision(run.precision, device)
     with ExitStack() as stack:
-        # One folder, one job, one recipe, one data set.
+        # One folder, one job, one recipe, one data set, the same teachers.
         ranks.main_does(lambda: stack.enter_context(run_folder.locked(folder)))
         digest = data_digest(Path(data.path))
         ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
         ranks.same("data set", digest[:12])
-        saved, shards = ranks.main_does(lambda: open_run(recipe, digest, force=force))
+        trained_teachers = ranks.main_does(
+            lambda: [find_teacher(Path(teacher.run)) for teacher in recipe.taught_by]
+        )
+        teachers = [teacher.digest for teacher in trained_teachers]
+        saved, shards = ranks.main_does(
+            lambda: open_run(recipe, data=digest, teachers=teachers, force=force)
+        )
         surroundings = run_folder.environment(
             world_size=ranks.world_size,
             threads=torch.get_num_threads(),
             device=device,
             data=digest,
+            teachers=teachers,
         )
         ranks.main_does(lambda: write_json(folder / "environment.json", surroundings))
         shards = shards or run.shards or ranks.world_size
@@ -87,6 +97,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             raise UserError(
                 f"{ranks.world_size} processes for {shards} shards of the batch would leave some "
                 f"idle; start at most {shards}, or cut the batch anew: run.shards={ranks.world_size}"
+            )
+        if shards % ranks.world_size and "sharded" in (t.placement for t in recipe.taught_by):
+            raise UserError(
+                f"{shards} shards of the batch on {ranks.world_size} processes would call the sharded "
+                "teacher more often on some; start a number that divides the shards, or give every "
+                "process the whole teacher (placement: whole)"
             )
 
         # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
@@ -108,7 +124,15 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         trained = load_tensors(saved, "model") if saved else None
         model = build_model(recipe.model, classes, trained)
         model.to(device).to(memory_format=torch.channels_last)
-        objective = Objective(Augment(recipe.augment, rows=len(train_split.labels)), recipe.losses)
+        teacher = build_teacher(
+            recipe.taught_by,
+            trained_teachers,
+            num_classes=classes,
+            device=device,
+            mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
+        )
+        augment = Augment(recipe.augment, rows=len(train_split.labels))
+        objective = Objective(augment, recipe.losses, teacher)
         state = State(
             model=model,
             optimizer=build_optimizer(recipe.optim, model),
@@ -199,7 +223,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     tell("eval", numbers)
                     state.evaluated_step = step
             if save_due:
-                facts = {"shards": shards, "data": digest, "world_size": ranks.world_size}
+                facts = {"shards": shards, "data": digest, "teachers": teachers}
+                facts["world_size"] = ranks.world_size
                 with state.window.paused():
                     state.save(
                         folder / "checkpoints", ranks, keep=run.keep_checkpoints, facts=facts
@@ -261,28 +286,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         return ranks.main_does(conclude)
 
 
-def open_run(recipe: Recipe, digest: str, *, force: bool) -> tuple[Path | None, int | None]:
-    """Rank 0 opens the run folder: (checkpoint to go on from, its shards), both None for a new run.
-
-    A changed recipe or data set is refused with the difference, unless forced.
-    """
-    folder = recipe.folder
-    saved = newest_valid(folder / "checkpoints")
-    facts = load_progress(saved) if saved else {}
-    if saved and not force:
-        changed = recipe_changes(recipe)
-        if facts["data"] != digest:
-            changed.append(f"the data set: {facts['data'][:12]} -> {digest[:12]}")
-        if changed:
-            raise UserError(
-                f"{folder} was trained with another recipe ({'; '.join(changed)}); "
-                "give this one a name (name=...), or go on all the same with --force"
-            )
-    (folder / "stopped").unlink(missing_ok=True)
-    write_file(folder / "recipe.yaml", to_yaml(recipe))
-    return saved, None if force and recipe.run.shards else facts.get("shards")
-
-
 def wait_for_data(path: Path, source: str | None) -> None:
     """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
     if is_main_rank():
@@ -299,17 +302,6 @@ def wait_for_data(path: Path, source: str | None) -> None:
             log.warning(
                 f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
             )
-
-
-def finished_before(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of this very recipe on this very data when it is finished, else None."""
-    folder = recipe.folder
-    summary = results.read_summary(folder)
-    if not summary or not summary.get("finished") or recipe_changes(recipe):
-        return None
-    surroundings = results.read_json(folder / "environment.json") or {}
-    same_data = surroundings.get("data") == data_digest(Path(recipe.data.path))
-    return summary if same_data else None
 
 
 def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:

@@ -5,6 +5,7 @@ The fork server imports torch once and computes nothing, so a rank starts in a t
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -29,11 +30,11 @@ def _be_rank(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = [command, *arguments]
-    from cifar_dist import evaluate, signals, train
+    from cifar_dist import signals
     from cifar_dist.errors import run_command
 
     signals.install()
-    sys.exit(run_command({"train": train.main, "evaluate": evaluate.main}[command]))
+    sys.exit(run_command(importlib.import_module(command).main))
 
 
 def free_port() -> int:
@@ -71,7 +72,10 @@ def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 class Ranks:
-    """The processes of one launch; `output` is what they printed together."""
+    """The processes of one launch; `output` is what they printed together.
+
+    `command` is one of ours, or the name of a module of these tests that has a `main` like theirs.
+    """
 
     def __init__(
         self,
@@ -84,12 +88,13 @@ class Ranks:
     ) -> None:
         self.log = cwd / f"output_{time.monotonic_ns()}.txt"
         port = free_port()
+        module = f"cifar_dist.{command}" if command in ("train", "evaluate") else command
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
             variables = rank_variables(rank, world_size, port) | (environment or {})
             process = context.Process(
                 target=_be_rank,
-                args=(command, [str(a) for a in arguments], variables, str(cwd), str(self.log)),
+                args=(module, [str(a) for a in arguments], variables, str(cwd), str(self.log)),
             )
             process.start()
             self.processes.append(process)

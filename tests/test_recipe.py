@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from cifar_dist.errors import UserError
+from cifar_dist.learn.losses import LOSSES
 from cifar_dist.recipe import (
     Recipe,
     flat,
     json_schema,
     known_keys,
     load_recipe,
+    recipe_changes,
     resolved,
     to_yaml,
     validate,
@@ -80,6 +83,19 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nlosses: {arcface: {}}", ["losses.arcface", "model.head=cosine"]),
         ("name: a\nlosses: {arcfase: {}}", ["losses.arcface"]),
         ("name: a\nlosses: {}", ["losses"]),
+        ("name: a\nlosses: {distill: {}}", ["losses.distill", "teacher.run="]),
+        ("name: a\nteacher: {run: runs/b}", ["no loss listens", "distill, dkd, dist, logit_mse"]),
+        ("name: a\nteacher: {placement: sharded}", ["teacher.run", "required"]),
+        ("name: a\nteacher: {run: runs/b, placement: split}", ["teacher.placement", "sharded"]),
+        ("name: a\nteacher: {run: runs/b, weight: 0}", ["teacher.weight", "greater than 0"]),
+        (
+            "name: a\nlosses: {distill: {}}\nteachers: [{run: b, plcement: whole}]",
+            ["teachers.0.plcement"],
+        ),
+        (
+            "name: a\nlosses: {dkd: {}}\nteacher: {run: b}\nteachers: [{run: c}, {run: d}]",
+            ["teacher and teachers", "remove one"],
+        ),
         ("run: {epochs: 3}", ["name", "required"]),
         ("name: ../../etc", ["name", "letters"]),
         ("name: a\nrun: &x {epochs: 3}\ndata: *x", ["aliases", "not allowed"]),
@@ -132,6 +148,20 @@ def test_overrides_change_and_open_sections(tmp_path: Path) -> None:
             load_recipe(path, [bad])
 
 
+def test_placement_is_never_a_changed_recipe(tmp_path: Path) -> None:
+    text = "name: a\nlosses: {dkd: {}}\nteachers: [{run: b}, {run: c}]"
+    before = load_recipe(write(tmp_path, text), [f"run.output={tmp_path}"])
+    before.folder.mkdir()
+    (before.folder / "recipe.yaml").write_text(to_yaml(before))
+    first, second = before.teachers or ()
+    cheaper = replace(first, placement="sharded", shard_over="node")
+    assert recipe_changes(replace(before, teachers=(cheaper, second))) == []
+    heavier = replace(second, weight=2.0)
+    assert recipe_changes(replace(before, teachers=(first, heavier))) == [
+        "teachers.1.weight: 1.0 -> 2.0"
+    ]
+
+
 def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "name: a")
     with pytest.raises(UserError, match=r"did you mean .*recipe\.yaml"):
@@ -143,7 +173,8 @@ def test_every_known_key_is_in_the_resolved_recipe() -> None:
         {
             "name": "a",
             "ema": {},
-            "losses": {"cross_entropy": {}, "arcface": {}},
+            "losses": {name: {} for name in LOSSES},
+            "teacher": {"run": "runs/teacher"},
             "model": {"head": "cosine"},
         },
         where="here",

@@ -16,6 +16,8 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 
 from cifar_dist.engine.checkpoint import checkpoints, damage, newest_valid, save_checkpoint
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import Ranks as RankGroup
 
 EVERY_STEP = 1e-9  # minutes between saves: one at every vote, which one process holds every step
 
@@ -105,6 +107,19 @@ def test_two_one_two_processes_are_bitwise_two(tmp_path: Path, recipe: RecipeMak
     summary = json.loads((tmp_path / "runs/moved/summary.json").read_text())
     assert summary["shards"] == 2
     assert summary["finished"] is True
+
+
+def test_an_open_windows_sums_go_on_where_their_shards_run() -> None:
+    """One rank that took them all would add them up in another order."""
+    sums = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    for rank, mine in (
+        (0, [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]),
+        (1, [[0.0] * 2, [3.0, 4.0], [0.0] * 2]),
+    ):
+        window = Window(["loss", "top1"], shards=3, device=torch.device("cpu"))
+        ranks = RankGroup(rank, 2, None)
+        window.restore(sums=sums, steps=3, seconds=1.0, skipped_in_a_row=0, ranks=ranks)
+        assert window.sums.tolist() == mine
 
 
 def test_four_then_three_processes_agree_to_rounding(

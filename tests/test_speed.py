@@ -25,6 +25,7 @@ from cifar_dist.learn.ema import Ema, EmaConfig
 from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.learn.teacher import Live
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
@@ -148,9 +149,10 @@ def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConf
     with PRETENDED:
         with GPU:
             model = model_of(loss)
+            teacher = Live(model_of(loss).eval(), 1.0) if loss.taught else None
             images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
             split = Split(images=images, labels=torch.zeros(64, dtype=torch.int64))
-        objective = Objective(Augment(augment, rows=64), {"loss_of_the_recipe": loss})
+        objective = Objective(Augment(augment, rows=64), {"loss_of_the_recipe": loss}, teacher)
         optimizer = build_optimizer(OptimConfig(max_grad_norm=5.0), model)
         scaler = make_scaler("fp32", images.device)
         window = Window(objective.names, shards=2, device=images.device)

@@ -97,9 +97,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def environment(
-    *, world_size: int, threads: int, device: torch.device, data: str
+    *, world_size: int, threads: int, device: torch.device, data: str, teachers: list[str]
 ) -> dict[str, Any]:
-    """What a result depends on beside the recipe: versions, hardware, commit, data."""
+    """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
 
     def installed(name: str) -> str | None:
         try:
@@ -120,6 +120,7 @@ def environment(
         "world_size": world_size,
         "threads": threads,
         "data": data,
+        "teachers": teachers,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 from cifar_dist.errors import UserError, is_main_rank
@@ -70,6 +71,27 @@ def local_world_size(world_size: int) -> int:
         if os.environ.get(name, "").isdigit():
             return max(1, int(os.environ[name]))
     return world_size
+
+
+def rank_mesh(
+    device: torch.device, world_size: int, *, over: Literal["world", "node"]
+) -> DeviceMesh | None:
+    """The ranks to shard a model over, None for a process that is alone; all ranks call it together.
+
+    `node`: two dimensions, replicas across machines and shards within one.
+    """
+    if world_size == 1:
+        return None
+    if over == "world":
+        return init_device_mesh(device.type, (world_size,))
+    local = local_world_size(world_size)
+    if world_size % local:
+        raise UserError(
+            f"shard_over: node needs as many processes on each machine, but {world_size} in all are "
+            f"not a multiple of {local} here; use shard_over: world"
+        )
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (world_size // local, local), mesh_dim_names=names)
 
 
 def start_processes(

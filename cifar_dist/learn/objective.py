@@ -9,18 +9,27 @@ from torch import Tensor
 
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import Batch
-from cifar_dist.learn.losses import Loss
+from cifar_dist.learn.losses import Loss, logit_scale
+from cifar_dist.learn.teacher import Teacher
 from cifar_dist.nets.heads import Outputs
 
 Terms = dict[str, Tensor]  # each f32 [B]; "loss" is the weighted sum
 
 
 class Objective:
-    """The weighted sum of the recipe's losses on the augmented batch."""
+    """The weighted sum of the recipe's losses on the augmented batch.
 
-    def __init__(self, augment: Augment, losses: Mapping[str, Loss]) -> None:
+    Losses that are taught compare logits, not cosines: a student's cosines are multiplied by the
+    scale that its other losses give them, as an evaluation does.
+    """
+
+    def __init__(
+        self, augment: Augment, losses: Mapping[str, Loss], teacher: Teacher | None = None
+    ) -> None:
         self.augment = augment
         self.losses = dict(losses)
+        self.teacher = teacher
+        self.logit_scale = logit_scale(losses.values())
 
     @property
     def names(self) -> list[str]:
@@ -29,8 +38,17 @@ class Objective:
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
         view = self.augment(batch)
+        guide = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
         outputs = model(view.images)
-        terms = {name: loss(outputs, view.labels) for name, loss in self.losses.items()}
+        scaled = (
+            outputs._replace(logits=outputs.logits * self.logit_scale)
+            if guide is not None
+            else outputs
+        )
+        terms = {
+            name: loss(scaled if loss.taught else outputs, view.labels, guide)
+            for name, loss in self.losses.items()
+        }
         weighted = [loss.weight * terms[name] for name, loss in self.losses.items()]
         terms["loss"] = torch.stack(weighted).sum(0)
         terms["top1"] = 100.0 * (outputs.logits.detach().argmax(1) == view.labels)  # percent

@@ -6,11 +6,7 @@ The only file that knows timm's models.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
-import sys
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
@@ -21,17 +17,20 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cifar_dist.config import Count, Share, config
 from cifar_dist.errors import UserError
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
-
-log = logging.getLogger(__name__)
-State = Mapping[str, Tensor]
-
+from cifar_dist.nets.weights import (
+    State,
+    load_backbone,
+    load_state,
+    read_weights,
+    shapes,
+    split_state,
+)
 
 Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
 
@@ -91,7 +90,8 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
     """The model that `config` describes, on the CPU, in contiguous memory, in training mode.
 
     `state`, a whole state dict of this very model, stands in for `pretrained` and `weights`: a
-    trained model is rebuilt without the file or the network that it once started from.
+    trained model is rebuilt without the file or the network that it once started from. It may lie on
+    the meta device: then the model has no numbers yet (see `shard_by_shard`).
     Raises UserError for what the backbone cannot do and for weights that do not fit.
     """
     cfg = pretrained_cfg(config.backbone)
@@ -116,7 +116,11 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     pixels = PixelInput(config.image_size, config.interpolation, mean, std)
 
-    in_features = count_features(backbone, config)
+    matrix = head_state.get({"linear": "linear.weight", "cosine": "project.weight"}[config.head])
+    if matrix is not None and matrix.is_meta:  # a backbone without numbers cannot be asked
+        in_features = matrix.shape[1]
+    else:
+        in_features = count_features(backbone, config)
     head: nn.Module
     match config.head:
         case "linear":
@@ -124,7 +128,7 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         case "cosine":
             head = CosineHead(in_features, num_classes, config.embedding_size)
     if shapes(head_state) == shapes(head.state_dict()):
-        head.load_state_dict(head_state)
+        load_state(head, head_state)
     elif state is not None:
         raise UserError(f"{source} has another head; check model.head and the number of classes")
     return Classifier(pixels, backbone, head)
@@ -216,118 +220,6 @@ def count_features(backbone: nn.Module, config: ModelConfig) -> int:
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UserError(f"model: {config.backbone} gives no feature vector; choose another one")
     return features.shape[1]
-
-
-# ----------------------------------------------------------------------------- weights from a file
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or torch file, wrappers' prefixes removed; runs no code."""
-    if not path.is_file():
-        raise UserError(f"model.weights: there is no file {path}; give the path of a weights file")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile file makes the readers raise
-        raise UserError(
-            f"model.weights: {path} is not a file of plain tensors ({type(error).__name__}); "
-            "save its state dict with safetensors.torch.save_file and give that"
-        ) from error
-    for nest in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
-            content = content[nest]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise UserError(f"model.weights: {path} holds no state dict (a dict of tensors); save one")
-    state = {}
-    for name, value in content.items():
-        while name.startswith(("module.", "_orig_mod.")):
-            name = name.partition(".")[2]
-        state[name] = value
-    return state
-
-
-def split_state(state: State) -> tuple[State, State]:
-    """(backbone's tensors, head's tensors); the latter only from a state dict of a `Classifier`."""
-    if not any(name.startswith("backbone.") for name in state):
-        return state, {}
-    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
-    for name, value in state.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    return parts["backbone"], parts["head"]
-
-
-def load_backbone(backbone: nn.Module, state: State, cfg: Any, source: str) -> None:
-    """Load `state` by name, or in order where no name but every shape fits; else UserError.
-
-    Files in their authors' format go through timm's converter for the architecture first.
-    """
-    classifier = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
-    dropped = {f"{layer}.{kind}" for layer in classifier for kind in ("weight", "bias")}
-    wanted = backbone.state_dict()
-
-    converted = dict(state)
-    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if convert and shapes(state) != shapes(wanted):
-        # A converter may stumble over a format that it does not know: then the file as it is.
-        with suppress(KeyError, RuntimeError, ValueError, AttributeError):
-            converted = dict(convert(dict(state), backbone))
-    found = {name: value for name, value in converted.items() if name not in dropped}
-    if not found.keys() & wanted.keys():
-        in_order = match_in_order(state, wanted)
-        if in_order is None:
-            raise UserError(
-                f"{source}: neither names nor shapes fit {cfg.architecture} (it has "
-                f"{next(iter(state), 'nothing')!r}, the model {next(iter(wanted))!r}); "
-                "check model.backbone"
-            )
-        log.info("%s: no name fits, every shape does; loaded in order", source)
-        found = in_order
-
-    problems = [f"{name} is missing" for name in wanted if name not in found and counts(name)]
-    problems += [f"{name} is unknown" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {list(value.shape)}, not {list(wanted[name].shape)}"
-        for name, value in found.items()
-        if name in wanted and value.shape != wanted[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{source} does not fit {cfg.architecture}: {'; '.join(problems[:3])}{more}; "
-            "check model.backbone, model.stem and model.image_size"
-        )
-    backbone.load_state_dict(found, strict=False)
-
-
-def match_in_order(state: State, wanted: State) -> dict[str, Tensor] | None:
-    """`state` under the names of `wanted` if the shapes agree one to one, but for a last layer."""
-    theirs = [item for item in state.items() if counts(item[0])]
-    ours = [item for item in wanted.items() if counts(item[0])]
-    if not len(ours) <= len(theirs) <= len(ours) + 2:  # a classifier's weight and bias may follow
-        return None
-    kinds = ("weight", "bias", "running_mean", "running_var")
-    for (their_name, their_value), (our_name, our_value) in zip(theirs, ours, strict=False):
-        kind = their_name.rpartition(".")[2]
-        # A safetensors file is sorted by name: the four vectors of a norm would change places.
-        if kind in kinds and kind != our_name.rpartition(".")[2]:
-            return None
-        if their_value.shape != our_value.shape:
-            return None
-    return {ours[index][0]: theirs[index][1] for index in range(len(ours))}
-
-
-def counts(name: str) -> bool:
-    """Whether a tensor says anything about the function: BatchNorm's step counter does not."""
-    return not name.endswith("num_batches_tracked")
-
-
-def shapes(state: State) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
 
 
 # ----------------------------------------------------------------------------- weights from timm

@@ -1,0 +1,95 @@
+"""Floor 5. Run folders as commands meet them: to go on in, to evaluate, to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.data.arrow import data_digest
+from cifar_dist.engine import results
+from cifar_dist.engine.checkpoint import damage, load_progress, load_tensors, newest_valid
+from cifar_dist.errors import UserError
+from cifar_dist.files import sha256, write_file
+from cifar_dist.learn.losses import logit_scale
+from cifar_dist.learn.teacher import Trained
+from cifar_dist.nets.backbones import Classifier, build_model
+from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml
+
+
+def open_run(
+    recipe: Recipe, *, data: str, teachers: list[str], force: bool
+) -> tuple[Path | None, int | None]:
+    """Rank 0 opens the run folder: (checkpoint to go on from, its shards), both None for a new run.
+
+    A changed recipe, data set or teacher (the latter two by digest) is refused with the difference,
+    unless forced.
+    """
+    folder = recipe.folder
+    saved = newest_valid(folder / "checkpoints")
+    facts = load_progress(saved) if saved else {}
+    if saved and not force:
+        changed = recipe_changes(recipe)
+        if facts["data"] != data:
+            changed.append(f"the data set: {facts['data'][:12]} -> {data[:12]}")
+        taught = zip(recipe.taught_by, facts.get("teachers", []), teachers, strict=False)
+        changed += [
+            f"the weights of teacher {teacher.run}: {before[:12]} -> {after[:12]}"
+            for teacher, before, after in taught  # of other lengths: that is in the recipe
+            if before != after
+        ]
+        if changed:
+            raise UserError(
+                f"{folder} was trained with another recipe ({'; '.join(changed)}); "
+                "give this one a name (name=...), or go on all the same with --force"
+            )
+    (folder / "stopped").unlink(missing_ok=True)
+    write_file(folder / "recipe.yaml", to_yaml(recipe))
+    return saved, None if force and recipe.run.shards else facts.get("shards")
+
+
+def finished_before(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of this very recipe with these very data and teachers when it is finished, else None."""
+    folder = recipe.folder
+    summary = results.read_summary(folder)
+    if not summary or not summary.get("finished") or recipe_changes(recipe):
+        return None
+    surroundings = results.read_json(folder / "environment.json") or {}
+    same = surroundings.get("data") == data_digest(Path(recipe.data.path))
+    teachers = [find_teacher(Path(teacher.run)).digest for teacher in recipe.taught_by]
+    return summary if same and surroundings.get("teachers", []) == teachers else None
+
+
+def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]:
+    """A run's resolved recipe and one of its checkpoints: the newest valid one, or by name."""
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml")
+    if checkpoint is None:
+        saved = newest_valid(folder / "checkpoints")
+        if saved is None:
+            raise UserError(f"{folder} has no checkpoint yet; train it first")
+        return recipe, saved
+    saved = folder / "checkpoints" / checkpoint
+    reason = damage(saved)
+    if reason is not None:
+        raise UserError(f"{saved}: {reason}; choose another with --checkpoint")
+    return recipe, saved
+
+
+def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
+    """The model that a checkpoint is judged by: its average where the recipe has one."""
+    return build_model(
+        recipe.model, num_classes, load_tensors(saved, "ema" if recipe.ema else "model")
+    )
+
+
+def find_teacher(folder: Path) -> Trained:
+    """The weights that a run is judged by, at its newest checkpoint, and how to build its model."""
+    recipe, saved = load_run(folder)
+    weights = saved / ("ema.safetensors" if recipe.ema else "model.safetensors")
+    return Trained(
+        model=recipe.model,
+        weights=weights,
+        digest=sha256(weights),
+        logit_scale=logit_scale(recipe.losses.values()),
+    )

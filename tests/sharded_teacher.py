@@ -1,0 +1,43 @@
+"""One rank that holds sharded teachers beside whole ones: writes what they say and what it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from cifar_dist.engine.runtime import end_processes, rank_mesh, start_processes
+from cifar_dist.learn.teacher import freeze, shard_by_shard
+from cifar_dist.nets.backbones import build_model
+from cifar_dist.runs import find_teacher
+
+
+def main(arguments: list[str]) -> int:
+    accelerator = start_processes(timeout_seconds=60, threads=1)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    over, *folders = arguments
+    mesh = rank_mesh(accelerator.device, world_size, over="node" if over == "node" else "world")
+    assert mesh is not None
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    said = {}
+    for folder in folders:
+        trained = find_teacher(Path(folder))
+        whole = freeze(build_model(trained.model, 100, load_file(trained.weights)))
+        sharded = shard_by_shard(trained, 100, mesh)
+        same = []
+        for bf16 in (False, True):
+            for _ in range(2):  # the second time after all blocks were gathered and let go
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    same.append(torch.equal(whole(images).logits, sharded(images).logits))
+        kept = {}
+        for name, parameter in sharded.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            storage = local.untyped_storage().nbytes() // local.element_size()
+            kept[name] = [list(parameter.shape), list(local.shape), storage]
+        said[folder] = {"world_size": world_size, "same": same, "kept": kept}
+    Path(f"rank_{rank}.json").write_text(json.dumps(said))
+    end_processes(accelerator)
+    return 0

@@ -1,0 +1,241 @@
+"""Losses that listen to a teacher: numbers by hand, what must be zero, what must not matter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_losses import outputs_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from cifar_dist.data.augment import Augment, AugmentConfig, View
+from cifar_dist.data.batches import Batch
+from cifar_dist.learn.losses import (
+    LOSSES,
+    ArcFace,
+    DecoupledDistill,
+    Dist,
+    Distill,
+    LogitMse,
+    Loss,
+)
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.teacher import Mean
+from cifar_dist.nets.heads import Outputs
+
+TAUGHT: list[Loss] = [
+    Distill(),
+    Distill(temperature=1, standardize=True),
+    DecoupledDistill(),
+    Dist(),
+    LogitMse(),
+]
+LOG3 = math.log(3)
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apply(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    labels = torch.arange(len(student)) % student.shape[1] if labels is None else labels
+    return loss(outputs_of(student), labels, teacher)
+
+
+def test_distill_by_hand():
+    # T = 2 turns log 9 into log 3: teacher (3/4, 1/4), student (1/2, 1/2).
+    student, teacher = torch.zeros(1, 2), torch.tensor([[2 * LOG3, 0.0]])
+    wanted = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert apply(Distill(temperature=2), student, teacher).item() == pytest.approx(wanted)
+
+
+def test_distill_is_torchs_divergence_with_the_gradient_of_the_formula():
+    student, teacher = numbers(6, 10).requires_grad_(), numbers(6, 10, seed=1)
+    temperature = 4.0
+    found = apply(Distill(temperature=temperature), student, teacher)
+    logs, wanted = (student / temperature).log_softmax(1), (teacher / temperature).softmax(1)
+    oracle = temperature**2 * F.kl_div(logs, wanted, reduction="none").sum(1)
+    torch.testing.assert_close(found, oracle)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    # Hinton et al., eq. 2, times T^2: T * (student's softmax - teacher's).
+    torch.testing.assert_close(gradient, temperature * (logs.exp() - wanted).detach())
+
+
+def test_standardized_distill_by_hand():
+    # (4, 0) and (0, 10) become (1, -1) and (-1, 1): softmax with T = 2 / log 3 gives 3 : 1.
+    student, teacher = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 10.0]])
+    loss = Distill(temperature=2 / LOG3, standardize=True)
+    wanted = (2 / LOG3) ** 2 * (0.75 * LOG3 - 0.25 * LOG3)
+    assert apply(loss, student, teacher).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_standardizing_forgets_size_and_offset():
+    student, teacher, loss = numbers(6, 10), numbers(6, 10, seed=1), Distill(standardize=True)
+    plain = apply(loss, student, teacher)
+    torch.testing.assert_close(apply(loss, 0.1 * student + 3, 50 * teacher - 7), plain)
+
+
+def test_dkd_by_hand():
+    # T = 1, true class 0. Teacher: 1/2 true, the others 3/8 and 1/8. Student: all 1/3.
+    teacher = torch.tensor([[math.log(4), LOG3, 0.0]])
+    target = 0.5 * math.log(0.5 * 3) + 0.5 * math.log(0.5 * 3 / 2)
+    others = 0.75 * math.log(0.75 * 2) + 0.25 * math.log(0.25 * 2)
+    loss = DecoupledDistill(temperature=1, target=2, others=5)
+    found = apply(loss, torch.zeros(1, 3), teacher, torch.tensor([0]))
+    assert found.item() == pytest.approx(2 * target + 5 * others)
+
+
+def test_dkd_with_the_teachers_own_weight_of_the_others_is_distill():
+    """Zhao et al. 2022: KL = target + (1 - p) * others, p the teacher's of the true class."""
+    student, teacher = numbers(1, 10), numbers(1, 10, seed=1)
+    label = torch.tensor([4])
+    share = 1 - (teacher / 4).softmax(1)[0, 4].item()
+    found = apply(DecoupledDistill(temperature=4, others=share), student, teacher, label)
+    torch.testing.assert_close(found, apply(Distill(temperature=4), student, teacher))
+
+
+def test_dist_by_hand():
+    # softmax of (log 3, 0), (0, log 3), (0, 0): first class 3/4, 1/4, 1/2. Over two classes each
+    # sample correlates with 1 or -1; the third, whose classes are equal, with nothing: 0.
+    student = torch.tensor([[LOG3, 0.0], [0.0, LOG3], [0.0, 0.0]])
+    teacher = torch.tensor([[LOG3, 0.0], [0.0, 0.0], [0.0, LOG3]])
+    # Centred over the samples: student (1, -1, 0) / 4, teacher (1, 0, -1) / 4: correlation 1/2.
+    found = apply(Dist(temperature=1, inter=2, intra=3), student, teacher)
+    wanted = torch.tensor([0.0, 2.0, 2.0]) + 3 * 0.5
+    torch.testing.assert_close(found, wanted)
+
+
+def test_dist_keeps_with_a_linear_change_of_the_probabilities():
+    """Huang et al.: what counts is the relation, so p and (p + 1/C) / 2 are the same to it."""
+    student = numbers(16, 10)
+    flattened = ((student.softmax(1) + 0.1) / 2).log()
+    found = apply(Dist(temperature=1), student, flattened)
+    torch.testing.assert_close(found, torch.zeros(16), rtol=0, atol=1e-5)
+
+
+def test_dist_spreads_what_couples_the_samples_of_a_shard_evenly():
+    student, teacher = numbers(8, 10), numbers(8, 10, seed=1)
+    intra = apply(Dist(inter=0), student, teacher)
+    assert torch.equal(intra, intra[:1].expand(8))
+    inter = apply(Dist(intra=0), student, teacher)
+    torch.testing.assert_close(inter[:3], apply(Dist(intra=0), student[:3], teacher[:3]))
+
+
+def test_logit_mse_by_hand():
+    found = apply(LogitMse(), torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 6.0]]))
+    assert found.item() == 12.5
+
+
+@pytest.mark.parametrize("loss", TAUGHT, ids=repr)
+def test_equal_logits_teach_nothing(loss: Loss):
+    logits = numbers(16, 10).requires_grad_()
+    found = apply(loss, logits, logits.detach())
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(found, torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(gradient, torch.zeros(16, 10), rtol=0, atol=1e-4)
+    assert (apply(loss, logits, numbers(16, 10, seed=1)) > 0.01).all()
+
+
+@pytest.mark.parametrize("loss", TAUGHT, ids=repr)
+def test_the_order_of_samples_and_classes_does_not_matter(loss: Loss):
+    student, teacher, labels = numbers(16, 10), numbers(16, 10, seed=1), torch.arange(16) % 10
+    found = apply(loss, student, teacher, labels)
+    samples, classes = torch.randperm(16), torch.randperm(10)
+    moved = apply(loss, student[samples], teacher[samples], labels[samples])
+    torch.testing.assert_close(moved, found[samples])
+    renamed = apply(loss, student[:, classes], teacher[:, classes], classes.argsort()[labels])
+    torch.testing.assert_close(renamed, found)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in TAUGHT if loss != LogitMse()], ids=repr)
+def test_an_offset_of_all_logits_does_not_matter(loss: Loss):
+    student, teacher = numbers(16, 10), numbers(16, 10, seed=1)
+    moved = apply(loss, student + 5, teacher - 3)
+    torch.testing.assert_close(moved, apply(loss, student, teacher), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", TAUGHT, ids=repr)
+def test_certain_teachers_and_students_give_finite_numbers(loss: Loss):
+    certain = 500 * F.one_hot(torch.arange(8) % 4, 4).float()
+    student = certain.flip(0).requires_grad_()
+    found = apply(loss, student, certain)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert found.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", TAUGHT, ids=repr)
+def test_taught_losses_are_float32_with_the_same_bits_under_autocast(loss: Loss):
+    student, teacher = numbers(8, 5), numbers(8, 5, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = apply(loss, student, teacher)
+    assert found.dtype == torch.float32
+    assert found.shape == (8,)
+    assert torch.equal(found, apply(loss, student, teacher))
+    assert apply(loss, student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_every_taught_loss_is_tested_here():
+    assert {type(loss) for loss in TAUGHT} == {kind for kind in LOSSES.values() if kind.taught}
+
+
+class Says:
+    """A teacher that says the same whatever it sees."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __call__(self, view: View, batch: Batch) -> Tensor:
+        return self.logits
+
+
+def batch_of(rows: int) -> Batch:
+    images = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return Batch(images=images, labels=labels, rows=labels, epoch=0, shard=0)
+
+
+def test_several_teachers_are_averaged_by_their_weights():
+    batch = batch_of(2)
+    view = View(images=batch.images, labels=batch.labels)
+    one, other = numbers(2, 4), numbers(2, 4, seed=1)
+    found = Mean([Says(one), Says(other)], [1, 3])(view, batch)
+    torch.testing.assert_close(found, 0.25 * one + 0.75 * other)
+    assert torch.equal(Mean([Says(one)], [0.3])(view, batch), one)
+
+
+def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
+    cosines, guide = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
+    losses: dict[str, Loss] = {"arcface": ArcFace(scale=16), "distill": Distill()}
+    objective = Objective(Augment(AugmentConfig(), rows=2), losses, Says(guide))
+
+    def model(images: Tensor) -> Outputs:
+        return outputs_of(cosines)
+
+    terms, labels = objective(model, batch_of(2)), torch.zeros(2, dtype=torch.int64)
+    torch.testing.assert_close(terms["distill"], apply(Distill(), 16 * cosines, guide))
+    assert torch.equal(terms["arcface"], ArcFace(scale=16)(outputs_of(cosines), labels))
+
+
+class SeesFirstLine:
+    """A teacher whose logits are the red pixels of a picture's first line."""
+
+    def __call__(self, view: View, batch: Batch) -> Tensor:
+        return view.images[:, 0, 0].float()
+
+
+def test_teacher_and_student_see_the_same_view():
+    batch = batch_of(8)
+    pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    batch = replace(batch, images=pictures, rows=torch.arange(8), epoch=3)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), rows=8)
+    objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
+
+    def student(images: Tensor) -> Outputs:
+        assert not torch.equal(images, pictures)
+        return outputs_of(images[:, 0, 0].float())
+
+    assert torch.equal(objective(student, batch)["logit_mse"], torch.zeros(8))

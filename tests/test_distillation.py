@@ -1,0 +1,279 @@
+"""A teacher may be whole or sharded: the same numbers; and it is part of what a run is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from compare import assert_same_bits, lines, tensors
+from conftest import RecipeMaker
+from ranks import Ranks, train
+from safetensors.torch import load_file
+from test_resume import EVERY_STEP, wait_for_step
+
+from cifar_dist.data.augment import View
+from cifar_dist.data.batches import Batch
+from cifar_dist.engine.checkpoint import checkpoints, save_checkpoint
+from cifar_dist.engine.runtime import rank_mesh
+from cifar_dist.files import sha256
+from cifar_dist.learn.teacher import TeacherConfig, build_teacher, parameters_without_numbers
+from cifar_dist.nets.backbones import ModelConfig, build_model, create_backbone
+from cifar_dist.runs import find_teacher
+
+MODELS = {  # with what is hard to shard about them
+    "test_resnet": "BatchNorm's statistics",
+    "test_vit": "parameters of one row",
+    "test_vit_relpos": "buffers that no file has",
+    "test_nfnet": "parameters without rows",
+}
+TeacherMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> TeacherMaker:
+    """A run folder with one checkpoint of a model as it was born from `seed`."""
+
+    def make(name: str, *, seed: int = 0, losses: Any = None, **model: Any) -> Path:
+        config = ModelConfig(**{"backbone": "test_resnet"} | model)
+        torch.manual_seed(seed)
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {"name": name, "model": json.loads(json.dumps(asdict(config)))}
+        recipe |= {"losses": losses or {"cross_entropy": {}}}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        save_checkpoint(
+            folder / "checkpoints",
+            step=1,
+            tensors={"model": build_model(config, 100).state_dict()},
+            optimizer={},
+            progress={},
+        )
+        return folder
+
+    return make
+
+
+def taught(*names: str, **keys: Any) -> dict[str, Any]:
+    """Sections of a recipe with these teachers."""
+    teachers = [{"run": f"runs/{name}"} | keys for name in names]
+    return {
+        "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
+        **({"teacher": teachers[0]} if len(teachers) == 1 else {"teachers": teachers}),
+    }
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_vit_relpos"])
+def test_whole_and_sharded_teachers_train_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, backbone: str
+) -> None:
+    """12 steps in four shards on two ranks; the teacher sees 64 px where the student sees 32."""
+    teacher("big", backbone=backbone, image_size=64)
+    path = recipe(run={"epochs": 2, "shards": 4, "batch_size": 10}, **taught("big"))
+    train(path, "name=whole", cwd=tmp_path, world_size=2)
+    output = train(path, "name=sharded", "teacher.placement=sharded", cwd=tmp_path, world_size=2)
+    assert lines(tmp_path / "runs/whole")[-1]["step"] == 12
+    assert all(line["distill"] > 0 for line in lines(tmp_path / "runs/whole") if "distill" in line)
+    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/sharded")
+    assert f"teacher runs/big: {backbone} at 64 px" in output
+
+
+def test_one_and_two_processes_and_kills_make_no_difference(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """Two teachers of other sizes and heads; one process alone has nothing to shard over.
+
+    kill -9 of one process mid-epoch and mid-window (6 and 5 steps); two go on, sharded.
+    """
+    teacher("big", image_size=48)
+    teacher("cosines", head="cosine", losses={"arcface": {"scale": 20}})
+    path = recipe(**taught("big", "cosines", weight=2.0, placement="sharded"))
+    train(path, "name=one", cwd=tmp_path)
+    train(path, "name=two", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
+    arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
+    alone = Ranks("train", arguments, cwd=tmp_path)
+    wait_for_step(alone, tmp_path / "runs/killed", 8)
+    alone.kill()
+    assert not (tmp_path / "runs/killed/summary.json").exists()
+    output = train(*arguments, cwd=tmp_path, world_size=2)
+    assert "goes on at step" in output
+    assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")
+
+
+def test_the_teacher_changes_what_is_learnt_and_is_in_no_checkpoint(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    folder = teacher("big", backbone="test_vit")
+    path = recipe(run={"epochs": 1}, **taught("big", placement="sharded"))
+    train(path, cwd=tmp_path, world_size=2)
+    train(recipe("alone", run={"epochs": 1}), cwd=tmp_path, world_size=2)
+    run, alone = tmp_path / "runs/tiny", tmp_path / "runs/alone"
+    assert tensors(run).keys() == tensors(alone).keys()
+    assert not torch.equal(tensors(run)["logits"], tensors(alone)["logits"])
+    (newest,) = checkpoints(run / "checkpoints")
+    theirs = {path.name for path in checkpoints(alone / "checkpoints")[0].iterdir()}
+    assert {path.name for path in newest.iterdir()} == theirs
+    weights = checkpoints(folder / "checkpoints")[0] / "model.safetensors"
+    shapes = {tensor.shape for tensor in load_file(weights).values() if tensor.ndim > 2}
+    assert shapes.isdisjoint(tensor.shape for tensor in tensors(run).values())
+    digest = sha256(weights)
+    assert json.loads((newest / "progress.json").read_text())["teachers"] == [digest]
+    assert json.loads((run / "environment.json").read_text())["teachers"] == [digest]
+
+
+def test_the_average_is_the_teacher_where_a_run_has_one(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    train(recipe("big", run={"epochs": 1}), cwd=tmp_path)
+    train(recipe(run={"epochs": 1}, **taught("big")), cwd=tmp_path)
+    average = checkpoints(tmp_path / "runs/big/checkpoints")[0] / "ema.safetensors"
+    surroundings = json.loads((tmp_path / "runs/tiny/environment.json").read_text())
+    assert surroundings["teachers"] == [sha256(average)]
+
+
+@pytest.mark.parametrize(("world_size", "over"), [(2, "world"), (3, "world"), (4, "node")])
+def test_each_rank_holds_its_rows_and_says_the_same(
+    tmp_path: Path, teacher: TeacherMaker, world_size: int, over: str
+) -> None:
+    """At rest ceil(rows / ranks) of each parameter; `node`: four ranks on two machines of two."""
+    folders = [teacher(name, backbone=name, image_size=32) for name in MODELS]
+    if world_size == 2:  # 28 million parameters, and masks that are built where the parameters are
+        swin = "swin_tiny_patch4_window7_224"
+        folders.append(teacher(swin, backbone=swin, image_size=64))
+    sharing = world_size if over == "world" else 2
+    processes = Ranks(
+        "sharded_teacher",
+        [over, *folders],
+        cwd=tmp_path,
+        world_size=world_size,
+        environment={"LOCAL_WORLD_SIZE": str(sharing)},
+    )
+    assert processes.wait() == [0] * world_size, processes.output
+    for rank in range(world_size):
+        said = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert list(said) == [str(folder) for folder in folders]
+        for folder, found in said.items():
+            assert found["world_size"] == world_size
+            assert found["same"] == [True] * 4, folder
+            for name, (whole, local, storage) in found["kept"].items():
+                if whole:
+                    rows = -(-whole[0] // sharing)
+                    first = min(rank % sharing * rows, whole[0])
+                    assert local == [min(rows, whole[0] - first), *whole[1:]], name
+                    assert storage <= rows * torch.Size(whole[1:]).numel(), name
+
+
+def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
+    """Frozen: what it says about a picture depends on no other one, and looking leaves no trace."""
+    folder = teacher("cosines", head="cosine", drop_rate=0.5, losses={"arcface": {"scale": 20}})
+    trained, device = find_teacher(folder), torch.device("cpu")
+    model = build_model(trained.model, 100, load_file(trained.weights)).eval()
+    built = build_teacher(
+        [TeacherConfig(run=str(folder), placement="sharded")],
+        [trained],
+        num_classes=100,
+        device=device,
+        mesh=lambda over: rank_mesh(device, 1, over=over),
+    )
+    assert built is not None
+    pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
+    batch = Batch(images=pictures, labels=rows, rows=rows, epoch=0, shard=0)
+    view = View(images=pictures, labels=rows)
+    guide = built(view, batch)
+    assert torch.equal(guide, 20 * model(pictures).logits)
+    assert torch.equal(built(view, batch), guide)
+    assert guide.dtype == torch.float32
+    assert not guide.requires_grad
+    alone = built(View(images=pictures[:1], labels=rows[:1]), batch)
+    torch.testing.assert_close(alone, guide[:1])
+
+
+def test_parameters_are_built_without_numbers_and_buffers_with_them() -> None:
+    config = ModelConfig(backbone="test_vit_relpos", image_size=32)
+    with parameters_without_numbers():
+        backbone = create_backbone(config, pretrained=False)
+    assert all(parameter.is_meta for parameter in backbone.parameters())
+    theirs = dict(create_backbone(config, pretrained=False).named_buffers())
+    assert theirs.keys() > backbone.state_dict().keys() - dict(backbone.named_parameters()).keys()
+    for name, buffer in backbone.named_buffers():
+        assert torch.equal(buffer, theirs[name])
+    assert not any(p.is_meta for p in create_backbone(config, pretrained=False).parameters())
+
+
+def test_a_missing_teacher_is_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(**taught("nobody"))
+    output = train(path, cwd=tmp_path, world_size=2, expect=2)
+    assert output.count("error:") == 1
+    assert "runs/nobody is no run folder" in output
+    (tmp_path / "runs/nobody").mkdir()
+    (tmp_path / "runs/nobody/recipe.yaml").write_text("name: nobody\n")
+    output = train(path, cwd=tmp_path, world_size=2, expect=2)
+    assert "runs/nobody has no checkpoint yet; train it first" in output
+    assert "parameters" in train(path, "--dry-run", cwd=tmp_path)
+
+
+def test_another_teacher_is_refused_like_other_data(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    teacher("big")
+    path = recipe(run={"epochs": 1}, **taught("big"))
+    train(path, cwd=tmp_path)
+    assert "finished, top1" in train(path, "teacher.placement=sharded", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "runs/big")
+    teacher("big", seed=1)
+    output = train(path, cwd=tmp_path, world_size=2, expect=2)
+    assert output.count("error:") == 1
+    assert "the weights of teacher runs/big:" in output
+    assert "--force" in output
+
+
+def test_a_teacher_that_does_not_fit_is_refused(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    folder = teacher("big")
+    described = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(described.replace("test_resnet", "test_vit"))
+    for placement in ("whole", "sharded"):
+        path = recipe(**taught("big", placement=placement))
+        output = train(path, cwd=tmp_path, world_size=2, expect=2)
+        assert output.count("error:") == 1
+        assert (
+            "the teacher runs/big: the saved model: neither names nor shapes fit test_vit" in output
+        )
+        assert "Traceback" not in output
+
+
+def test_a_sharded_teacher_is_called_equally_often(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    teacher("big")
+    path = recipe(run={"shards": 3, "epochs": 1}, **taught("big"))
+    train(path, cwd=tmp_path, world_size=2)
+    output = train(
+        path, "name=a", "teacher.placement=sharded", cwd=tmp_path, world_size=2, expect=2
+    )
+    assert output.count("error:") == 1
+    assert "3 shards of the batch on 2 processes" in output
+    assert "placement: whole" in output
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"losses": {"dkd": {}}}, "losses.dkd needs a teacher"),
+        ({"teacher": {"run": "runs/big"}}, "no loss listens to the teacher"),
+    ],
+)
+def test_a_loss_without_teacher_and_a_teacher_without_loss_are_refused(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any], words: str
+) -> None:
+    output = train(recipe(**sections), cwd=tmp_path, expect=2)
+    assert output.count("error:") == 1
+    assert words in output
