@@ -145,7 +145,7 @@ def test_start_of_a_finished_run_says_so(tmp_path: Path, recipe: RecipeMaker) ->
     output = train(path, cwd=tmp_path)
     assert "finished, top1" in output
     assert (tmp_path / "runs/tiny/metrics.jsonl").read_bytes() == before
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_a_changed_recipe_is_refused_and_can_be_forced(tmp_path: Path, recipe: RecipeMaker) -> None:
