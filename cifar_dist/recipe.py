@@ -177,7 +177,11 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """Check plain data against the config classes; types are exact, unknown keys are refused."""
     refuse_unknown_keys(raw, where=where)
     try:
-        return ADAPTER.validate_json(json.dumps(raw), strict=True)
+        text = json.dumps(raw, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{where}: a number in it is not finite; write one that is") from None
+    try:
+        return ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: "

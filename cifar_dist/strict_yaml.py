@@ -41,6 +41,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A tag like !!binary or !!set would make what is no plain data; without a constructor it is refused.
+_Loader.yaml_constructors = {
+    tag: yaml.SafeLoader.yaml_constructors[tag]
+    for tag in (
+        None,  # refuses what no other entry takes
+        *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")),
+        *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")),
+    )
+}
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|)$", ["~", "n", ""]),
@@ -63,5 +72,5 @@ def parse_yaml(text: str, *, where: str) -> Any:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise UserError(f"{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, LookupError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a recipe: {str(error).splitlines()[0]}") from None

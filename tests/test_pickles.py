@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import random
+import subprocess
 import sys
 import tarfile
 import time
@@ -481,3 +482,28 @@ def test_the_real_pickles_read_as_pickle_load_reads_them() -> None:
         assert [name.encode() for name in raw.filenames] == oracle[b"filenames"]
     assert read_meta(io.BytesIO(found["meta"])).fine_label_names[0] == "apple"
     assert pickle_machine.MAX_OPCODES > 4 * 100_000
+
+
+NESTED = {  # a tuple in the place of a module's name; a look-up would hash it
+    "wide": b")\x94" + b"".join(b"h%ch%c\x86\x94" % (place, place) for place in range(60)),
+    "deep": b")" + b"\x85" * 1_500_000,
+}
+
+
+@pytest.mark.parametrize("shape", NESTED)
+def test_a_name_that_is_no_text_neither_hangs_nor_overflows_the_stack(shape: str) -> None:
+    """In a process of its own, since the one would not end and the other would take this one along."""
+    script = (
+        "import sys\nfrom cifar_dist.data.pickles import read_pickle\n"
+        "from cifar_dist.errors import UserError\n"
+        "try: read_pickle(sys.stdin.buffer, 'train')\n"
+        "except UserError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=b"\x80\x04" + NESTED[shape] + b"\x8c\x01a\x93.",
+        stdout=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert b"a name of it is no text" in done.stdout

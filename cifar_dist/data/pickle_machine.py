@@ -205,8 +205,11 @@ def _unquote(text: bytes) -> bytes:
 
 
 def _name(module: Any, name: Any) -> Name:
+    # Only texts are looked up: the hash of a nested tuple can take for ever, or all of the C stack.
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise ValueError("a name of it is no text")
     if (found := _NAMES.get((module, name))) is None:
-        raise ValueError(f"it names {module!s:.40}.{name!s:.40}, which no CIFAR-100 file needs")
+        raise ValueError(f"it names {module:.40}.{name:.40}, which no CIFAR-100 file needs")
     return found
 
 
