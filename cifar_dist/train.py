@@ -54,7 +54,7 @@ from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
 from cifar_dist.learn.teacher import build_teacher
-from cifar_dist.nets.backbones import build_model, fetch_pretrained, pretrained_cfg
+from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
 from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
 from cifar_dist.runs import find_teacher, finished_before, open_run
@@ -261,7 +261,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             "name": recipe.name,
             "shards": shards,
             "world_size": ranks.world_size,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": num_parameters(model),
             "peak_memory_bytes": int(ranks.largest([peak_memory_bytes(device)])[0]),
             "epochs": state.step / steps_per_epoch,
             "steps": state.step,
@@ -278,7 +278,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if evaluation is not None and at_end:
                 results.write_predictions(folder, evaluation)
             results.write_summary(folder, summary)
-            if stop:  # a batch script that finds this file queues the job again
+            if stop:  # slurm/train.sh reads it to know whether to queue the job again
                 write_file(folder / "stopped", f"{signal.Signals(stop).name}\n")
             tracker.finish(summary)
             return summary

@@ -50,10 +50,11 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, as a short phrase, or None when every byte is right."""
     try:
         digests = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
-        assert isinstance(digests, dict)
+        if not isinstance(digests, dict):
+            raise ValueError("sha256 is no table")
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError):
         return "manifest.json is damaged"
     for needed in ("model.safetensors", "optimizer.pt", "progress.json"):
         if needed not in digests:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
+from cifar_dist.nets.backbones import num_parameters
 
 SAMPLES = 2  # BatchNorm needs two to train
 
@@ -58,7 +59,7 @@ def estimate(
     Memory is one process's: weights, gradients, optimizer, average, and one shard's activations
     (half as large under autocast). A lower bound: workspaces and fragmentation come on top.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = num_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations, flops = activation_bytes(model)
     shard = -(-batch_size // shards)
