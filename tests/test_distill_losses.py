@@ -11,6 +11,7 @@ from test_losses import outputs_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
 from cifar_dist.data.batches import Batch
 from cifar_dist.learn.losses import (
@@ -185,6 +186,8 @@ def test_every_taught_loss_is_tested_here():
 class Says:
     """A teacher that says the same whatever it sees."""
 
+    parameters_here = 0
+
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
@@ -198,9 +201,13 @@ def batch_of(rows: int) -> Batch:
     return Batch(images=images, labels=labels, rows=labels, epoch=0, shard=0)
 
 
+def split_of(batch: Batch) -> Split:
+    return Split(images=batch.images, labels=batch.labels)
+
+
 def test_several_teachers_are_averaged_by_their_weights():
     batch = batch_of(2)
-    view = View(images=batch.images, labels=batch.labels)
+    view = View(images=batch.images, labels=batch.labels, numbers=batch.rows)
     one, other = numbers(2, 4), numbers(2, 4, seed=1)
     found = Mean([Says(one), Says(other)], [1, 3])(view, batch)
     torch.testing.assert_close(found, 0.25 * one + 0.75 * other)
@@ -210,7 +217,7 @@ def test_several_teachers_are_averaged_by_their_weights():
 def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
     cosines, guide = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
     losses: dict[str, Loss] = {"arcface": ArcFace(scale=16), "distill": Distill()}
-    objective = Objective(Augment(AugmentConfig(), rows=2), losses, Says(guide))
+    objective = Objective(Augment(AugmentConfig(), split_of(batch_of(2))), losses, Says(guide))
 
     def model(images: Tensor) -> Outputs:
         return outputs_of(cosines)
@@ -223,6 +230,8 @@ def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
 class SeesFirstLine:
     """A teacher whose logits are the red pixels of a picture's first line."""
 
+    parameters_here = 0
+
     def __call__(self, view: View, batch: Batch) -> Tensor:
         return view.images[:, 0, 0].float()
 
@@ -231,7 +240,7 @@ def test_teacher_and_student_see_the_same_view():
     batch = batch_of(8)
     pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     batch = replace(batch, images=pictures, rows=torch.arange(8), epoch=3)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), rows=8)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), split_of(batch))
     objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
 
     def student(images: Tensor) -> Outputs:

@@ -180,7 +180,7 @@ def test_every_known_key_is_in_the_resolved_recipe() -> None:
             "name": "a",
             "ema": {},
             "losses": {name: {} for name in LOSSES},
-            "teacher": {"run": "runs/teacher"},
+            "teacher": {"run": "teacher.safetensors", "model": {}},
             "model": {"head": "cosine"},
         },
         where="here",
