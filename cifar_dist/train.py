@@ -132,7 +132,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             device=device,
             mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
         )
-        if teacher:
+        if teacher and teacher.parameters_here:
             held = ranks.each(f"{teacher.parameters_here:,}")
             log.info(f"the teacher's parameters on each rank: {' '.join(held)}")
         augment = Augment(recipe.augment, train_split, rows)
