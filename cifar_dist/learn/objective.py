@@ -49,7 +49,19 @@ class Objective:
             name: loss(scaled if loss.taught else outputs, view.labels, guide)
             for name, loss in self.losses.items()
         }
-        weighted = [loss.weight * terms[name] for name, loss in self.losses.items()]
+        weighted = [
+            weight_in_epoch(loss, batch.epoch) * terms[name] for name, loss in self.losses.items()
+        ]
         terms["loss"] = torch.stack(weighted).sum(0)
         terms["top1"] = 100.0 * (outputs.logits.detach().argmax(1) == view.labels)  # percent
         return terms
+
+
+def weight_in_epoch(loss: Loss, epoch: int) -> float:
+    """`epoch` counts from 0; the n epochs of a warm-up have 1/n, 2/n, ... of the weight.
+
+    As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts from 1.
+    """
+    if epoch >= loss.warmup_epochs:
+        return loss.weight
+    return loss.weight * (epoch + 1) / loss.warmup_epochs
