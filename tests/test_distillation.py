@@ -32,6 +32,8 @@ MODELS = {  # with what is hard to shard about them
     "test_vit": "parameters of one row",
     "test_vit_relpos": "buffers that no file has",
     "test_nfnet": "parameters without rows",
+    "resnet8x4": "chains of chains of blocks",
+    "wrn_16_2": "norms outside of the blocks",
 }
 
 
@@ -98,6 +100,29 @@ def test_one_and_two_processes_and_kills_make_no_difference(
     output = train(*arguments, cwd=tmp_path, world_size=2)
     assert "goes on at step" in output
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")
+
+
+def test_a_warm_up_follows_the_epoch_through_kills_and_worlds(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """A teacher and a student without counterparts in timm; four epochs of 6 steps, a report each."""
+    teacher("big", backbone="resnet8x1")
+    keys = taught("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
+    keys["losses"] = {"cross_entropy": {"weight": 0.5}, "dkd": {"weight": 2.0, "warmup_epochs": 3}}
+    path = recipe(run={"report_every_steps": 6}, **keys)
+    train(path, "name=straight", cwd=tmp_path)
+    reports = [line for line in lines(tmp_path / "runs/straight") if line["kind"] == "train"]
+    assert [line["epoch"] for line in reports] == [1, 2, 3, 4]
+    for line, share in zip(reports, (1 / 3, 2 / 3, 1, 1), strict=True):
+        wanted = 0.5 * line["cross_entropy"] + share * 2.0 * line["dkd"]
+        assert line["loss"] == pytest.approx(wanted, rel=1e-5)
+    arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
+    alone = Ranks("train", arguments, cwd=tmp_path)
+    wait_for_step(alone, tmp_path / "runs/killed", 8)
+    alone.kill()
+    assert not (tmp_path / "runs/killed/summary.json").exists()
+    assert "goes on at step" in train(*arguments, cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
 def test_the_teacher_changes_what_is_learnt_and_is_in_no_checkpoint(

@@ -1,7 +1,8 @@
 """Floor 2. A loss is its knobs and its formula: outputs and labels in, one number a sample out.
 
 The objective multiplies by `weight` and adds up; no loss here does. A loss that is `taught` compares
-the outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale.
+the outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale, and
+lets the loss's weight rise over its first `warmup_epochs`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import NonNegative, Positive, Share, config
+from cifar_dist.config import Index, NonNegative, Positive, Share, config
 from cifar_dist.nets.heads import Outputs
 
 
@@ -27,6 +28,9 @@ class Loss(Protocol):
     @property
     def weight(self) -> float: ...
 
+    @property
+    def warmup_epochs(self) -> int: ...  # in which its weight rises linearly; 0: it does not
+
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         """labels int64 [B], guide f32 [B, C] -> float32 [B], not yet multiplied by `weight`."""
         ...
@@ -38,6 +42,7 @@ class CrossEntropy:
 
     head: ClassVar[Literal["cosine"] | None] = None
     taught: ClassVar[bool] = False
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
 
@@ -63,6 +68,7 @@ class ArcFace:
 
     head: ClassVar[Literal["cosine"] | None] = "cosine"
     taught: ClassVar[bool] = False
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     scale: Positive = 8.0
     margin: NonNegative = 0.35  # radians
@@ -105,6 +111,7 @@ class Distill:
     head: ClassVar[Literal["cosine"] | None] = None
     taught: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     standardize: bool = False
 
@@ -130,6 +137,7 @@ class DecoupledDistill:
     head: ClassVar[Literal["cosine"] | None] = None
     taught: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     target: NonNegative = 1.0  # alpha in the paper
     others: NonNegative = 8.0  # beta
@@ -165,6 +173,7 @@ class Dist:
     head: ClassVar[Literal["cosine"] | None] = None
     taught: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
@@ -193,6 +202,7 @@ class LogitMse:
     head: ClassVar[Literal["cosine"] | None] = None
     taught: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         assert guide is not None
