@@ -28,7 +28,7 @@ from cifar_dist.files import write_json
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 SEEDS = (0, 1)
-VIEWS = 8
+VIEWS = 4
 
 
 def subset(data: Path, rows: int, work: Path) -> Path:
@@ -54,10 +54,12 @@ def subset(data: Path, rows: int, work: Path) -> Path:
     return root
 
 
-def recipes(data: Path, work: Path, *, teacher_size: int, teacher_epochs: int, epochs: int) -> Any:
+def recipes(
+    data: Path, work: Path, threads: int, *, teacher_size: int, teacher_epochs: int, epochs: int
+) -> Any:
     """(the teacher's recipe, the student's alone, what it is with a teacher)."""
-    run = {"batch_size": 100, "shards": 1, "precision": "bf16", "output": str(work / "runs")}
-    run |= {"eval_every_epochs": 1000, "save_every_minutes": 2}
+    run = {"batch_size": 100, "shards": 1, "precision": "fp32", "output": str(work / "runs")}
+    run |= {"eval_every_epochs": 1000, "save_every_minutes": 2, "threads": threads}
     teacher = {
         "name": "teacher",
         "run": run | {"epochs": teacher_epochs},
@@ -118,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "teacher_epochs": options.teacher_epochs,
         "epochs": options.epochs,
     }
-    teacher, alone, taught = recipes(data, work, **sizes)
+    teacher, alone, taught = recipes(data, work, options.threads, **sizes)
     call("train", teacher, work)
     begun = time.perf_counter()
     call("cache_logits", taught, work)
@@ -169,10 +171,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the prepared CIFAR-100")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    parser.add_argument("--rows", type=int, default=10_000, help="a multiple of 1,000")
+    parser.add_argument("--rows", type=int, default=5_000, help="a multiple of 1,000")
     parser.add_argument("--teacher-size", type=int, default=96, help="pixels")
-    parser.add_argument("--teacher-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=15, help="of each student")
+    parser.add_argument("--teacher-epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=10, help="of each student")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     result = measure(options)
     write_json(options.output, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.data.arrow import read_digest
@@ -18,9 +19,13 @@ def plan(recipe: Recipe) -> str:
     run, data = recipe.run, Path(recipe.data.path)
     shards = run.shards or 1
     states = optimizer_states(recipe.optim)
-    with FakeTensorMode():  # shapes only: the largest model costs nothing
+    # Shapes only, so the largest model costs nothing: it is built on the meta device, where timm may
+    # read the few numbers that it needs, then pretends to be on the CPU, where autocast works.
+    with torch.device("meta"):
+        model = build_model(replace(recipe.model, pretrained=False, weights=None), 100)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         numbers = estimate(
-            build_model(replace(recipe.model, pretrained=False, weights=None), 100),
+            model.to_empty(device="cpu"),
             batch_size=run.batch_size,
             shards=shards,
             states=states,

@@ -17,7 +17,7 @@ SAMPLES = 2  # BatchNorm needs two to train
 def activation_bytes(model: nn.Module) -> tuple[int, int]:
     """(bytes that one sample keeps for the backward in float32, FLOPs of one sample's forward).
 
-    `model` was built under a FakeTensorMode, as its inputs are here: nothing is computed.
+    `model` lives under a FakeTensorMode, as its inputs here do: nothing is computed.
     """
     images = torch.zeros(SAMPLES, 3, 32, 32, dtype=torch.uint8)
     weights = {storage_id(parameter) for parameter in model.parameters()}
@@ -73,8 +73,8 @@ def estimate(
 
 def readable(number: float, unit: str = "") -> str:
     """1234567 -> '1.23 M'."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5:
             return f"{number:.3g} {prefix}{unit}".rstrip()
         number /= 1000
-    return f"{number:.3g} P{unit}"
+    return f"{number:.3g} E{unit}"
