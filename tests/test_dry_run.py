@@ -24,7 +24,7 @@ from cifar_dist.recipe import validate
 )
 def test_the_parameters_are_those_of_the_real_model(backbone: str, image_size: int) -> None:
     model = {"backbone": backbone, "image_size": image_size, "head": "cosine"}
-    losses = {"arcface": {}}
+    losses: dict[str, object] = {"arcface": {}}
     said = plan(validate({"name": "a", "model": model, "losses": losses}, where="here"))
     real = build_model(ModelConfig(backbone=backbone, image_size=image_size, head="cosine"), 100)
     assert f"parameters        {num_parameters(real):,}\n" in said
