@@ -5,14 +5,14 @@ The objective has multiplied the logits of both by their scale.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import NonNegative, Positive, config
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.nets.heads import HeadName, Outputs
 
 
 def divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -31,8 +31,10 @@ class Distill:
     C - 1 in the deviation, as if T were 0.5 % larger at 100 classes.
     """
 
-    head: ClassVar[Literal["cosine"] | None] = None
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
     temperature: Positive = 4.0
     standardize: bool = False
@@ -56,8 +58,10 @@ class DecoupledDistill:
     true class (another for each sample), and target = 1, this would be `Distill`.
     """
 
-    head: ClassVar[Literal["cosine"] | None] = None
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
     temperature: Positive = 4.0
     target: NonNegative = 1.0  # alpha in the paper
@@ -91,8 +95,10 @@ class Dist:
     spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
     """
 
-    head: ClassVar[Literal["cosine"] | None] = None
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
     temperature: Positive = 4.0
     inter: NonNegative = 1.0
@@ -119,8 +125,10 @@ class LogitMse:
     Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
     """
 
-    head: ClassVar[Literal["cosine"] | None] = None
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
