@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +241,21 @@ def test_what_each_loss_says_of_itself():
     assert {name for name, kind in LOSSES.items() if not kind.classifies} == metric
     assert {name for name, kind in LOSSES.items() if not kind.mixes} == metric
     assert all(make().weight == 1 for make in LOSSES.values())
+
+
+def test_the_page_of_losses_has_each_with_its_knobs():
+    folder = Path(__file__).parents[1] / "docs"
+    lines = [
+        line
+        for page in ("losses.md", "distillation.md")
+        for line in (folder / page).read_text().splitlines()
+    ]
+    for name, kind in LOSSES.items():
+        assert is_dataclass(kind)
+        (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        knobs = {field.name for field in fields(kind)} - {"weight"}
+        assert kind.taught or all(f"`{knob}` (" in row for knob in knobs), name
+        assert kind.taught or f"| {kind.head or 'any'} |" in row, name
 
 
 def test_the_scale_of_the_logits_is_the_largest_of_the_losses():
