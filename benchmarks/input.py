@@ -87,7 +87,7 @@ def data_works(split: Split) -> dict[str, Work]:
     def ours(
         config: AugmentConfig, pixels: Callable[[Tensor], Tensor] = lambda images: images
     ) -> Work:
-        batches, augment = our_batches(split), Augment(config, rows=len(split.labels))
+        batches, augment = our_batches(split), Augment(config, split)
         return lambda: len(pixels(augment(next(batches)[0]).images))
 
     return {
@@ -159,9 +159,7 @@ def our_loop(split: Split, augment: AugmentConfig, accelerator: Accelerator) -> 
     """What train.py does at each step, with a report every 50 steps."""
     model, batches, steps = NullModel(), our_batches(split), count()
     optimizer = build_optimizer(OPTIM, model)
-    objective = Objective(
-        Augment(augment, rows=len(split.labels)), {"cross_entropy": CrossEntropy()}
-    )
+    objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
     update = our_step(model, objective, optimizer, accelerator)
     window = Window(objective.names, shards=1, device=accelerator.device)
 
@@ -209,7 +207,7 @@ def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
     shards = next(our_batches(split, shards=2))
     model, twin = NullModel(), NullModel()
     optimizer = build_optimizer(OPTIM, model)
-    objective = Objective(Augment(AugmentConfig(), rows=1), {"cross_entropy": CrossEntropy()})
+    objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
     update = our_step(model, objective, optimizer, accelerator)
 
     parameters = list(twin.parameters())

@@ -53,7 +53,7 @@ NOT_THE_RECIPE = (
     "data.source",
     "tracking",
 )
-PLACEMENT = (".placement", ".shard_over")  # of a teacher: other costs, the same numbers
+PLACEMENT = (".placement", ".shard_over", ".cache")  # of a teacher: other costs, the same numbers
 
 # What people write from habit, and where it lives here.
 HABITS = {
@@ -135,6 +135,11 @@ class Recipe:
                 raise ValueError(f"losses.{name} needs model.head={loss.head}")
             if loss.taught and not self.taught_by:
                 raise ValueError(f"losses.{name} needs a teacher: add teacher.run=runs/NAME")
+            if self.augment.mixes and not loss.mixes:
+                raise ValueError(
+                    f"losses.{name} compares pictures of one label each: remove it, "
+                    "or augment.mixup and augment.cutmix"
+                )
         if not any(loss.classifies and loss.weight for loss in self.losses.values()):
             raise ValueError(
                 f"losses ({', '.join(self.losses)}): none with a weight teaches the classifier, so its "
@@ -146,6 +151,9 @@ class Recipe:
         if self.taught_by and not any(loss.taught for loss in self.losses.values()):
             taught = ", ".join(name for name, kind in LOSSES.items() if kind.taught)
             raise ValueError(f"no loss listens to the teacher: add one of {taught}, or remove it")
+
+        if self.augment.views is None and "cached" in (t.placement for t in self.taught_by):
+            raise ValueError("a cached teacher needs augment.views: a number of views, or all")
 
     @property
     def taught_by(self) -> tuple[TeacherConfig, ...]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.arrow import data_digest
+from cifar_dist.data.arrow import class_names, data_digest, read_digest
 from cifar_dist.engine import results
-from cifar_dist.engine.checkpoint import damage, load_progress, load_tensors, newest_valid
+from cifar_dist.engine.checkpoint import (
+    damage,
+    digest_of,
+    load_progress,
+    load_tensors,
+    newest_valid,
+)
 from cifar_dist.errors import UserError
 from cifar_dist.files import sha256, write_file
+from cifar_dist.learn.logit_cache import check_cache
 from cifar_dist.learn.losses import logit_scale
-from cifar_dist.learn.teacher import Trained
+from cifar_dist.learn.teacher import TeacherConfig, Trained
 from cifar_dist.nets.backbones import Classifier, build_model
 from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml
 
@@ -55,7 +65,7 @@ def finished_before(recipe: Recipe) -> dict[str, Any] | None:
         return None
     surroundings = results.read_json(folder / "environment.json") or {}
     same = surroundings.get("data") == data_digest(Path(recipe.data.path))
-    teachers = [find_teacher(Path(teacher.run)).digest for teacher in recipe.taught_by]
+    teachers = [find_teacher(teacher).digest for teacher in recipe.taught_by]
     return summary if same and surroundings.get("teachers", []) == teachers else None
 
 
@@ -83,13 +93,46 @@ def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
     )
 
 
-def find_teacher(folder: Path) -> Trained:
-    """The weights that a run is judged by, at its newest checkpoint, and how to build its model."""
-    recipe, saved = load_run(folder)
-    weights = saved / ("ema.safetensors" if recipe.ema else "model.safetensors")
+def find_teacher(asked: TeacherConfig) -> Trained:
+    """The weights that a run is judged by, at its newest checkpoint, or a file; and how to build it."""
+    path = Path(asked.run)
+    if asked.model is not None:
+        if not path.is_file():
+            raise UserError(f"teacher.run: there is no file {path}")
+        scale = asked.logit_scale or 1.0
+        return Trained(model=asked.model, weights=path, digest=sha256(path), logit_scale=scale)
+    recipe, saved = load_run(path)
+    name = "ema.safetensors" if recipe.ema else "model.safetensors"
     return Trained(
         model=recipe.model,
-        weights=weights,
-        digest=sha256(weights),
+        weights=saved / name,
+        digest=digest_of(saved, name),
         logit_scale=logit_scale(recipe.losses.values()),
     )
+
+
+def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
+    """All that decides a teacher's logits for the recipe's views; `run.seed` does not."""
+    data, augment = Path(recipe.data.path), asdict(recipe.augment)
+    rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
+    if recipe.augment.views == "all":
+        del augment["seed"]  # whatever is drawn, it is one of them
+    if recipe.augment.mixes:  # partners are rows that are trained on
+        augment["holdout"] = recipe.data.holdout
+    made_of = {
+        "shape": [recipe.augment.num_views, rows, classes],
+        "data": data_digest(data),
+        "precision": recipe.run.precision,
+        "teacher": teacher.digest,
+        "teacher.logit_scale": teacher.logit_scale,
+        **{f"teacher.model.{name}": value for name, value in asdict(teacher.model).items()},
+        **{f"augment.{name}": value for name, value in augment.items()},
+    }
+    return json.loads(json.dumps(made_of))  # as a manifest has it
+
+
+def check_caches(recipe: Recipe, teachers: Sequence[Trained]) -> None:
+    """Refuse a cache of logits that is not exactly that of this recipe and this teacher."""
+    for asked, found in zip(recipe.taught_by, teachers, strict=True):
+        if asked.placement == "cached":
+            check_cache(asked.cache_folder, cache_origin(recipe, found))

@@ -57,7 +57,7 @@ from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
 from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
-from cifar_dist.runs import find_teacher, finished_before, open_run
+from cifar_dist.runs import check_caches, find_teacher, finished_before, open_run
 
 STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
 MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
@@ -78,8 +78,9 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
         ranks.same("data set", digest[:12])
         trained_teachers = ranks.main_does(
-            lambda: [find_teacher(Path(teacher.run)) for teacher in recipe.taught_by]
+            lambda: [find_teacher(teacher) for teacher in recipe.taught_by]
         )
+        ranks.main_does(lambda: check_caches(recipe, trained_teachers))
         teachers = [teacher.digest for teacher in trained_teachers]
         saved, shards = ranks.main_does(
             lambda: open_run(recipe, data=digest, teachers=teachers, force=force)
@@ -131,7 +132,10 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             device=device,
             mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
         )
-        augment = Augment(recipe.augment, rows=len(train_split.labels))
+        if teacher and teacher.parameters_here:
+            held = ranks.each(f"{teacher.parameters_here:,}")
+            log.info(f"the teacher's parameters on each rank: {' '.join(held)}")
+        augment = Augment(recipe.augment, train_split, rows)
         objective = Objective(augment, recipe.losses, teacher)
         state = State(
             model=model,
@@ -257,12 +261,14 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             bar.update()
 
         # The last numbers are the headline, whatever an earlier epoch had.
+        peaks = ranks.each(peak_memory_bytes(device))
+        log.info(f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}")
         facts = {
             "name": recipe.name,
             "shards": shards,
             "world_size": ranks.world_size,
             "parameters": num_parameters(model),
-            "peak_memory_bytes": int(ranks.largest([peak_memory_bytes(device)])[0]),
+            "peak_memory_bytes": max(peaks),
             "epochs": state.step / steps_per_epoch,
             "steps": state.step,
             "seconds": state.seconds,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from small_data import small_data
 
 from cifar_dist.data.arrow import write_dataset
 from cifar_dist.data.sample import draw_sample
+from cifar_dist.engine.checkpoint import save_checkpoint
+from cifar_dist.nets.backbones import ModelConfig, build_model
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +69,39 @@ def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
         return path
 
     return make
+
+
+TeacherMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> TeacherMaker:
+    """A run folder with one checkpoint of a model as it was born from `seed`."""
+
+    def make(name: str, *, seed: int = 0, losses: Any = None, **model: Any) -> Path:
+        config = ModelConfig(**{"backbone": "test_resnet"} | model)
+        torch.manual_seed(seed)
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {"name": name, "model": json.loads(json.dumps(asdict(config)))}
+        recipe |= {"losses": losses or {"cross_entropy": {}}}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        save_checkpoint(
+            folder / "checkpoints",
+            step=1,
+            tensors={"model": build_model(config, 100).state_dict()},
+            optimizer={},
+            progress={},
+        )
+        return folder
+
+    return make
+
+
+def taught(*names: str, **keys: Any) -> dict[str, Any]:
+    """Sections of a recipe with these teachers."""
+    teachers = [{"run": f"runs/{name}"} | keys for name in names]
+    return {
+        "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
+        **({"teacher": teachers[0]} if len(teachers) == 1 else {"teachers": teachers}),
+    }

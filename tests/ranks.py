@@ -18,7 +18,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other work shares the cores
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["cifar_dist.train", "cifar_dist.evaluate", "torch._dynamo"])
+COMMANDS = ("train", "evaluate", "cache_logits")
+context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "torch._dynamo"])
 
 
 def _be_rank(
@@ -88,7 +89,7 @@ class Ranks:
     ) -> None:
         self.log = cwd / f"output_{time.monotonic_ns()}.txt"
         port = free_port()
-        module = f"cifar_dist.{command}" if command in ("train", "evaluate") else command
+        module = f"cifar_dist.{command}" if command in COMMANDS else command
         self.processes: list[BaseProcess] = []
         for rank in range(world_size):
             variables = rank_variables(rank, world_size, port) | (environment or {})

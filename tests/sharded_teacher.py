@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from cifar_dist.engine.runtime import end_processes, rank_mesh, start_processes
-from cifar_dist.learn.teacher import freeze, shard_by_shard
+from cifar_dist.learn.teacher import TeacherConfig, freeze, shard_by_shard
 from cifar_dist.nets.backbones import build_model
 from cifar_dist.runs import find_teacher
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     said = {}
     for folder in folders:
-        trained = find_teacher(Path(folder))
+        trained = find_teacher(TeacherConfig(run=folder))
         whole = freeze(build_model(trained.model, 100, load_file(trained.weights)))
         sharded = shard_by_shard(trained, 100, mesh)
         same = []

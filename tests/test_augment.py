@@ -16,7 +16,11 @@ from cifar_dist.data.augment import (
     AugmentConfig,
     crop_flip,
     cutout,
+    draw_mix_table,
     draw_table,
+    mix,
+    numbered_table,
+    view_numbers,
 )
 from cifar_dist.data.batches import take
 
@@ -31,7 +35,7 @@ def split(data: Path) -> Split:
 
 def view(split: Split, rows: list[int], *, epoch: int, config: AugmentConfig = ALL) -> Tensor:
     batch = take(split, torch.tensor(rows), epoch=epoch, shard=0)
-    return Augment(config, rows=64)(batch).images
+    return Augment(config, split)(batch).images
 
 
 def test_a_picture_does_not_depend_on_its_batch(split: Split) -> None:
@@ -106,3 +110,119 @@ def test_draws_are_uniform() -> None:
 
 def test_no_augmentation_leaves_the_picture_alone(split: Split) -> None:
     assert torch.equal(view(split, list(range(64)), epoch=0, config=AugmentConfig()), split.images)
+
+
+# ----------------------------------------------------------------------------- all views
+
+
+@pytest.mark.parametrize(
+    ("padding", "flip", "count"), [(4, True, 162), (4, False, 81), (1, True, 18)]
+)
+def test_all_views_are_numbered(padding: int, flip: bool, count: int) -> None:
+    config = AugmentConfig(crop_padding=padding, flip=flip, views="all")
+    assert config.num_views == count
+    tables = [numbered_table(config, number, rows=3, device=CPU) for number in range(count)]
+    assert [view_numbers(config, table).tolist() for table in tables] == [
+        [number] * 3 for number in range(count)
+    ]
+    assert len({tuple(int(column[0]) for column in table[:3]) for table in tables}) == count
+
+
+def test_an_epochs_pictures_are_those_of_their_numbers(split: Split) -> None:
+    config = AugmentConfig(crop_padding=2, flip=True, views="all")
+    batch = take(split, torch.arange(64), epoch=5, shard=0)
+    shown = Augment(config, split)(batch)
+    assert len(set(shown.numbers.tolist())) > 20
+    for row, number in enumerate(shown.numbers.tolist()):
+        numbered = Augment(config, split, number=number)(batch)
+        assert torch.equal(numbered.images[row], shown.images[row])
+    drawn = AugmentConfig(crop_padding=2, flip=True)
+    assert torch.equal(Augment(drawn, split)(batch).images, shown.images)
+
+
+def test_a_number_of_views_is_the_views_of_the_first_epochs(split: Split) -> None:
+    config = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.2, cutmix=1.0, views=3)
+    for epoch in range(5):
+        batch = take(split, torch.arange(64), epoch=epoch, shard=0)
+        shown = Augment(config, split)(batch)
+        numbered = Augment(config, split, number=epoch % 3)(batch)
+        assert torch.equal(shown.images, numbered.images)
+        assert shown.numbers.tolist() == [epoch % 3] * 64
+
+
+@pytest.mark.parametrize("also", [{"cutout": 8}, {"mixup": 0.2}, {"cutmix": 1.0}])
+def test_all_views_of_a_hole_cannot_be_counted(also: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="a number of views"):
+        AugmentConfig(crop_padding=4, views="all", **also)  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------- mixing
+
+
+def mixed(split: Split, config: AugmentConfig, rows: Tensor | None = None, epoch: int = 0):
+    batch = take(split, torch.arange(64), epoch=epoch, shard=0)
+    table = draw_mix_table(
+        config, epoch, rows=64, partners=torch.arange(64) if rows is None else rows, device=CPU
+    )
+    return Augment(config, split, rows)(batch), table
+
+
+def test_mixup_is_the_sum_of_two_views(split: Split) -> None:
+    """In pixels rounded once; the partner is under its own row of the table."""
+    config = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.4)
+    shown, table = mixed(split, config)
+    plain = view(split, list(range(64)), epoch=0)
+    share = table.share.double()[:, None, None, None]
+    expected = share * plain + (1 - share) * plain[table.partner]
+    assert (shown.images - expected).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(shown.share, table.share)
+    assert torch.equal(shown.partner_labels, split.labels[table.partner])
+    assert torch.equal(shown.labels, split.labels)
+    assert float(table.share.std()) > 0.05
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels(split: Split) -> None:
+    config = AugmentConfig(crop_padding=4, flip=True, cutmix=1.0)
+    shown, table = mixed(split, config)
+    crop = AugmentConfig(crop_padding=4, flip=True)
+    plain = view(split, list(range(64)), epoch=0, config=crop)
+    for row in range(64):
+        top, bottom, left, right = table.box[row].tolist()
+        expected = plain[row].clone()
+        expected[:, top:bottom, left:right] = plain[table.partner[row], :, top:bottom, left:right]
+        assert torch.equal(shown.images[row], expected)
+        kept = 1 - (bottom - top) * (right - left) / 1024
+        assert float(table.share[row]) == pytest.approx(kept)
+
+
+def test_mixing_is_drawn_as_its_papers_say() -> None:
+    """Shares of 50,000 rows: Beta(0.3, 0.3) has mean 1/2 and variance 1/(4 * 1.6)."""
+    rows = torch.arange(50_000)
+    blend = draw_mix_table(AugmentConfig(mixup=0.3), 0, rows=50_000, partners=rows, device=CPU)
+    assert float(blend.share.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(blend.share.var()) == pytest.approx(1 / 6.4, abs=0.005)
+    assert not blend.pasted.any()
+    assert 30_000 < len(blend.partner.unique()) < 33_000  # 1 - 1/e of them, drawn with replacement
+    both = AugmentConfig(mixup=0.3, cutmix=1.0, mix_probability=0.6)
+    either = draw_mix_table(both, 0, rows=50_000, partners=rows, device=CPU)
+    assert float(either.pasted.double().mean()) == pytest.approx(0.5, abs=0.01)
+    alone = float((either.share == 1).double().mean())
+    assert alone == pytest.approx(0.4, abs=0.03)  # and a few boxes without a pixel
+    again = draw_mix_table(both, 0, rows=50_000, partners=rows, device=CPU)
+    assert all(torch.equal(one, other) for one, other in zip(either, again, strict=True))
+    later = draw_mix_table(both, 1, rows=50_000, partners=rows, device=CPU)
+    assert not torch.equal(either.share, later.share)
+
+
+def test_partners_are_rows_that_are_trained_on(split: Split) -> None:
+    trained = torch.tensor([3, 5, 60])
+    shown, table = mixed(split, AugmentConfig(mixup=1.0), trained)
+    assert set(table.partner.tolist()) == {3, 5, 60}
+    assert torch.equal(shown.partner_labels, split.labels[table.partner])
+
+
+def test_a_share_of_one_changes_nothing() -> None:
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    config = AugmentConfig(mixup=1.0, cutmix=1.0, mix_probability=1e-9)
+    table = draw_mix_table(config, 0, rows=64, partners=torch.arange(64), device=CPU)
+    assert torch.equal(mix(images, images.flip(0), table), images)

@@ -11,18 +11,20 @@ from test_losses import outputs_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
 from cifar_dist.data.batches import Batch
 from cifar_dist.learn.losses import (
     LOSSES,
     ArcFace,
+    CrossEntropy,
     DecoupledDistill,
     Dist,
     Distill,
     LogitMse,
     Loss,
 )
-from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.objective import Objective, weight_in_epoch
 from cifar_dist.learn.teacher import Mean
 from cifar_dist.nets.heads import Outputs
 
@@ -95,6 +97,61 @@ def test_dkd_with_the_teachers_own_weight_of_the_others_is_distill():
     share = 1 - (teacher / 4).softmax(1)[0, 4].item()
     found = apply(DecoupledDistill(temperature=4, others=share), student, teacher, label)
     torch.testing.assert_close(found, apply(Distill(temperature=4), student, teacher))
+
+
+def kd_as_published(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Hinton et al. 2015 as sum over the classes of p_t log(p_t / p_s), times T^2."""
+    wanted, found = (logits.div(temperature).softmax(1) for logits in (teacher, student))
+    return temperature**2 * (wanted * (wanted / found).log()).sum(1)
+
+
+def dkd_as_published(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """Zhao et al. 2022 by the steps of their code: two masked sums of the probabilities, and a
+    softmax in which the true class's logit is lowered by 1000."""
+    is_true = F.one_hot(labels, student.shape[1]).to(student.dtype)
+
+    def two_way(logits: Tensor) -> Tensor:
+        probabilities = (logits / temperature).softmax(1)
+        return torch.stack([(probabilities * mask).sum(1) for mask in (is_true, 1 - is_true)], 1)
+
+    def among_others(logits: Tensor) -> Tensor:
+        return (logits / temperature - 1000 * is_true).log_softmax(1)
+
+    wanted, found = two_way(teacher), two_way(student)
+    target = (wanted * (wanted.log() - found.log())).sum(1)
+    wanted, found = among_others(teacher), among_others(student)
+    others = (wanted.exp() * (wanted - found)).sum(1)
+    return temperature**2 * (alpha * target + beta * others)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0, 10.0])
+@pytest.mark.parametrize("kind", ["distill", "dkd"])
+def test_values_and_gradients_are_the_published_ones_in_float64(kind: str, scale: float):
+    """What both papers' settings are on CIFAR-100: T = 4, alpha = 1, beta = 8."""
+    student, teacher = numbers(64, 100, scale=scale), numbers(64, 100, seed=1, scale=scale)
+    labels = torch.randint(0, 100, (64,), generator=torch.Generator().manual_seed(2))
+    loss: Loss = DecoupledDistill() if kind == "dkd" else Distill()
+    student.requires_grad_()
+    found = apply(loss, student, teacher, labels)
+    precise = student.detach().double().requires_grad_()
+    if kind == "dkd":
+        wanted = dkd_as_published(precise, teacher.double(), labels, temperature=4, alpha=1, beta=8)
+    else:
+        wanted = kd_as_published(precise, teacher.double(), 4)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    weights = torch.arange(1.0, 65.0)  # each sample's gradient on its own
+    (gradient,) = torch.autograd.grad((weights * found).sum(), student)
+    (oracle,) = torch.autograd.grad((weights * wanted).sum(), precise)
+    torch.testing.assert_close(gradient.double(), oracle, rtol=1e-4, atol=1e-4)
+    assert oracle.abs().max() > 1
 
 
 def test_dist_by_hand():
@@ -185,6 +242,8 @@ def test_every_taught_loss_is_tested_here():
 class Says:
     """A teacher that says the same whatever it sees."""
 
+    parameters_here = 0
+
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
@@ -198,9 +257,13 @@ def batch_of(rows: int) -> Batch:
     return Batch(images=images, labels=labels, rows=labels, epoch=0, shard=0)
 
 
+def split_of(batch: Batch) -> Split:
+    return Split(images=batch.images, labels=batch.labels)
+
+
 def test_several_teachers_are_averaged_by_their_weights():
     batch = batch_of(2)
-    view = View(images=batch.images, labels=batch.labels)
+    view = View(images=batch.images, labels=batch.labels, numbers=batch.rows)
     one, other = numbers(2, 4), numbers(2, 4, seed=1)
     found = Mean([Says(one), Says(other)], [1, 3])(view, batch)
     torch.testing.assert_close(found, 0.25 * one + 0.75 * other)
@@ -210,7 +273,7 @@ def test_several_teachers_are_averaged_by_their_weights():
 def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
     cosines, guide = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
     losses: dict[str, Loss] = {"arcface": ArcFace(scale=16), "distill": Distill()}
-    objective = Objective(Augment(AugmentConfig(), rows=2), losses, Says(guide))
+    objective = Objective(Augment(AugmentConfig(), split_of(batch_of(2))), losses, Says(guide))
 
     def model(images: Tensor) -> Outputs:
         return outputs_of(cosines)
@@ -220,8 +283,34 @@ def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
     assert torch.equal(terms["arcface"], ArcFace(scale=16)(outputs_of(cosines), labels))
 
 
+def test_the_weight_of_a_taught_loss_rises_over_its_first_epochs():
+    """mdistiller: min(epoch / warm-up, 1), epochs counted from 1."""
+    loss = DecoupledDistill(weight=2, warmup_epochs=4)
+    assert [weight_in_epoch(loss, epoch) for epoch in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    assert [weight_in_epoch(Distill(weight=0.7), epoch) for epoch in range(3)] == [0.7] * 3
+    assert weight_in_epoch(CrossEntropy(weight=0.3), 0) == 0.3
+
+
+def test_a_warm_up_changes_the_sum_and_not_the_reported_term():
+    logits, guide = numbers(2, 4), numbers(2, 4, seed=1)
+    losses: dict[str, Loss] = {
+        "cross_entropy": CrossEntropy(weight=0.5),
+        "dkd": DecoupledDistill(weight=3, warmup_epochs=20),
+    }
+    objective = Objective(Augment(AugmentConfig(), split_of(batch_of(2))), losses, Says(guide))
+    alone = apply(DecoupledDistill(), logits, guide, torch.zeros(2, dtype=torch.int64))
+    for epoch, share in ((0, 1 / 20), (4, 1 / 4), (19, 1), (20, 1), (200, 1)):
+        batch = replace(batch_of(2), epoch=epoch)
+        terms = objective(lambda images: outputs_of(logits), batch)
+        assert torch.equal(terms["dkd"], alone)
+        wanted = 0.5 * terms["cross_entropy"] + share * 3 * alone
+        torch.testing.assert_close(terms["loss"], wanted)
+
+
 class SeesFirstLine:
     """A teacher whose logits are the red pixels of a picture's first line."""
+
+    parameters_here = 0
 
     def __call__(self, view: View, batch: Batch) -> Tensor:
         return view.images[:, 0, 0].float()
@@ -231,7 +320,7 @@ def test_teacher_and_student_see_the_same_view():
     batch = batch_of(8)
     pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     batch = replace(batch, images=pictures, rows=torch.arange(8), epoch=3)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), rows=8)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), split_of(batch))
     objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
 
     def student(images: Tensor) -> Outputs:

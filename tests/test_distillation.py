@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,19 @@ import pytest
 import torch
 import yaml
 from compare import assert_same_bits, lines, tensors
-from conftest import RecipeMaker
+from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import Ranks, train
 from safetensors.torch import load_file
 from test_resume import EVERY_STEP, wait_for_step
 
 from cifar_dist.data.augment import View
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine.checkpoint import checkpoints, save_checkpoint
+from cifar_dist.engine.checkpoint import checkpoints
 from cifar_dist.engine.runtime import rank_mesh
 from cifar_dist.files import sha256
 from cifar_dist.learn.teacher import TeacherConfig, build_teacher, parameters_without_numbers
 from cifar_dist.nets.backbones import ModelConfig, build_model, create_backbone
+from cifar_dist.recipe import load_recipe
 from cifar_dist.runs import find_teacher
 
 MODELS = {  # with what is hard to shard about them
@@ -32,56 +32,51 @@ MODELS = {  # with what is hard to shard about them
     "test_vit": "parameters of one row",
     "test_vit_relpos": "buffers that no file has",
     "test_nfnet": "parameters without rows",
+    "resnet8x4": "chains of chains of blocks",
+    "wrn_16_2": "norms outside of the blocks",
 }
-TeacherMaker = Callable[..., Path]
 
 
-@pytest.fixture
-def teacher(tmp_path: Path) -> TeacherMaker:
-    """A run folder with one checkpoint of a model as it was born from `seed`."""
-
-    def make(name: str, *, seed: int = 0, losses: Any = None, **model: Any) -> Path:
-        config = ModelConfig(**{"backbone": "test_resnet"} | model)
-        torch.manual_seed(seed)
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe = {"name": name, "model": json.loads(json.dumps(asdict(config)))}
-        recipe |= {"losses": losses or {"cross_entropy": {}}}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        save_checkpoint(
-            folder / "checkpoints",
-            step=1,
-            tensors={"model": build_model(config, 100).state_dict()},
-            optimizer={},
-            progress={},
-        )
-        return folder
-
-    return make
-
-
-def taught(*names: str, **keys: Any) -> dict[str, Any]:
-    """Sections of a recipe with these teachers."""
-    teachers = [{"run": f"runs/{name}"} | keys for name in names]
-    return {
-        "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
-        **({"teacher": teachers[0]} if len(teachers) == 1 else {"teachers": teachers}),
-    }
-
-
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_vit_relpos"])
-def test_whole_and_sharded_teachers_train_the_same_bits(
-    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, backbone: str
+@pytest.mark.parametrize(
+    ("backbone", "world_size"),
+    [("test_resnet", 2), ("test_vit", 2), ("test_vit_relpos", 2), ("test_vit", 4)],
+)
+def test_whole_sharded_and_cached_teachers_train_the_same(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, backbone: str, world_size: int
 ) -> None:
-    """12 steps in four shards on two ranks; the teacher sees 64 px where the student sees 32."""
+    """24 steps in four shards; the teacher sees 64 px where the student sees 32.
+
+    Sharded and whole to the last bit; cached to what rounding the logits to float16 makes of it.
+    """
     teacher("big", backbone=backbone, image_size=64)
-    path = recipe(run={"epochs": 2, "shards": 4, "batch_size": 10}, **taught("big"))
-    train(path, "name=whole", cwd=tmp_path, world_size=2)
-    output = train(path, "name=sharded", "teacher.placement=sharded", cwd=tmp_path, world_size=2)
-    assert lines(tmp_path / "runs/whole")[-1]["step"] == 12
-    assert all(line["distill"] > 0 for line in lines(tmp_path / "runs/whole") if "distill" in line)
+    sections = taught("big") | {"augment": {"views": 2}}
+    path = recipe(run={"epochs": 4, "shards": 4, "batch_size": 10}, optim={"lr": 1e-5}, **sections)
+    command = Ranks("cache_logits", [path, "teacher.placement=cached"], cwd=tmp_path, world_size=2)
+    assert command.wait() == [0, 0], command.output
+    for placement in ("whole", "sharded", "cached"):
+        output = train(
+            path,
+            f"name={placement}",
+            f"teacher.placement={placement}",
+            cwd=tmp_path,
+            world_size=world_size,
+        )
+        assert f"{world_size} process(es)" in output
+        if placement != "cached":
+            assert f"teacher runs/big: {backbone} at 64 px" in output
+            said = re.findall(r"parameters on each rank: (.*)", output)[0].split()
+            held = [int(number.replace(",", "")) for number in said]
+            total = int(re.findall(r"px, ([\d,]+) parameters", output)[0].replace(",", ""))
+            assert len(held) == world_size
+            assert sum(held) == (total if placement == "sharded" else world_size * total)
+    whole = lines(tmp_path / "runs/whole")
+    assert whole[-1]["step"] == 24
+    assert all(line["distill"] > 0 for line in whole if "distill" in line)
     assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/sharded")
-    assert f"teacher runs/big: {backbone} at 64 px" in output
+    for ours, theirs in zip(lines(tmp_path / "runs/cached"), whole, strict=True):
+        if "distill" in theirs:
+            assert ours["distill"] == pytest.approx(theirs["distill"], rel=2e-3)
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_one_and_two_processes_and_kills_make_no_difference(
@@ -105,6 +100,29 @@ def test_one_and_two_processes_and_kills_make_no_difference(
     output = train(*arguments, cwd=tmp_path, world_size=2)
     assert "goes on at step" in output
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")
+
+
+def test_a_warm_up_follows_the_epoch_through_kills_and_worlds(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """A teacher and a student without counterparts in timm; four epochs of 6 steps, a report each."""
+    teacher("big", backbone="resnet8x1")
+    keys = taught("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
+    keys["losses"] = {"cross_entropy": {"weight": 0.5}, "dkd": {"weight": 2.0, "warmup_epochs": 3}}
+    path = recipe(run={"report_every_steps": 6}, **keys)
+    train(path, "name=straight", cwd=tmp_path)
+    reports = [line for line in lines(tmp_path / "runs/straight") if line["kind"] == "train"]
+    assert [line["epoch"] for line in reports] == [1, 2, 3, 4]
+    for line, share in zip(reports, (1 / 3, 2 / 3, 1, 1), strict=True):
+        wanted = 0.5 * line["cross_entropy"] + share * 2.0 * line["dkd"]
+        assert line["loss"] == pytest.approx(wanted, rel=1e-5)
+    arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
+    alone = Ranks("train", arguments, cwd=tmp_path)
+    wait_for_step(alone, tmp_path / "runs/killed", 8)
+    alone.kill()
+    assert not (tmp_path / "runs/killed/summary.json").exists()
+    assert "goes on at step" in train(*arguments, cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
 def test_the_teacher_changes_what_is_learnt_and_is_in_no_checkpoint(
@@ -173,7 +191,7 @@ def test_each_rank_holds_its_rows_and_says_the_same(
 def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
     """Frozen: what it says about a picture depends on no other one, and looking leaves no trace."""
     folder = teacher("cosines", head="cosine", drop_rate=0.5, losses={"arcface": {"scale": 20}})
-    trained, device = find_teacher(folder), torch.device("cpu")
+    trained, device = find_teacher(TeacherConfig(run=str(folder))), torch.device("cpu")
     model = build_model(trained.model, 100, load_file(trained.weights)).eval()
     built = build_teacher(
         [TeacherConfig(run=str(folder), placement="sharded")],
@@ -185,13 +203,13 @@ def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
     assert built is not None
     pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
     batch = Batch(images=pictures, labels=rows, rows=rows, epoch=0, shard=0)
-    view = View(images=pictures, labels=rows)
+    view = View(images=pictures, labels=rows, numbers=rows)
     guide = built(view, batch)
     assert torch.equal(guide, 20 * model(pictures).logits)
     assert torch.equal(built(view, batch), guide)
     assert guide.dtype == torch.float32
     assert not guide.requires_grad
-    alone = built(View(images=pictures[:1], labels=rows[:1]), batch)
+    alone = built(View(images=pictures[:1], labels=rows[:1], numbers=rows[:1]), batch)
     torch.testing.assert_close(alone, guide[:1])
 
 
@@ -277,3 +295,67 @@ def test_a_loss_without_teacher_and_a_teacher_without_loss_are_refused(
     output = train(recipe(**sections), cwd=tmp_path, expect=2)
     assert output.count("error:") == 1
     assert words in output
+
+
+# ----------------------------------------------------------------------------- files, train mode
+
+
+def test_a_file_teaches_like_the_run_that_it_came_from(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """Whole and sharded; a cosine head with the scale that its run's loss had."""
+    folder = teacher("big", head="cosine", image_size=48, losses={"arcface": {"scale": 20}})
+    weights = checkpoints(folder / "checkpoints")[0] / "model.safetensors"
+    exported = shutil.copy(weights, tmp_path / "big.safetensors")
+    path = recipe(run={"epochs": 1}, **taught("big"))
+    train(path, "name=from_run", cwd=tmp_path, world_size=2)
+    content = yaml.safe_load(path.read_text())
+    model = {"backbone": "test_resnet", "head": "cosine", "image_size": 48}
+    content["teacher"] = {"run": "big.safetensors", "model": model, "logit_scale": 20}
+    path.write_text(yaml.safe_dump(content))
+    train(path, "name=from_file", "teacher.placement=sharded", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/from_run", tmp_path / "runs/from_file")
+    wrong = train(path, "name=wrong", "teacher.model.backbone=test_vit", cwd=tmp_path, expect=2)
+    assert "the teacher big.safetensors" in wrong
+    Path(exported).write_bytes(b"not a file of tensors")
+    assert "error: " in train(path, "name=wrong", cwd=tmp_path, expect=2)
+    Path(exported).unlink()
+    assert "there is no file" in train(path, "name=wrong", cwd=tmp_path, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        ({"run": "a.safetensors"}, "add a `model` section"),
+        ({"run": "runs/a", "model": {}}, "a run folder has its own"),
+        ({"run": "a.safetensors", "model": {"head": "cosine"}}, "needs logit_scale"),
+        ({"run": "runs/a", "placement": "cached", "train_mode": True}, "no fixed logits"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(
+    recipe: RecipeMaker, keys: dict[str, Any], remedy: str
+) -> None:
+    sections = taught("a") | {"teacher": keys, "augment": {"views": 2}}
+    with pytest.raises(ValueError, match=remedy):
+        load_recipe(recipe(**sections))
+
+
+def test_in_train_mode_a_teacher_goes_by_the_batch(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """Other numbers than in evaluation mode; the same for one and two processes, and after a stop."""
+    teacher("big")
+    path = recipe(run={"epochs": 2}, **taught("big"))
+    train(path, "name=frozen", cwd=tmp_path)
+    train(path, "name=one", "teacher.train_mode=true", cwd=tmp_path)
+    train(path, "name=two", "teacher.train_mode=true", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
+    frozen, one = (tensors(tmp_path / f"runs/{name}") for name in ("frozen", "one"))
+    assert not torch.equal(frozen["logits"], one["logits"])
+    arguments = [path, "name=killed", "teacher.train_mode=true"]
+    arguments += [f"run.save_every_minutes={EVERY_STEP}"]
+    alone = Ranks("train", arguments, cwd=tmp_path)
+    wait_for_step(alone, tmp_path / "runs/killed", 8)
+    alone.kill()
+    train(*arguments, cwd=tmp_path)
+    assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")

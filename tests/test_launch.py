@@ -218,7 +218,10 @@ def test_wrong_names_are_refused_before_data_are_fetched(
 ) -> None:
     source = f"http://127.0.0.1:{free_port()}/archive.tar.gz"
     path = recipe(data={"path": "nowhere", "source": source})
-    assert "did you mean resnet18" in train(path, "model.backbone=resnet81", cwd=tmp_path, expect=2)
+    output = train(path, "model.backbone=resnet_18", cwd=tmp_path, expect=2)
+    assert "did you mean resnet18" in output
+    output = train(path, "model.backbone=resnet9x4", cwd=tmp_path, expect=2)
+    assert "did you mean resnet8x4" in output
     assert "choose adam" in train(path, "optim.name=adamv", cwd=tmp_path, expect=2)
     assert "cannot be fetched" in train(path, cwd=tmp_path, expect=2)
 

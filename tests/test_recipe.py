@@ -31,7 +31,7 @@ SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_fit_the_schema(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.name == path.stem
+    assert recipe.name == (f"kd_{path.stem}" if path.parent.name == "kd" else path.stem)
     assert recipe.run.shards is not None, "a published recipe says its number of shards"
     assert len([line for line in path.read_text().splitlines() if line[0] != "#"]) <= 30
     jsonschema.validate(parse_yaml(path.read_text(), where=str(path)), json_schema())
@@ -88,10 +88,19 @@ def write(tmp_path: Path, text: str) -> Path:
         ),
         ("name: a\nlosses: {supcon: {}, triplet: {}}", ["(triplet, supcon)", "add cross_entropy"]),
         ("name: a\nlosses: {supcon: {}, bce: {weight: 0}}", ["(bce, supcon)", "add cross_entropy"]),
+        (
+            "name: a\nlosses: {supcon: {}, bce: {}}\naugment: {cutmix: 1.0}",
+            ["losses.supcon", "augment.cutmix"],
+        ),
         ("name: a\nlosses: {sphereface: {margin: 1.5}}", ["losses.sphereface.margin", "integer"]),
         ("name: a\nlosses: {arcfase: {}}", ["losses.arcface"]),
         ("name: a\nlosses: {}", ["losses"]),
         ("name: a\nlosses: {distill: {}}", ["losses.distill", "teacher.run="]),
+        ("name: a\nlosses: {cross_entropy: {warmup_epochs: 2}}", ["losses.cross_entropy.warmup"]),
+        (
+            "name: a\nlosses: {dkd: {warmup_epochs: 2.5}}\nteacher: {run: b}",
+            ["losses.dkd.warmup_epochs", "integer"],
+        ),
         ("name: a\nteacher: {run: runs/b}", ["no loss listens", "distill, dkd, dist, logit_mse"]),
         ("name: a\nteacher: {placement: sharded}", ["teacher.run", "required"]),
         ("name: a\nteacher: {run: runs/b, placement: split}", ["teacher.placement", "sharded"]),
@@ -193,7 +202,7 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
                 "name": "a",
                 "ema": {},
                 "losses": fitting,
-                "teacher": {"run": "runs/teacher"},
+                "teacher": {"run": "teacher.safetensors", "model": {}},
                 "model": {"head": head},
             },
             where="here",

@@ -112,7 +112,7 @@ def test_a_step_reads_no_number(data: Path, optimizer_name: str, precision: Prec
     split = load_split(data, "train", accelerator.device)
     config = OptimConfig(name=optimizer_name, lr=0.01, max_grad_norm=5.0)
     model = model_of(CrossEntropy())
-    objective = Objective(Augment(ALL_OPS, rows=64), {"cross_entropy": CrossEntropy()})
+    objective = Objective(Augment(ALL_OPS, split), {"cross_entropy": CrossEntropy()})
     optimizer = build_optimizer(config, model)
     scaler = make_scaler(precision, accelerator.device)
     ema, batches = Ema(EmaConfig(), model), batches_of(split)
@@ -152,7 +152,7 @@ def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConf
             teacher = Live(model_of(loss).eval(), 1.0) if loss.taught else None
             images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
             split = Split(images=images, labels=torch.zeros(64, dtype=torch.int64))
-        objective = Objective(Augment(augment, rows=64), {"loss_of_the_recipe": loss}, teacher)
+        objective = Objective(Augment(augment, split), {"loss_of_the_recipe": loss}, teacher)
         optimizer = build_optimizer(OptimConfig(max_grad_norm=5.0), model)
         scaler = make_scaler("fp32", images.device)
         window = Window(objective.names, shards=2, device=images.device)
@@ -191,7 +191,7 @@ def test_the_data_path_is_many_times_the_per_item_ways(middle_data: Path) -> Non
     """By CPU time; measured were 30 times the tutorial's loader, and 40 times where both augment."""
     split = load_split(middle_data, "train")
     plain, augmented = (batches_of(split, batch_size=250, shards=1) for _ in range(2))
-    augment = Augment(CROP_FLIP, rows=len(split.labels))
+    augment = Augment(CROP_FLIP, split)
     tutorial = endless(tutorial_loader(split, 250))
     hugging_face = endless(hugging_face_loader(split, 250, augment=True))
     turns = take_turns(

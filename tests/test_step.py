@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cifar_dist.data.arrow import load_split
+from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
 from cifar_dist.engine.step import Precision, Step, check_precision, keyed, make_scaler, train_step
@@ -21,7 +21,10 @@ from cifar_dist.learn.objective import Objective
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
 CPU = torch.device("cpu")
-OBJECTIVE = Objective(Augment(AugmentConfig(), rows=64), {"cross_entropy": CrossEntropy()})
+NOTHING = Split(
+    images=torch.zeros(0, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(0, dtype=torch.int64)
+)
+OBJECTIVE = Objective(Augment(AugmentConfig(), NOTHING), {"cross_entropy": CrossEntropy()})
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,11 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def digest_of(checkpoint: Path, name: str) -> str:
+    """The SHA-256 of one of its files, as the manifest of a checkpoint without damage has it."""
+    return json.loads((checkpoint / "manifest.json").read_text())["sha256"][name]
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, newest first."""
     if not folder.is_dir():

@@ -62,13 +62,16 @@ def _holder(path: Path) -> str | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process (rank 0 of its job), with a heartbeat."""
-    path = folder / "lock.json"
+def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
+    """Hold a folder for this process (rank 0 of its job), by a file with a heartbeat.
+
+    The file is `path`, or lock.json in the folder; `remedy`: what gives a job another folder.
+    """
+    path = path or folder / "lock.json"
     holder = _holder(path)
     if holder is not None:
         raise UserError(
-            f"{folder} is in use by {holder}; wait for it, or train under another name (name=...)"
+            f"{folder} is in use by {holder}; wait for it, or choose another folder ({remedy})"
         )
     mine = {
         "host": socket.gethostname(),

@@ -194,6 +194,14 @@ class Ranks:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers.tolist()
 
+    def each(self, value: T) -> list[T]:
+        """Every rank's value, in their order."""
+        if self.world_size == 1:
+            return [value]
+        seen: list[Any] = [None] * self.world_size
+        dist.all_gather_object(seen, value, group=self.group)
+        return seen
+
     def main_does(self, act: Callable[[], T]) -> T:
         """Rank 0 acts, all ranks get its result, or all raise its UserError."""
         if self.world_size == 1:
@@ -211,10 +219,7 @@ class Ranks:
 
     def same(self, what: str, value: str) -> None:
         """Stop with one sentence where ranks see different things (code, recipe, data)."""
-        if self.world_size == 1:
-            return
-        seen: list[Any] = [None] * self.world_size
-        dist.all_gather_object(seen, value, group=self.group)
+        seen = self.each(value)
         other = next((rank for rank in range(self.world_size) if seen[rank] != seen[0]), None)
         if other is not None:
             raise UserError(
@@ -223,12 +228,12 @@ class Ranks:
             )
 
 
-def progress_bar(done: int, total: int, *, shown: bool) -> tqdm:
+def progress_bar(done: int, total: int, *, shown: bool, unit: str = "step") -> tqdm:
     """A bar on rank 0 of a terminal, nothing elsewhere."""
     return tqdm(
         total=total,
         initial=done,
-        unit="step",
+        unit=unit,
         dynamic_ncols=True,
         leave=False,
         disable=None if shown else True,  # None: only on a terminal

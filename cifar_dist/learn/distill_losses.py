@@ -1,6 +1,7 @@
 """Floor 2. Losses that listen to a teacher: they compare the outputs with `guide`, its logits.
 
-The objective has multiplied the logits of both by their scale.
+The objective has multiplied the logits of both by their scale, and lets the loss's weight rise over
+its first `warmup_epochs`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import NonNegative, Positive, config
+from cifar_dist.config import Index, NonNegative, Positive, config
 from cifar_dist.nets.heads import HeadName, Outputs
 
 
@@ -36,6 +37,7 @@ class Distill:
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     standardize: bool = False
 
@@ -63,6 +65,7 @@ class DecoupledDistill:
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     target: NonNegative = 1.0  # alpha in the paper
     others: NonNegative = 8.0  # beta
@@ -100,6 +103,7 @@ class Dist:
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
@@ -130,6 +134,7 @@ class LogitMse:
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
     weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         assert guide is not None

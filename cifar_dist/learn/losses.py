@@ -1,7 +1,8 @@
 """Floor 2. A loss is its knobs and its formula: outputs and labels in, one number a sample out.
 
 The objective multiplies by `weight` and adds up; no loss here does. A loss that is `taught` compares
-the outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale.
+the outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale, and
+lets the loss's weight rise over its first `warmup_epochs`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Loss(Protocol):
     @property
     def weight(self) -> float: ...
 
+    @property
+    def warmup_epochs(self) -> int: ...  # in which its weight rises linearly; 0: it does not
+
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         """labels int64 [B], guide f32 [B, C] -> float32 [B], not yet multiplied by `weight`."""
         ...
@@ -49,6 +53,7 @@ class CrossEntropy:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
 
@@ -75,6 +80,7 @@ class BinaryCrossEntropy:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
 

@@ -35,6 +35,7 @@ class ArcFace:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     scale: Positive = 8.0
     margin: NonNegative = 0.35  # radians
@@ -71,6 +72,7 @@ class CosFace:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     scale: Positive = 16.0
     margin: NonNegative = 0.35
@@ -124,6 +126,7 @@ class SphereFace:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     margin: Count = 4
     softness: NonNegative = 5.0
@@ -159,6 +162,7 @@ class LargeMarginSoftmax:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = True
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     margin: Count = 2
     softness: NonNegative = 5.0

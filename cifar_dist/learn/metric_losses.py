@@ -62,6 +62,7 @@ class Triplet:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     margin: NonNegative | None = 0.2
     normalize: bool = True
@@ -105,6 +106,7 @@ class Contrastive:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     margin: Positive = 1.0
     normalize: bool = True
@@ -139,6 +141,7 @@ class SupCon:
     taught: ClassVar[bool] = False
     classifies: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     temperature: Positive = 0.1
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment import Augment, View
 from cifar_dist.data.batches import Batch
 from cifar_dist.learn.losses import Loss, logit_scale
 from cifar_dist.learn.teacher import Teacher
@@ -45,11 +46,32 @@ class Objective:
             if guide is not None
             else outputs
         )
-        terms = {
-            name: loss(scaled if loss.taught else outputs, view.labels, guide)
-            for name, loss in self.losses.items()
-        }
-        weighted = [loss.weight * terms[name] for name, loss in self.losses.items()]
+        terms = {}
+        for name, loss in self.losses.items():
+            compared = scaled if loss.taught else outputs
+            terms[name] = mixed(view, partial(loss, compared, guide=guide))
+        weighted = [
+            weight_in_epoch(loss, batch.epoch) * terms[name] for name, loss in self.losses.items()
+        ]
         terms["loss"] = torch.stack(weighted).sum(0)
-        terms["top1"] = 100.0 * (outputs.logits.detach().argmax(1) == view.labels)  # percent
+        found = outputs.logits.detach().argmax(1)
+        terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
         return terms
+
+
+def mixed(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `of` says of the labels, f32 [B]; of mixed pictures, its mean over both labels by share."""
+    own = of(view.labels)
+    if view.share is None or view.partner_labels is None:
+        return own
+    return view.share * own + (1 - view.share) * of(view.partner_labels)
+
+
+def weight_in_epoch(loss: Loss, epoch: int) -> float:
+    """`epoch` counts from 0; the n epochs of a warm-up have 1/n, 2/n, ... of the weight.
+
+    As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts from 1.
+    """
+    if epoch >= loss.warmup_epochs:
+        return loss.weight
+    return loss.weight * (epoch + 1) / loss.warmup_epochs

@@ -1,8 +1,9 @@
 """View -> the teacher's logits, which the taught losses call the guide.
 
-A teacher is frozen and in evaluation mode, sees the student's own view at its own resolution, and is
-held whole by each rank or sharded over them. It is no part of the run's state: a checkpoint has its
-digest alone, and neither DDP nor an optimizer ever sees it.
+A teacher is frozen and in evaluation mode and sees the student's own view at its own resolution.
+Each rank holds it whole, or the ranks share it, or what it says about each view was written down
+before. It is no part of the run's state: a checkpoint has its digest alone, and neither DDP nor an
+optimizer ever sees it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +28,7 @@ from cifar_dist.config import Positive, config
 from cifar_dist.data.augment import View
 from cifar_dist.data.batches import Batch
 from cifar_dist.errors import UserError
+from cifar_dist.learn.logit_cache import open_logits
 from cifar_dist.nets.backbones import Classifier, ModelConfig, build_model, num_parameters
 
 log = logging.getLogger(__name__)
@@ -35,12 +37,42 @@ Over = Literal["world", "node"]
 
 @config
 class TeacherConfig:
-    """Which run teaches, how much it counts among several, and where its weights lie."""
+    """Which run teaches, how much it counts among several, and where its weights or logits lie."""
 
-    run: str  # a run folder, like runs/r50_224
+    run: str  # a run folder, like runs/r50_224, or a .safetensors file of a whole model
     weight: Positive = 1.0
-    placement: Literal["whole", "sharded"] = "whole"
+    placement: Literal["whole", "sharded", "cached"] = "whole"
     shard_over: Over = "world"  # node: sharded within a machine, replicated across machines
+    cache: str | None = None  # folder of the cached logits; None: RUN/logits, or FILE.logits
+    model: ModelConfig | None = None  # of a file: how to build it
+    logit_scale: Positive | None = None  # of a file with a cosine head: its loss's scale
+    train_mode: bool = False  # BatchNorm by the batch, dropout on: as the tutorial has it
+
+    def __post_init__(self) -> None:
+        if self.is_file and self.model is None:
+            raise ValueError(
+                f"{self.run} is a file: add a `model` section that says how to build it"
+            )
+        if not self.is_file and (self.model or self.logit_scale):
+            raise ValueError("model and logit_scale are for a file; a run folder has its own")
+        if self.model and (self.model.head == "cosine") != (self.logit_scale is not None):
+            raise ValueError(
+                "a file with a cosine head needs logit_scale, with a linear one has none"
+            )
+        if self.train_mode and self.placement == "cached":
+            raise ValueError(
+                "train_mode has no fixed logits that could be cached; remove one of them"
+            )
+
+    @property
+    def is_file(self) -> bool:
+        return self.run.endswith(".safetensors")
+
+    @property
+    def cache_folder(self) -> Path:
+        if self.cache is not None:
+            return Path(self.cache)
+        return Path(f"{self.run}.logits") if self.is_file else Path(self.run) / "logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +86,8 @@ class Trained:
 
 
 class Teacher(Protocol):
+    parameters_here: int  # that this rank holds
+
     def __call__(self, view: View, batch: Batch) -> Tensor:
         """f32 [B, C], without a gradient."""
         ...
@@ -64,10 +98,24 @@ class Live:
 
     def __init__(self, model: nn.Module, logit_scale: float) -> None:
         self.model, self.logit_scale = model, logit_scale
+        self.parameters_here = local_parameters(model)
 
     @torch.no_grad()
     def __call__(self, view: View, batch: Batch) -> Tensor:
         return self.model(view.images).logits * self.logit_scale
+
+
+class Cached:
+    """What a live teacher said about each view of each row, rounded to float16: [V, N, C]."""
+
+    parameters_here = 0
+
+    def __init__(self, logits: Tensor) -> None:
+        self.rows = logits.shape[1]
+        self.logits = logits.flatten(0, 1)
+
+    def __call__(self, view: View, batch: Batch) -> Tensor:
+        return self.logits.index_select(0, view.numbers * self.rows + batch.rows).float()
 
 
 class Mean:
@@ -76,6 +124,7 @@ class Mean:
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.teachers = teachers
         self.shares = [weight / sum(weights) for weight in weights]
+        self.parameters_here = sum(teacher.parameters_here for teacher in teachers)
 
     def __call__(self, view: View, batch: Batch) -> Tensor:
         guides = [
@@ -96,25 +145,47 @@ def build_teacher(
     """What the recipe's teachers say together; None where it has none.
 
     `mesh` gives the ranks to shard over, or None for a process that is alone. All ranks call this
-    together. UserError for weights that do not fit.
+    together; caches have been checked. UserError for weights that do not fit.
     """
-    teachers = []
+    teachers: list[Teacher] = []
     for asked, found in zip(configs, trained, strict=True):
-        ranks = mesh(asked.shard_over) if asked.placement == "sharded" else None
-        try:
-            if ranks is None:
-                model = build_model(found.model, num_classes, load_file(found.weights))
-                freeze(model).to(device)
-            else:
-                model = shard_by_shard(found, num_classes, ranks)
-        except UserError as error:
-            raise UserError(f"the teacher {asked.run}: {error}") from None
-        log.info(
-            f"teacher {asked.run}: {found.model.backbone} at {found.model.image_size} px, "
-            f"{local_parameters(model):,} of {num_parameters(model):,} parameters on this rank"
-        )
-        teachers.append(Live(model, found.logit_scale))
+        match asked.placement:
+            case "cached":
+                logits = open_logits(asked.cache_folder).to(device)
+                views, rows, _ = logits.shape
+                log.info(f"teacher {asked.run}: its logits for {views} views of {rows:,} rows")
+                teachers.append(Cached(logits))
+            case "whole":
+                teachers.append(live_teacher(asked, found, num_classes, device, None))
+            case "sharded":
+                ranks = mesh(asked.shard_over)
+                teachers.append(live_teacher(asked, found, num_classes, device, ranks))
     return Mean(teachers, [config.weight for config in configs]) if teachers else None
+
+
+def live_teacher(
+    asked: TeacherConfig,
+    found: Trained,
+    num_classes: int,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+) -> Live:
+    """The trained model on this rank, or its share of it where there is a mesh."""
+    try:
+        if mesh is None:
+            model = build_model(found.model, num_classes, load_file(found.weights))
+            freeze(model).to(device)
+        else:
+            model = shard_by_shard(found, num_classes, mesh)
+    except UserError as error:
+        raise UserError(f"the teacher {asked.run}: {error}") from None
+    except SafetensorError as error:
+        raise UserError(f"the teacher {asked.run} is no safetensors file ({error})") from None
+    log.info(
+        f"teacher {asked.run}: {found.model.backbone} at {found.model.image_size} px, "
+        f"{num_parameters(model):,} parameters"
+    )
+    return Live(model.train(asked.train_mode), found.logit_scale)
 
 
 def freeze(model: Classifier) -> Classifier:

@@ -1,6 +1,6 @@
-"""Floor 1. From a config to a model: any timm backbone, its weights, its stem, and a head.
+"""Floor 1. From a config to a model: a backbone, its weights, its stem, and a head.
 
-The only file that knows timm's models.
+The only file that knows timm's models. A name is timm's, or else one of cifar_resnet.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config import Count, Share, config
 from cifar_dist.errors import UserError
+from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
 from cifar_dist.nets.weights import (
@@ -44,7 +45,7 @@ class ModelConfig:
     image_size: Count = 32
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     normalize: bool = True
-    mean: Colour | None = None  # None: of the weights in use (timm's), or CIFAR-100's from scratch
+    mean: Colour | None = None  # None: of the weights in use, or CIFAR-100's from scratch
     std: Colour | None = None
     head: Literal["linear", "cosine"] = "linear"
     embedding_size: Count = 512  # of the cosine head
@@ -138,11 +139,13 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
 
 
 def pretrained_cfg(name: str) -> Any:
-    """timm's description of a backbone and its weights; UserError for a name that it lacks."""
+    """timm's description of a backbone and its weights; UserError for a name that nobody has."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        if find_cifar_resnet(name):
+            return timm.models.PretrainedCfg(architecture=name, mean=CIFAR_MEAN, std=CIFAR_STD)
+        close = difflib.get_close_matches(name.lower(), [*PUBLISHED, *timm.list_models()], n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"model.backbone: timm has no model {name!r}; {hint}")
+        raise UserError(f"model.backbone: there is no model {name!r}; {hint}")
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError:
@@ -153,7 +156,7 @@ def pretrained_cfg(name: str) -> Any:
 
 
 def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
-    """timm's model without its classifier; with its ImageNet weights if `pretrained`."""
+    """The network without its classifier; with timm's ImageNet weights if `pretrained`."""
     options: dict[str, Any] = {}
     if pretrained_cfg(config.backbone).fixed_input_size:
         options["img_size"] = config.image_size
@@ -164,7 +167,11 @@ def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     if pretrained:
         options["pretrained_cfg_overlay"] = {"file": str(fetch_pretrained(config))}
     try:
-        return timm.create_model(config.backbone, pretrained, num_classes=0, **options)
+        if timm.is_model(config.backbone):
+            return timm.create_model(config.backbone, pretrained, num_classes=0, **options)
+        build = find_cifar_resnet(config.backbone)
+        assert build is not None, "pretrained_cfg has refused other names"
+        return build(**options)
     except TypeError as error:
         refused = next((key for key in options if f"'{key}'" in str(error)), None)
         if refused is None:
@@ -180,6 +187,11 @@ def shrink_stem(backbone: nn.Module, config: ModelConfig, state: State | None) -
     A ResNet from scratch gets a 3x3 kernel (He et al. 2016, section 4.2); one with weights keeps
     the kernel that its weights have. `state`: the weights, unless timm has loaded them.
     """
+    if not timm.is_model(config.backbone):
+        raise UserError(
+            f"model.stem: {config.backbone} has a 3x3 stem at full resolution of its own; "
+            "remove stem: small"
+        )
     conv = getattr(backbone, "conv_stem", None) or getattr(backbone, "conv1", None)
     if isinstance(conv, nn.Sequential):  # ResNet-D: three 3x3 convolutions
         conv = conv[0]

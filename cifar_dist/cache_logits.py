@@ -1,0 +1,205 @@
+"""Write a recipe's cached teachers down: their logits for every view of every training row.
+
+Blocks of rows are dealt over the processes in their order, and rank 0 appends what they found. So a
+kill costs seconds, and any number of processes goes on to the same bytes.
+"""
+
+from __future__ import annotations
+
+from cifar_dist import signals
+
+if __name__ == "__main__":
+    signals.install()
+
+import argparse
+import math
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.data.arrow import Split, load_split
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import holdout_rows, take
+from cifar_dist.engine.evaluation import BLOCK_SIZE
+from cifar_dist.engine.run_folder import locked
+from cifar_dist.engine.runtime import (
+    Ranks,
+    adopt_slurm_ranks,
+    end_processes,
+    gather_blocks,
+    log,
+    log_to_terminal,
+    progress_bar,
+    rank_mesh,
+    start_processes,
+)
+from cifar_dist.engine.step import autocast, check_precision
+from cifar_dist.errors import UserError, run_command
+from cifar_dist.learn.logit_cache import CacheWriter
+from cifar_dist.learn.teacher import Live, TeacherConfig, live_teacher
+from cifar_dist.recipe import Recipe, load_recipe
+from cifar_dist.runs import cache_origin, find_teacher
+
+STOPPED = 75  # exit code of a command that a signal stopped: start it again to go on
+
+
+def blocks_from(done: int, shape: list[int]) -> list[tuple[int, int, int]]:
+    """(view, first row, rows) of each block after the first `done` of V * N pictures, in file order."""
+    views, rows, _ = shape
+    starts = range(0, rows, BLOCK_SIZE)
+    blocks = [
+        (view, start, min(BLOCK_SIZE, rows - start)) for view in range(views) for start in starts
+    ]
+    return [block for block in blocks if block[0] * rows + block[1] >= done]
+
+
+class Viewer:
+    """What a teacher says about a block of one view; the last view's tables are kept."""
+
+    def __init__(self, recipe: Recipe, split: Split, teacher: Live) -> None:
+        self.recipe, self.split, self.teacher = recipe, split, teacher
+        self.rows = torch.arange(len(split.labels))  # to choose partners among
+        if recipe.data.holdout:
+            self.rows, _ = holdout_rows(split.labels, recipe.data.holdout)
+        self.augment: Augment | None = None
+
+    def __call__(self, view: int, first: int, count: int) -> Tensor:
+        """float16 [BLOCK_SIZE, C], filled up with zeros."""
+        if self.augment is None or self.augment.number != view:
+            self.augment = Augment(self.recipe.augment, self.split, self.rows, number=view)
+        device = self.split.labels.device
+        batch = take(
+            self.split, torch.arange(first, first + count, device=device), epoch=0, shard=0
+        )
+        with autocast(self.recipe.run.precision, device):
+            logits = self.teacher(self.augment(batch), batch)
+        return nn.functional.pad(logits.half(), (0, 0, 0, BLOCK_SIZE - count))
+
+
+def cache_teacher(
+    recipe: Recipe,
+    asked: TeacherConfig,
+    *,
+    sharded: bool,
+    force: bool,
+    ranks: Ranks,
+    device: torch.device,
+) -> int:
+    """Make the cache of one teacher, or go on with it; 0 when it is complete, else the stop signal."""
+    folder = asked.cache_folder
+    with ExitStack() as stack:
+        lock = locked(
+            folder, folder.with_name(f"{folder.name}.lock.json"), remedy="teacher.cache=..."
+        )
+        ranks.main_does(lambda: stack.enter_context(lock))
+        found = ranks.main_does(lambda: find_teacher(asked))
+        made_of = ranks.main_does(lambda: cache_origin(recipe, found))
+        shape = made_of["shape"]
+        files: list[CacheWriter] = []  # rank 0 alone writes
+
+        def begin() -> tuple[int, bool]:
+            files.append(CacheWriter(folder, shape, made_of, force=force))
+            return files[0].rows, files[0].is_finished
+
+        def append(logits: Tensor) -> None:
+            files[0].append(logits)
+
+        done, finished = ranks.main_does(begin)
+        if finished:
+            log.info(f"{folder} is complete: {shape[0]} views of {shape[1]:,} rows")
+            return 0
+
+        split = load_split(Path(recipe.data.path), "train", device)
+        mesh = rank_mesh(device, ranks.world_size, over=asked.shard_over) if sharded else None
+        viewer = Viewer(recipe, split, live_teacher(asked, found, shape[2], device, mesh))
+        log.info(
+            f"{folder}: {shape[0]} views of {shape[1]:,} rows, {math.prod(shape) * 2 / 2**20:,.0f} MiB"
+            + (f"; goes on after {done:,} of {math.prod(shape[:2]):,} pictures" if done else "")
+        )
+        bar = stack.enter_context(
+            progress_bar(done, math.prod(shape[:2]), shown=ranks.is_main, unit="picture")
+        )
+        blocks, started = blocks_from(done, shape), time.perf_counter()
+        for first in range(0, len(blocks), ranks.world_size):
+            # Ranks without a block repeat the last one: a sharded teacher needs all at each call.
+            mine = viewer(*blocks[min(first + ranks.rank, len(blocks) - 1)])
+            gathered = gather_blocks(mine[None], ranks).cpu()  # [W, BLOCK_SIZE, C]
+            counts = [count for _, _, count in blocks[first : first + ranks.world_size]]
+            # the padding goes: only a view's last block has some
+            logits = torch.cat([gathered[place, :count] for place, count in enumerate(counts)])
+            ranks.main_does(partial(append, logits))
+            bar.update(sum(counts))
+            stop = int(ranks.largest([signals.received()])[0])
+            if stop:
+                ranks.main_does(lambda: files[0].save())
+                return stop
+        ranks.main_does(lambda: files[0].finish())
+        seconds = time.perf_counter() - started
+        pictures = math.prod(shape[:2]) - done
+        log.info(f"{folder} is complete: {pictures:,} pictures in {seconds:.0f} s")
+        return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_dist.cache_logits",
+        description="Write down what a recipe's teachers with placement: cached say about each view "
+        "of each training row. Start it again to go on; a student then learns from the file.",
+        epilog="examples:\n"
+        "  python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml\n"
+        "  accelerate launch -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml augment.views=16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="a student's recipe, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    parser.add_argument(
+        "--sharded", action="store_true", help="share the teacher's weights among the processes"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="begin anew, and replace another cache in its place"
+    )
+    options = parser.parse_args(arguments)
+
+    adopt_slurm_ranks()
+    log_to_terminal()
+    recipe = load_recipe(options.recipe, options.overrides)
+    cached = [teacher for teacher in recipe.taught_by if teacher.placement == "cached"]
+    if not cached:
+        raise UserError(
+            f"{options.recipe}: no teacher to cache; add teacher.placement=cached augment.views=8"
+        )
+    if not (Path(recipe.data.path) / "digest.json").exists():
+        raise UserError(
+            f"{recipe.data.path} has no data; run `python -m cifar_dist.prepare --output "
+            f"{recipe.data.path}`"
+        )
+    accelerator = start_processes(
+        timeout_seconds=recipe.run.timeout_seconds, threads=recipe.run.threads
+    )
+    check_precision(recipe.run.precision, accelerator.device)
+    ranks = Ranks.of(accelerator)
+    for asked in cached:
+        stop = cache_teacher(
+            recipe,
+            asked,
+            sharded=options.sharded,
+            force=options.force,
+            ranks=ranks,
+            device=accelerator.device,
+        )
+        if stop:
+            log.info(f"stopped by {signal.Signals(stop).name}; start it again to go on")
+            end_processes(accelerator)
+            return STOPPED
+    end_processes(accelerator)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
