@@ -135,6 +135,17 @@ class Recipe:
                 raise ValueError(f"losses.{name} needs model.head={loss.head}")
             if loss.taught and not self.taught_by:
                 raise ValueError(f"losses.{name} needs a teacher: add teacher.run=runs/NAME")
+            if self.augment.mixes and not loss.mixes:
+                raise ValueError(
+                    f"losses.{name} compares pictures of one label each: remove it, "
+                    "or augment.mixup and augment.cutmix"
+                )
+        if not any(loss.classifies and loss.weight for loss in self.losses.values()):
+            raise ValueError(
+                f"losses ({', '.join(self.losses)}): none with a weight teaches the classifier, so its "
+                "accuracy would say nothing; add cross_entropy: {weight: 1.0}, or arcface with "
+                "model.head=cosine"
+            )
         if self.teacher and self.teachers:
             raise ValueError("teacher and teachers both say who teaches: remove one of them")
         if self.taught_by and not any(loss.taught for loss in self.losses.values()):

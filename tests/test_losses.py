@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from pytorch_metric_learning.losses import ArcFaceLoss
+from timm.loss import BinaryCrossEntropy as TimmsBinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.learn.losses import LOSSES, ArcFace, CrossEntropy, logit_scale
+from cifar_dist.learn.losses import (
+    LOSSES,
+    ArcFace,
+    BinaryCrossEntropy,
+    CosFace,
+    CrossEntropy,
+    SphereFace,
+    SupCon,
+    logit_scale,
+)
 from cifar_dist.nets.heads import Outputs
+
+LABELLED = [make() for make in LOSSES.values() if not make.taught]
 
 
 def outputs_of(logits: Tensor) -> Outputs:
@@ -46,6 +60,45 @@ def test_cross_entropy_is_torchs_and_ignores_its_weight():
     assert torch.equal(
         found, F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     )
+
+
+def test_bce_by_hand_and_with_label_smoothing():
+    outputs = outputs_of(torch.tensor([[math.log(3.0), 0.0, -math.log(3.0)]]))  # 3/4, 1/2, 1/4
+    found = BinaryCrossEntropy()(outputs, torch.tensor([0]))
+    assert found.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 2) - math.log(3 / 4))
+    # Smoothing 0.3 of three classes: 0.8, 0.1, 0.1.
+    smooth = BinaryCrossEntropy(label_smoothing=0.3)(outputs, torch.tensor([0]))
+    wanted = -0.8 * math.log(3 / 4) - 0.2 * math.log(1 / 4) - math.log(1 / 2)
+    assert smooth.item() == pytest.approx(wanted - math.log(3 / 4) + 0.1 * math.log(3))
+
+
+def test_the_slope_of_bce_is_probability_minus_target():
+    logits, labels = torch.randn(16, 10).requires_grad_(), torch.randint(0, 10, (16,))
+    (slope,) = torch.autograd.grad(BinaryCrossEntropy()(outputs_of(logits), labels).sum(), logits)
+    torch.testing.assert_close(slope, (logits.sigmoid() - F.one_hot(labels, 10)).detach())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_bce_is_timms(smoothing):
+    logits, labels = torch.randn(16, 10), torch.randint(0, 10, (16,))
+    found = BinaryCrossEntropy(label_smoothing=smoothing)(outputs_of(logits), labels)
+    oracle = TimmsBinaryCrossEntropy(smoothing=smoothing, reduction="none", sum_classes=False)
+    torch.testing.assert_close(found, oracle(logits, labels).sum(1))
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(label_smoothing=0.1), BinaryCrossEntropy()])
+def test_shares_of_two_labels_are_the_loss_of_the_mixed_target(loss):
+    logits, labels, partners = torch.randn(16, 10), torch.arange(16) % 10, torch.arange(16) % 7
+    share = torch.rand(16)
+    found = share * loss(outputs_of(logits), labels)
+    found = found + (1 - share) * loss(outputs_of(logits), partners)
+    one, other = F.one_hot(labels, 10), F.one_hot(partners, 10)
+    mixed = share[:, None] * one + (1 - share[:, None]) * other
+    if isinstance(loss, CrossEntropy):
+        wanted = F.cross_entropy(logits, mixed, label_smoothing=0.1, reduction="none")
+    else:
+        wanted = F.binary_cross_entropy_with_logits(logits, mixed, reduction="none").sum(1)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_arcface_by_hand():
@@ -158,9 +211,10 @@ def test_straight_through_has_the_values_and_gradient_of_editing_under_no_grad()
     torch.testing.assert_close(ratio, (theta + 0.35).sin() / theta.sin(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(label_smoothing=0.1), ArcFace()])
+@pytest.mark.parametrize("loss", LABELLED, ids=repr)
 def test_losses_are_float32_with_the_same_bits_under_autocast(loss):
-    outputs, labels = outputs_of(torch.rand(8, 5) * 2 - 1), torch.randint(0, 5, (8,))
+    outputs = Outputs(torch.rand(8, 5) * 2 - 1, torch.randn(8, 6), torch.randn(5, 6))
+    labels = torch.randint(0, 5, (8,))
     with torch.autocast("cpu", torch.bfloat16):
         found = loss(outputs, labels)
     assert found.dtype == torch.float32
@@ -168,17 +222,47 @@ def test_losses_are_float32_with_the_same_bits_under_autocast(loss):
     assert torch.equal(found, loss(outputs, labels))
 
 
-def test_logits_are_not_changed_in_place():
-    logits = torch.rand(8, 5)
-    before = logits.clone()
-    ArcFace()(outputs_of(logits), torch.zeros(8, dtype=torch.int64))
-    assert torch.equal(logits, before)
+@pytest.mark.parametrize("loss", LABELLED, ids=repr)
+def test_outputs_are_not_changed_in_place(loss):
+    outputs = Outputs(torch.rand(8, 5), torch.randn(8, 6), torch.randn(5, 6))
+    before = [part.clone() for part in outputs]
+    loss(outputs, torch.zeros(8, dtype=torch.int64))
+    assert all(torch.equal(one, other) for one, other in zip(outputs, before, strict=True))
 
 
-def test_the_table_of_losses_and_the_scale_of_their_logits():
-    assert list(LOSSES) == ["cross_entropy", "arcface", "distill", "dkd", "dist", "logit_mse"]
-    assert (CrossEntropy.head, ArcFace.head) == (None, "cosine")
+def test_what_each_loss_says_of_itself():
+    assert {name for name, kind in LOSSES.items() if kind.head == "cosine"} == {
+        "arcface",
+        "cosface",
+        "sphereface",
+    }
+    assert {name for name, kind in LOSSES.items() if kind.head == "linear"} == {"l_softmax"}
+    metric = {"triplet", "contrastive", "supcon"}
+    assert {name for name, kind in LOSSES.items() if not kind.classifies} == metric
+    assert {name for name, kind in LOSSES.items() if not kind.mixes} == metric
+    assert all(make().weight == 1 for make in LOSSES.values())
+
+
+def test_the_page_of_losses_has_each_with_its_knobs():
+    folder = Path(__file__).parents[1] / "docs"
+    lines = [
+        line
+        for page in ("losses.md", "distillation.md")
+        for line in (folder / page).read_text().splitlines()
+    ]
+    for name, kind in LOSSES.items():
+        assert is_dataclass(kind)
+        (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        knobs = {field.name for field in fields(kind)} - {"weight"}
+        assert kind.taught or all(f"`{knob}` (" in row for knob in knobs), name
+        assert kind.taught or f"| {kind.head or 'any'} |" in row, name
+
+
+def test_the_scale_of_the_logits_is_the_largest_of_the_losses():
     assert logit_scale([]) == 1
     assert logit_scale([CrossEntropy()]) == 1
     assert logit_scale([CrossEntropy(), ArcFace(scale=8), ArcFace(scale=64)]) == 64
     assert logit_scale([ArcFace(scale=0.5)]) == 0.5
+    assert logit_scale([SphereFace()]) == 1
+    assert logit_scale([SphereFace(), CosFace(scale=12), SupCon(temperature=50)]) == 12
+    assert logit_scale([SphereFace(scale=30), CosFace(scale=12)]) == 30

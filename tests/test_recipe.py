@@ -81,6 +81,18 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nmodel: {pretrained: true, weights: x.pt}", ["pretrained", "weights"]),
         ("name: a\nrun: {batch_size: 2, shards: 3}", ["shards=3", "batch_size=2"]),
         ("name: a\nlosses: {arcface: {}}", ["losses.arcface", "model.head=cosine"]),
+        ("name: a\nlosses: {sphereface: {}}", ["losses.sphereface", "model.head=cosine"]),
+        (
+            "name: a\nmodel: {head: cosine}\nlosses: {l_softmax: {}}",
+            ["losses.l_softmax", "model.head=linear"],
+        ),
+        ("name: a\nlosses: {supcon: {}, triplet: {}}", ["(triplet, supcon)", "add cross_entropy"]),
+        ("name: a\nlosses: {supcon: {}, bce: {weight: 0}}", ["(bce, supcon)", "add cross_entropy"]),
+        (
+            "name: a\nlosses: {supcon: {}, bce: {}}\naugment: {cutmix: 1.0}",
+            ["losses.supcon", "augment.cutmix"],
+        ),
+        ("name: a\nlosses: {sphereface: {margin: 1.5}}", ["losses.sphereface.margin", "integer"]),
         ("name: a\nlosses: {arcfase: {}}", ["losses.arcface"]),
         ("name: a\nlosses: {}", ["losses"]),
         ("name: a\nlosses: {distill: {}}", ["losses.distill", "teacher.run="]),
@@ -179,19 +191,24 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
         load_recipe(tmp_path / "recpie.yaml")
 
 
-def test_every_known_key_is_in_the_resolved_recipe() -> None:
-    everything = validate(
-        {
-            "name": "a",
-            "ema": {},
-            "losses": {name: {} for name in LOSSES},
-            "teacher": {"run": "teacher.safetensors", "model": {}},
-            "model": {"head": "cosine"},
-        },
-        where="here",
-    )
-    assert isinstance(everything, Recipe)
-    said = set(flat(resolved(everything)))
+def test_every_known_key_is_in_a_resolved_recipe() -> None:
+    said: set[str] = set()
+    for head in ("linear", "cosine"):
+        fitting: dict[str, object] = {
+            name: {} for name, kind in LOSSES.items() if kind.head in (None, head)
+        }
+        everything = validate(
+            {
+                "name": "a",
+                "ema": {},
+                "losses": fitting,
+                "teacher": {"run": "teacher.safetensors", "model": {}},
+                "model": {"head": head},
+            },
+            where="here",
+        )
+        assert isinstance(everything, Recipe)
+        said |= set(flat(resolved(everything)))
     known = known_keys()
     leaves = {f"{section}.{name}".lstrip(".") for section in known for name in known[section]}
     assert leaves - known.keys() <= said

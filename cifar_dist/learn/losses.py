@@ -7,23 +7,32 @@ lets the loss's weight rise over its first `warmup_epochs`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import Index, NonNegative, Positive, Share, config
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.config import NonNegative, Share, config
+from cifar_dist.learn.distill_losses import DecoupledDistill, Dist, Distill, LogitMse
+from cifar_dist.learn.margin_losses import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
+from cifar_dist.learn.metric_losses import Contrastive, SupCon, Triplet
+from cifar_dist.nets.heads import HeadName, Outputs
 
 
 class Loss(Protocol):
     """What the objective needs of a loss."""
 
-    head: ClassVar[Literal["cosine"] | None]  # the head it needs; None: any
+    head: ClassVar[HeadName | None]  # the head it needs; None: any
     taught: ClassVar[bool]  # whether it needs a teacher
+    classifies: ClassVar[
+        bool
+    ]  # whether the logits learn from it; else it stands beside one that does
+    # Whether share * loss(labels) + (1 - share) * loss(partner_labels) is the loss of a mixed picture.
+    # It is the definition with hard labels, and the loss of the mixed target where the loss is linear
+    # in it; it says nothing where samples are compared by whether their labels agree.
+    mixes: ClassVar[bool]
 
     @property
     def weight(self) -> float: ...
@@ -40,8 +49,10 @@ class Loss(Protocol):
 class CrossEntropy:
     """Softmax cross-entropy of the logits; with label smoothing as in Szegedy et al. 2016."""
 
-    head: ClassVar[Literal["cosine"] | None] = None
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = False
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
@@ -54,165 +65,44 @@ class CrossEntropy:
 
 
 @config
-class ArcFace:
-    """Softmax cross-entropy of scale * cosines, the true class's angle made larger by `margin`.
+class BinaryCrossEntropy:
+    """A yes or no for each class, sigmoid cross-entropy with the one-hot label, summed over classes.
 
-    Deng et al. 2019, arXiv 1801.07698, eq. 3: cos(theta) becomes cos(theta + margin). That would
-    rise again past theta = pi - margin, where it is -1, so from there on it is the straight line
-    cos(theta) + cos(margin) - 1: continuous and falling all the way. (The line of insightface,
-    cos(theta) - margin * sin(margin), is the same one with a step down at the joint.)
-
-    `straight_through` keeps the values but passes the gradient as if the margin changed nothing,
-    d cos(theta + margin) / d cos(theta) = 1, as code does that edits logits under no_grad.
+    Wightman et al. 2021, arXiv 2110.00476. They take the mean over the classes, which is
+    weight = 1 / C here; by the sum, the slope of each logit is probability - target as with
+    softmax, so that learning rates and weights carry over. Smoothing is theirs and `CrossEntropy`'s:
+    1 - s + s / C for the true class, s / C for the others. For a mixed picture the target is the
+    mean of its two labels by their shares (their variant with 1 for both is not offered).
+    An evaluation's `loss` is still that of a softmax.
     """
 
-    head: ClassVar[Literal["cosine"] | None] = "cosine"
+    head: ClassVar[HeadName | None] = None
     taught: ClassVar[bool] = False
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
     warmup_epochs: ClassVar[int] = 0
     weight: NonNegative = 1.0
-    scale: Positive = 8.0
-    margin: NonNegative = 0.35  # radians
-    straight_through: bool = False
+    label_smoothing: Share = 0.0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
-            cosines = outputs.logits.float()  # [B, C]
-            true = cosines.gather(1, labels[:, None])  # [B, 1]
-            # The slope of the sine is infinite at cosines of -1 and 1: stop one float before.
-            sine = (1 - true.square()).clamp(min=1e-7).sqrt()
-            added = true * math.cos(self.margin) - sine * math.sin(self.margin)
-            line = true + (math.cos(self.margin) - 1)
-            moved = torch.where(true > -math.cos(self.margin), added, line)
-            if self.straight_through:
-                moved = true + (moved - true).detach()
-            logits = self.scale * cosines.scatter(1, labels[:, None], moved)
-            return F.cross_entropy(logits, labels, reduction="none")
-
-
-# ----------------------------------------------------------------------------- from a teacher
-
-
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of logits over the last dimension, [..., C] -> [...]."""
-    wanted, found = teacher.log_softmax(-1), student.log_softmax(-1)
-    return (wanted.exp() * (wanted - found)).sum(-1)
-
-
-@config
-class Distill:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)). Hinton et al. 2015, arXiv 1503.02531.
-
-    T^2 keeps the gradient's size when T changes. `standardize` first gives each sample's logits mean
-    0 and deviation 1 over the classes, so that only their shape is taught, and T no longer depends
-    on how large the teacher's logits are. Sun et al. 2024, arXiv 2403.01427, whose code divides by
-    C - 1 in the deviation, as if T were 0.5 % larger at 100 classes.
-    """
-
-    head: ClassVar[Literal["cosine"] | None] = None
-    taught: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
-    temperature: Positive = 4.0
-    standardize: bool = False
-
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
-        with torch.autocast(labels.device.type, enabled=False):
-            student, teacher = outputs.logits.float(), guide.float()
-            if self.standardize:
-                classes = student.shape[-1:]
-                student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
-            temperature = self.temperature
-            return temperature**2 * divergence(teacher / temperature, student / temperature)
-
-
-@config
-class DecoupledDistill:
-    """T^2 * (target * KL(true class or not) + others * KL(among the other classes)).
-
-    Zhao et al. 2022, arXiv 2203.08679. With others = 1 - the teacher's probability of the
-    true class (another for each sample), and target = 1, this would be `Distill`.
-    """
-
-    head: ClassVar[Literal["cosine"] | None] = None
-    taught: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
-    temperature: Positive = 4.0
-    target: NonNegative = 1.0  # alpha in the paper
-    others: NonNegative = 8.0  # beta
-
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
-        with torch.autocast(labels.device.type, enabled=False):
-            classes = torch.arange(guide.shape[1], device=labels.device)
-            is_true = classes == labels[:, None]
-            lowest = torch.finfo(torch.float32).min / 4  # -inf would give 0 * inf
-
-            def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-                """(logits of the true class and of all others as one, those of the others) [B, 2], [B, C]."""
-                scaled = logits.float() / self.temperature
-                others = scaled.masked_fill(is_true, lowest)
-                true = scaled.gather(1, labels[:, None])
-                return torch.cat([true, others.logsumexp(1, keepdim=True)], 1), others
-
-            student, teacher = parts(outputs.logits), parts(guide)
-            target, others = (divergence(t, s) for t, s in zip(teacher, student, strict=True))
-            return self.temperature**2 * (self.target * target + self.others * others)
-
-
-@config
-class Dist:
-    """T^2 * (inter * (1 - correlation over classes) + intra * (1 - correlation over samples)).
-
-    Pearson's correlation of the teacher's and the student's softmax(logits / T): for each sample over
-    the classes, and for each class over the samples of the shard, whose mean over the classes is
-    spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
-    """
-
-    head: ClassVar[Literal["cosine"] | None] = None
-    taught: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
-    temperature: Positive = 4.0
-    inter: NonNegative = 1.0
-    intra: NonNegative = 1.0
-
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
-        with torch.autocast(labels.device.type, enabled=False):
-            student = (outputs.logits.float() / self.temperature).softmax(1)
-            teacher = (guide.float() / self.temperature).softmax(1)
-
-            def distance(dimension: int) -> Tensor:
-                one, other = (x - x.mean(dimension, keepdim=True) for x in (student, teacher))
-                return 1 - F.cosine_similarity(one, other, dim=dimension)
-
-            terms = self.inter * distance(1) + self.intra * distance(0).mean()
-            return self.temperature**2 * terms
-
-
-@config
-class LogitMse:
-    """The mean over the classes of (student - teacher)^2, of the logits themselves.
-
-    Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
-    """
-
-    head: ClassVar[Literal["cosine"] | None] = None
-    taught: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
-
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
-        with torch.autocast(labels.device.type, enabled=False):
-            return (outputs.logits.float() - guide.float()).square().mean(1)
+            logits = outputs.logits.float()
+            low = self.label_smoothing / logits.shape[1]
+            high = 1 - self.label_smoothing + low
+            targets = torch.full_like(logits, low).scatter(1, labels[:, None], high)
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
 
 LOSSES: dict[str, type[Loss]] = {
     "cross_entropy": CrossEntropy,
+    "bce": BinaryCrossEntropy,
     "arcface": ArcFace,
+    "cosface": CosFace,
+    "sphereface": SphereFace,
+    "l_softmax": LargeMarginSoftmax,
+    "triplet": Triplet,
+    "contrastive": Contrastive,
+    "supcon": SupCon,
     "distill": Distill,
     "dkd": DecoupledDistill,
     "dist": Dist,
@@ -222,4 +112,5 @@ LOSSES: dict[str, type[Loss]] = {
 
 def logit_scale(losses: Iterable[Loss]) -> float:
     """What makes a softmax of cosines mean something: the largest `scale` among the losses, or 1."""
-    return max((loss.scale for loss in losses if hasattr(loss, "scale")), default=1.0)
+    scales = [loss.scale for loss in losses if hasattr(loss, "scale")]
+    return max((scale for scale in scales if scale is not None), default=1.0)

@@ -5,11 +5,13 @@ Heads compute in float32 with autocast disabled: bfloat16 cannot tell angles und
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+HeadName = Literal["linear", "cosine"]
 
 
 class Outputs(NamedTuple):

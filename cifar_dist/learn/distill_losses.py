@@ -1,0 +1,142 @@
+"""Floor 2. Losses that listen to a teacher: they compare the outputs with `guide`, its logits.
+
+The objective has multiplied the logits of both by their scale, and lets the loss's weight rise over
+its first `warmup_epochs`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cifar_dist.config import Index, NonNegative, Positive, config
+from cifar_dist.nets.heads import HeadName, Outputs
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of logits over the last dimension, [..., C] -> [...]."""
+    wanted, found = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (wanted.exp() * (wanted - found)).sum(-1)
+
+
+@config
+class Distill:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)). Hinton et al. 2015, arXiv 1503.02531.
+
+    T^2 keeps the gradient's size when T changes. `standardize` first gives each sample's logits mean
+    0 and deviation 1 over the classes, so that only their shape is taught, and T no longer depends
+    on how large the teacher's logits are. Sun et al. 2024, arXiv 2403.01427, whose code divides by
+    C - 1 in the deviation, as if T were 0.5 % larger at 100 classes.
+    """
+
+    head: ClassVar[HeadName | None] = None
+    taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+    weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
+    temperature: Positive = 4.0
+    standardize: bool = False
+
+    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+        assert guide is not None
+        with torch.autocast(labels.device.type, enabled=False):
+            student, teacher = outputs.logits.float(), guide.float()
+            if self.standardize:
+                classes = student.shape[-1:]
+                student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
+            temperature = self.temperature
+            return temperature**2 * divergence(teacher / temperature, student / temperature)
+
+
+@config
+class DecoupledDistill:
+    """T^2 * (target * KL(true class or not) + others * KL(among the other classes)).
+
+    Zhao et al. 2022, arXiv 2203.08679. With others = 1 - the teacher's probability of the
+    true class (another for each sample), and target = 1, this would be `Distill`.
+    """
+
+    head: ClassVar[HeadName | None] = None
+    taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+    weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
+    temperature: Positive = 4.0
+    target: NonNegative = 1.0  # alpha in the paper
+    others: NonNegative = 8.0  # beta
+
+    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+        assert guide is not None
+        with torch.autocast(labels.device.type, enabled=False):
+            classes = torch.arange(guide.shape[1], device=labels.device)
+            is_true = classes == labels[:, None]
+            lowest = torch.finfo(torch.float32).min / 4  # -inf would give 0 * inf
+
+            def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+                """(logits of the true class and of all others as one, those of the others) [B, 2], [B, C]."""
+                scaled = logits.float() / self.temperature
+                others = scaled.masked_fill(is_true, lowest)
+                true = scaled.gather(1, labels[:, None])
+                return torch.cat([true, others.logsumexp(1, keepdim=True)], 1), others
+
+            student, teacher = parts(outputs.logits), parts(guide)
+            target, others = (divergence(t, s) for t, s in zip(teacher, student, strict=True))
+            return self.temperature**2 * (self.target * target + self.others * others)
+
+
+@config
+class Dist:
+    """T^2 * (inter * (1 - correlation over classes) + intra * (1 - correlation over samples)).
+
+    Pearson's correlation of the teacher's and the student's softmax(logits / T): for each sample over
+    the classes, and for each class over the samples of the shard, whose mean over the classes is
+    spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
+    """
+
+    head: ClassVar[HeadName | None] = None
+    taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+    weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
+    temperature: Positive = 4.0
+    inter: NonNegative = 1.0
+    intra: NonNegative = 1.0
+
+    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+        assert guide is not None
+        with torch.autocast(labels.device.type, enabled=False):
+            student = (outputs.logits.float() / self.temperature).softmax(1)
+            teacher = (guide.float() / self.temperature).softmax(1)
+
+            def distance(dimension: int) -> Tensor:
+                one, other = (x - x.mean(dimension, keepdim=True) for x in (student, teacher))
+                return 1 - F.cosine_similarity(one, other, dim=dimension)
+
+            terms = self.inter * distance(1) + self.intra * distance(0).mean()
+            return self.temperature**2 * terms
+
+
+@config
+class LogitMse:
+    """The mean over the classes of (student - teacher)^2, of the logits themselves.
+
+    Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
+    """
+
+    head: ClassVar[HeadName | None] = None
+    taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
+    weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
+
+    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+        assert guide is not None
+        with torch.autocast(labels.device.type, enabled=False):
+            return (outputs.logits.float() - guide.float()).square().mean(1)
