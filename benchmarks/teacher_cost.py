@@ -42,8 +42,8 @@ ROWS, CLASSES, VIEWS = 50_000, 100, 8
 STUDENT = ModelConfig(backbone="resnet18", image_size=32)
 TEACHER = ModelConfig(backbone="resnet50", image_size=224)
 LARGE = ModelConfig(backbone="vit_large_patch16_224", image_size=224)
-STEPS_A_TURN = {"alone": 10, "cached": 10, "whole": 1, "sharded": 1}
-BATCH_SIZE = 32  # a process
+STEPS_A_TURN = {"alone": 5, "cached": 5, "whole": 1, "sharded": 1}
+BATCH_SIZE = {1: 250, 2: 124}  # of a process, by the number of processes
 
 
 def make_weights(config: ModelConfig, path: Path) -> None:
@@ -78,7 +78,7 @@ def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8)
     split = Split(images=images, labels=torch.randint(0, CLASSES, (ROWS,)))
-    batch_size = BATCH_SIZE * ranks.world_size
+    batch_size = BATCH_SIZE[ranks.world_size] * ranks.world_size
 
     def work_of(placement: str) -> Callable[[int], None]:
         augment = Augment(AugmentConfig(crop_padding=4, flip=True, views=VIEWS), split)

@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
             },
             "data": {"path": str(data)},
             "model": {"backbone": "test_resnet", "drop_rate": 0.1},
-            "augment": {"crop_padding": 4, "flip": True, "cutout": 8},
+            "augment": {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
             "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
             "ema": {"decay": 0.9},
         }

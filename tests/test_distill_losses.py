@@ -23,6 +23,7 @@ from cifar_dist.learn.losses import (
     Distill,
     LogitMse,
     Loss,
+    MarginDistill,
 )
 from cifar_dist.learn.objective import Objective, weight_in_epoch
 from cifar_dist.learn.teacher import Mean
@@ -34,6 +35,7 @@ TAUGHT: list[Loss] = [
     DecoupledDistill(),
     Dist(),
     LogitMse(),
+    MarginDistill(),
 ]
 LOG3 = math.log(3)
 
@@ -52,6 +54,37 @@ def test_distill_by_hand():
     student, teacher = torch.zeros(1, 2), torch.tensor([[2 * LOG3, 0.0]])
     wanted = 4 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     assert apply(Distill(temperature=2), student, teacher).item() == pytest.approx(wanted)
+
+
+def test_margin_distill_by_hand():
+    """Two classes at cosine 0 of scale 8 and T = 4: -2 sin(margin) against 0 on both sides is zero.
+
+    With the teacher's true class at cosine 1 instead, its logits are 2 cos(margin) and 0.
+    """
+    flat, sure = torch.zeros(1, 2), torch.tensor([[8.0, 0.0]])
+    loss, label = MarginDistill(margin=0.35), torch.zeros(1, dtype=torch.int64)
+    assert apply(loss, flat, flat, label).item() == pytest.approx(0, abs=1e-6)
+    teacher = 1 / (1 + math.exp(-2 * math.cos(0.35)))
+    student = 1 / (1 + math.exp(2 * math.sin(0.35)))
+    wanted = teacher * math.log(teacher / student)
+    wanted += (1 - teacher) * math.log((1 - teacher) / (1 - student))
+    assert apply(loss, flat, sure, label).item() == pytest.approx(16 * wanted, rel=1e-4)
+
+
+def test_margin_distill_is_distill_of_what_arcface_compares():
+    """Its gradient is the straight-through one, as that of code which edits logits under no_grad."""
+    cosines, guide = numbers(6, 10, scale=0.3).requires_grad_(), numbers(6, 10, seed=1, scale=0.3)
+    labels = torch.arange(6)
+    for straight_through in (True, False):
+        arcface = ArcFace(scale=8, margin=0.35, straight_through=straight_through)
+        wanted = apply(Distill(), arcface.logits(cosines, labels), arcface.logits(guide, labels))
+        found = apply(MarginDistill(straight_through=straight_through), 8 * cosines, 8 * guide)
+        torch.testing.assert_close(found, wanted)
+        (slope,) = torch.autograd.grad(found.sum(), cosines)
+        (expected,) = torch.autograd.grad(wanted.sum(), cosines)
+        torch.testing.assert_close(slope, expected)
+    assert (apply(MarginDistill(), 8 * cosines, 8 * guide) != found).sum() == 0
+    assert not torch.allclose(apply(Distill(), 8 * cosines, 8 * guide), found)
 
 
 def test_distill_is_torchs_divergence_with_the_gradient_of_the_formula():
@@ -305,6 +338,40 @@ def test_a_warm_up_changes_the_sum_and_not_the_reported_term():
         assert torch.equal(terms["dkd"], alone)
         wanted = 0.5 * terms["cross_entropy"] + share * 3 * alone
         torch.testing.assert_close(terms["loss"], wanted)
+
+
+def test_of_mixed_pictures_each_loss_is_the_mean_over_both_labels_by_share():
+    """What listens to a teacher alone does not change; losses and top1 do."""
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    split = Split(images=images, labels=torch.tensor([0, 1, 2, 3]))
+    batch = replace(batch_of(4), labels=split.labels, rows=torch.arange(4))
+    logits, guide = numbers(4, 4), numbers(4, 4, seed=1)
+    losses: dict[str, Loss] = {
+        "cross_entropy": CrossEntropy(weight=2),
+        "distill": Distill(),
+        "dkd": DecoupledDistill(),
+    }
+    augment = Augment(AugmentConfig(mixup=1.0), split)
+    view = augment(batch)
+    assert view.share is not None
+    assert view.partner_labels is not None
+    terms = Objective(augment, losses, Says(guide))(lambda images: outputs_of(logits), batch)
+    right = (logits.argmax(1) == view.labels, logits.argmax(1) == view.partner_labels)
+    for row in range(4):
+        share, partner = float(view.share[row]), int(view.partner_labels[row])
+        own = -logits[row].log_softmax(0)[row].item()
+        other = -logits[row].log_softmax(0)[partner].item()
+        assert terms["cross_entropy"][row].item() == pytest.approx(
+            share * own + (1 - share) * other
+        )
+        percent = 100 * (share * float(right[0][row]) + (1 - share) * float(right[1][row]))
+        assert terms["top1"][row].item() == pytest.approx(percent)
+    torch.testing.assert_close(terms["distill"], apply(Distill(), logits, guide))
+    sides = [
+        apply(DecoupledDistill(), logits, guide, labels)
+        for labels in (view.labels, view.partner_labels)
+    ]
+    torch.testing.assert_close(terms["dkd"], view.share * sides[0] + (1 - view.share) * sides[1])
 
 
 class SeesFirstLine:

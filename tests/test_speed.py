@@ -29,7 +29,7 @@ from cifar_dist.learn.teacher import Live
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
-ALL_OPS = AugmentConfig(crop_padding=4, flip=True, cutout=8)
+ALL_OPS = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.2, cutmix=1.0)
 BATCH_SIZE = 20
 PRETENDED, GPU = FakeTensorMode(), torch.device("cuda", 7)  # one mode: constants may be kept
 

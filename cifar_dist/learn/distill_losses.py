@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import Index, NonNegative, Positive, config
+from cifar_dist.learn.margin_losses import ArcFace
 from cifar_dist.nets.heads import HeadName, Outputs
 
 
@@ -50,6 +51,39 @@ class Distill:
                 student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
             temperature = self.temperature
             return temperature**2 * divergence(teacher / temperature, student / temperature)
+
+
+@config
+class MarginDistill:
+    """`Distill` of logits into which ArcFace's margin has been put on both sides, at the true class.
+
+    As the tutorial's code has it, for its own row alone: the margin makes the teacher less sure of
+    the true class than it is. `scale` is what the teacher's and the student's cosines come multiplied
+    with, that of both their losses.
+    """
+
+    head: ClassVar[HeadName | None] = "cosine"
+    taught: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+    mixes: ClassVar[bool] = False
+    weight: NonNegative = 1.0
+    warmup_epochs: Index = 0
+    temperature: Positive = 4.0
+    scale: Positive = 8.0
+    margin: NonNegative = 0.35  # radians
+    straight_through: bool = True
+
+    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+        assert guide is not None
+        with torch.autocast(labels.device.type, enabled=False):
+            arcface = ArcFace(
+                scale=self.scale, margin=self.margin, straight_through=self.straight_through
+            )
+            student, teacher = (
+                arcface.logits(logits.float() / self.scale, labels) / self.temperature
+                for logits in (outputs.logits, guide)
+            )
+            return self.temperature**2 * divergence(teacher, student)
 
 
 @config

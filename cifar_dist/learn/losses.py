@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import NonNegative, Share, config
-from cifar_dist.learn.distill_losses import DecoupledDistill, Dist, Distill, LogitMse
+from cifar_dist.learn.distill_losses import DecoupledDistill, Dist, Distill, LogitMse, MarginDistill
 from cifar_dist.learn.margin_losses import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
 from cifar_dist.learn.metric_losses import Contrastive, SupCon, Triplet
 from cifar_dist.nets.heads import HeadName, Outputs
@@ -104,6 +104,7 @@ LOSSES: dict[str, type[Loss]] = {
     "contrastive": Contrastive,
     "supcon": SupCon,
     "distill": Distill,
+    "margin_distill": MarginDistill,
     "dkd": DecoupledDistill,
     "dist": Dist,
     "logit_mse": LogitMse,
