@@ -26,7 +26,7 @@ from cifar_dist.learn.teacher import Cached, build_teacher
 from cifar_dist.recipe import load_recipe
 from cifar_dist.runs import find_teacher
 
-VIEWS = {"crop_padding": 2, "flip": True, "cutout": 0, "views": 3}
+VIEWS = {"crop_padding": 2, "flip": True, "cutout": 0, "mixup": 0, "cutmix": 0, "views": 3}
 CPU = torch.device("cpu")
 
 

@@ -57,9 +57,9 @@ def test_distill_by_hand():
 
 
 def test_margin_distill_by_hand():
-    """Two classes at cosine 0 of scale 8 and T = 4: -2 sin(margin) against 0 on both sides is zero.
+    """Scale 8 and T = 4: cosine 0 of the true class becomes -2 sin(margin), cosine 1 2 cos(margin).
 
-    With the teacher's true class at cosine 1 instead, its logits are 2 cos(margin) and 0.
+    To 1e-3, since ArcFace takes the sine of angle 0 as 3e-4.
     """
     flat, sure = torch.zeros(1, 2), torch.tensor([[8.0, 0.0]])
     loss, label = MarginDistill(margin=0.35), torch.zeros(1, dtype=torch.int64)
@@ -68,7 +68,7 @@ def test_margin_distill_by_hand():
     student = 1 / (1 + math.exp(2 * math.sin(0.35)))
     wanted = teacher * math.log(teacher / student)
     wanted += (1 - teacher) * math.log((1 - teacher) / (1 - student))
-    assert apply(loss, flat, sure, label).item() == pytest.approx(16 * wanted, rel=1e-4)
+    assert apply(loss, flat, sure, label).item() == pytest.approx(16 * wanted, rel=1e-3)
 
 
 def test_margin_distill_is_distill_of_what_arcface_compares():
@@ -240,7 +240,9 @@ def test_the_order_of_samples_and_classes_does_not_matter(loss: Loss):
     torch.testing.assert_close(renamed, found)
 
 
-@pytest.mark.parametrize("loss", [loss for loss in TAUGHT if loss != LogitMse()], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [loss for loss in TAUGHT if loss not in (LogitMse(), MarginDistill())], ids=repr
+)
 def test_an_offset_of_all_logits_does_not_matter(loss: Loss):
     student, teacher = numbers(16, 10), numbers(16, 10, seed=1)
     moved = apply(loss, student + 5, teacher - 3)

@@ -235,11 +235,12 @@ def test_what_each_loss_says_of_itself():
         "arcface",
         "cosface",
         "sphereface",
+        "margin_distill",
     }
     assert {name for name, kind in LOSSES.items() if kind.head == "linear"} == {"l_softmax"}
     metric = {"triplet", "contrastive", "supcon"}
     assert {name for name, kind in LOSSES.items() if not kind.classifies} == metric
-    assert {name for name, kind in LOSSES.items() if not kind.mixes} == metric
+    assert {name for name, kind in LOSSES.items() if not kind.mixes} == metric | {"margin_distill"}
     assert all(make().weight == 1 for make in LOSSES.values())
 
 
