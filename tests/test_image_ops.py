@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
+from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
 from cifar_dist.data.arrow import load_split
 from cifar_dist.data.image_ops import (
@@ -185,7 +185,11 @@ def test_look_ups(images: Tensor, name: str, levels: list[float]) -> None:
     bound = 1 if name == "autocontrast" else 0
     different = 0
     for row, picture in enumerate(images):
-        value = {"posterize": [int(level[row])], "solarize": [level[row].item()]}.get(name, [])
+        knobs: dict[str, list[float]] = {
+            "posterize": [int(level[row])],
+            "solarize": [level[row].item()],
+        }
+        value = knobs.get(name, [])
         for theirs in (
             functions[name](picture, *value),
             by_pillow(functions[name], picture, *value),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -180,9 +181,12 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_every_known_key_is_in_the_resolved_recipe() -> None:
+    names = ("affine", "color_jitter", "rand_augment", "trivial_augment", "erasing")
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     everything = validate(
         {
             "name": "a",
+            "augment": {**changes, "one_of": changes},
             "ema": {},
             "losses": {name: {} for name in LOSSES},
             "teacher": {"run": "teacher.safetensors", "model": {}},
