@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from augmentations import AUGMENTATIONS
 from measure import Turns, machine, ratios, spread, take_turns
 from peers import endless, hugging_face_loader, tutorial_loader
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from cifar_dist.data.arrow import Split, load_split, read_digest
 from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.data.batches import Batch, take, train_batches
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import start_processes
 from cifar_dist.engine.step import Step, make_scaler, train_step
@@ -105,6 +106,18 @@ def data_works(split: Split) -> dict[str, Work]:
             CROP_FLIP, PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD)
         ),
     }
+
+
+def augmentation_works(split: Split) -> dict[str, Work]:
+    """One batch under each augmentation alone, again and again; a unit is an image."""
+    batch = take(split, torch.arange(BATCH_SIZE), epoch=0, shard=0)
+
+    def under(config: AugmentConfig) -> Work:
+        augment = Augment(config, split)
+        return lambda: len(augment(batch).labels)
+
+    changing = {name: config for name, config in AUGMENTATIONS.items() if config != AugmentConfig()}
+    return {name: under(config) for name, config in changing.items()}
 
 
 def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
@@ -246,6 +259,19 @@ def compare(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[st
     ]
 
 
+def speeds(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Images a second of each."""
+    turns = take_turns(works, rounds=rounds, seconds=seconds)
+    return [
+        {
+            "name": name,
+            "images_per_second": spread([turn.by_clock for turn in turns[name]]),
+            "images_per_cpu_second": spread([turn.by_cpu for turn in turns[name]]),
+        }
+        for name in works
+    ]
+
+
 def overhead(turns: Turns) -> dict[str, dict[str, float]]:
     """Milliseconds of CPU a step, and what ours takes more than its operations do by hand."""
     cost = {name: [1000 / turn.by_cpu for turn in turns[name]] for name in turns}
@@ -274,7 +300,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/input.py",
-        description="Measure the data path, the loop and the step on one CPU thread: 2 minutes.",
+        description="Measure the data path, the loop and the step on one CPU thread: 3 minutes.",
     )
     parser.add_argument("--data", type=Path, default=Path("data/sample"), help="prepared data")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
@@ -297,6 +323,7 @@ def main(arguments: list[str]) -> int:
     }
     turn = {"rounds": options.rounds, "seconds": options.seconds}
     content["data_path"] = compare(data_works(split), **turn)
+    content["augmentations"] = speeds(augmentation_works(split), **turn)
     content["null_model_loop"] = compare(loop_works(split, accelerator), **turn)
     content["step_milliseconds"] = overhead(take_turns(step_works(split, accelerator), **turn))
     print(
@@ -305,6 +332,13 @@ def main(arguments: list[str]) -> int:
         f"{options.rounds} rounds\n"
     )
     print(table("data path", content["data_path"]), end="\n\n")
+    for row in content["augmentations"]:
+        clock, cpu = row["images_per_second"], row["images_per_cpu_second"]
+        print(
+            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s by the clock, "
+            f"{cpu['median']:>10,.0f} a CPU s ({cpu['least']:,.0f} - {cpu['most']:,.0f})"
+        )
+    print()
     print(table("whole loop, null model", content["null_model_loop"]), end="\n\n")
     for name, cost in content["step_milliseconds"].items():
         print(

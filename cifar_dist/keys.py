@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
+from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
@@ -15,3 +17,33 @@ def key(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator at the start of the stream that belongs to these parts."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Columns of random numbers, one for each of `rows` rows, on the CPU.
+
+    Each column has a stream of its own, keyed by (what, its name, seed, view): no column moves another.
+    """
+
+    what: str
+    seed: int
+    view: int
+    rows: int
+    prefix: str = ""
+
+    def of(self, name: str) -> Draws:
+        """The draws of one part, whose columns are called `name.column`."""
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def stream(self, column: str) -> torch.Generator:
+        return generator(self.what, self.prefix + column, self.seed, self.view)
+
+    def integers(self, column: str, low: int, high: int, *shape: int) -> Tensor:
+        """low ... high - 1, int64 [rows, *shape]."""
+        return torch.randint(low, high, (self.rows, *shape), generator=self.stream(column))
+
+    def uniform(self, column: str, low: float, high: float, *shape: int) -> Tensor:
+        """low ... high, f64 [rows, *shape]."""
+        drawn = torch.rand(self.rows, *shape, generator=self.stream(column), dtype=torch.float64)
+        return low + (high - low) * drawn

@@ -13,7 +13,10 @@ from typing import Any
 
 import accuracy
 import pytest
+from augmentations import AUGMENTATIONS, COLUMNS
+from augmentations import main as draw_augmentations
 from conftest import RecipeMaker
+from PIL import Image
 
 from cifar_dist.errors import UserError
 
@@ -145,6 +148,16 @@ def test_mistakes_are_said_before_anything_starts(recipe: RecipeMaker) -> None:
     assert not Path("runs").exists()
 
 
+def test_augmentations_are_drawn() -> None:
+    assert draw_augmentations(["--output", "sheet.png"]) == 0
+    with Image.open("sheet.png") as sheet:
+        colours = sheet.convert("RGB").getcolors(1 << 20)
+        assert sheet.height > 20 * 64
+        assert sheet.width > COLUMNS * 64
+    assert colours is not None
+    assert len(colours) > 10_000
+
+
 def test_input_writes_all_its_numbers(middle_data: Path) -> None:
     command: list[str | Path] = [sys.executable, BENCHMARKS / "input.py", "--data", middle_data]
     done = subprocess.run(
@@ -160,6 +173,10 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
     assert {"hardware", "cores", "torch", "date", "commit"} <= numbers.keys()
     assert len(numbers["data_path"]) == 7
     assert len(numbers["null_model_loop"]) == 5
+    for row in numbers["augmentations"]:
+        assert row["name"] in done.stdout
+        assert row["images_per_cpu_second"]["least"] > 0
+    assert [row["name"] for row in numbers["augmentations"]] == list(AUGMENTATIONS)[1:]
     for row in numbers["data_path"] + numbers["null_model_loop"]:
         assert row["name"] in done.stdout
         for spread in (row["images_per_second"], row["times_the_tutorial"]["by_cpu"]):

@@ -47,8 +47,8 @@ def cached(*names: str, **augment: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "augment",
-    [{}, {"cutout": 8, "mixup": 0.4, "cutmix": 1.0}, {"views": "all"}],
-    ids=["crop and flip", "holes and partners", "all views"],
+    [{}, {"cutout": 8, "mixup": 0.4, "cutmix": 1.0, "rand_augment": {}}, {"views": "all"}],
+    ids=["crop and flip", "holes, partners and policies", "all views"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cache_says_what_the_live_teacher_says(
@@ -182,6 +182,7 @@ WRONG = {  # what is changed, and what the refusal names
     "another seed of the views": (["augment.seed=1"], "augment.seed: 0 -> 1"),
     "fewer views": (["augment.views=2"], "shape: [3, 64, 100] -> [2, 64, 100]"),
     "another augmentation": (["augment.crop_padding=4"], "augment.crop_padding: 2 -> 4"),
+    "another change": (["augment.affine.degrees=15"], "augment.affine: None -> {'degrees': 15"),
     "another precision": (["run.precision=bf16"], "precision: fp32 -> bf16"),
 }
 

@@ -21,7 +21,8 @@ def summary(run: Path) -> dict[str, object]:
 def test_one_and_two_processes_compute_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, precision: str
 ) -> None:
-    path = recipe(run={"precision": precision})
+    augment = {"trivial_augment": {}, "one_of": {"affine": {"degrees": 15}, "erasing": {}}}
+    path = recipe(run={"precision": precision}, augment=augment)
     for world_size in (1, 2):
         output = train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
         assert f"{world_size} process(es) train" in output

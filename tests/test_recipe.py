@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -192,6 +193,8 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_every_known_key_is_in_a_resolved_recipe() -> None:
+    names = ("affine", "color_jitter", "rand_augment", "trivial_augment", "erasing")
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     said: set[str] = set()
     for head in ("linear", "cosine"):
         fitting: dict[str, object] = {
@@ -200,6 +203,7 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
         everything = validate(
             {
                 "name": "a",
+                "augment": {**changes, "one_of": changes},
                 "ema": {},
                 "losses": fitting,
                 "teacher": {"run": "teacher.safetensors", "model": {}},

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
+from cifar_dist.data.policies import RandAugment, TrivialAugment
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.step import Precision, Step, make_scaler, train_step, update
 from cifar_dist.learn.ema import Ema, EmaConfig
@@ -29,7 +31,20 @@ from cifar_dist.learn.teacher import Live
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
-ALL_OPS = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.2, cutmix=1.0)
+ALL_OPS = AugmentConfig(
+    crop_padding=4,
+    flip=True,
+    vertical_flip=True,
+    affine=Affine(degrees=15),
+    color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    rand_augment=RandAugment(),
+    trivial_augment=TrivialAugment(),
+    one_of=OneOf(affine=Affine(translate=0.1), erasing=Erasing(fill="mean")),
+    erasing=Erasing(),
+    cutout=8,
+    mixup=0.2,
+    cutmix=1.0,
+)
 BATCH_SIZE = 20
 PRETENDED, GPU = FakeTensorMode(), torch.device("cuda", 7)  # one mode: constants may be kept
 

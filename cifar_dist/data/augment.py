@@ -16,15 +16,22 @@ from torch import Tensor
 from cifar_dist.config import Count, Fraction, Index, NonNegative, config
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.batches import Batch
-from cifar_dist.keys import generator, key
-
-SIDE = 32  # CIFAR's pictures are 32 x 32
-MEAN_COLOUR = (129, 124, 112)  # CIFAR-100's mean, rounded: a hole carries no contrast of its own
+from cifar_dist.data.changes import (
+    Affine,
+    Change,
+    ColorJitter,
+    Erasing,
+    OneOf,
+    named_changes,
+)
+from cifar_dist.data.image_ops import SIDE, crop_flip, cutout, mix
+from cifar_dist.data.policies import RandAugment, TrivialAugment
+from cifar_dist.keys import Draws, key
 
 
 @config
 class AugmentConfig:
-    """Crop, flip, cutout and mixing on the device; the defaults leave the picture as it is.
+    """What is done to pictures on the device, in this order; the defaults leave them as they are.
 
     `views` says how many different views of the data there are: None, a new one each epoch; a number,
     these again and again; `all`, a new one each epoch, drawn from all that crop and flip can make of
@@ -35,6 +42,13 @@ class AugmentConfig:
     views: Count | Literal["all"] | None = None
     crop_padding: Index = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
     flip: bool = False  # left to right, one picture in two
+    vertical_flip: bool = False  # upside down, one picture in two
+    affine: Affine | None = None
+    color_jitter: ColorJitter | None = None
+    rand_augment: RandAugment | None = None
+    trivial_augment: TrivialAugment | None = None
+    one_of: OneOf | None = None
+    erasing: Erasing | None = None
     cutout: Index = (
         0  # side of one square hole in pixels (DeVries and Taylor 2017, arXiv 1708.04552)
     )
@@ -43,15 +57,24 @@ class AugmentConfig:
     mix_probability: Fraction = 1.0  # of a picture to be mixed at all
 
     def __post_init__(self) -> None:
-        if self.views == "all" and (self.cutout or self.mixes):
+        others = ("vertical_flip", "one_of", "cutout", "mixup", "cutmix")
+        uncounted = [*named_changes(self), *(name for name in others if vars(self)[name])]
+        if self.views == "all" and uncounted:
             raise ValueError(
-                "views: all can count crops and flips only; remove cutout, mixup and cutmix, or "
+                f"views: all can count crops and flips only; remove {', '.join(uncounted)}, or "
                 "give a number of views"
             )
 
     @property
     def mixes(self) -> bool:
         return bool((self.mixup or self.cutmix) and self.mix_probability)
+
+    @property
+    def changes(self) -> dict[str, Change]:
+        """What each picture goes through between crop and cutout, by name and in order."""
+        group = named_changes(self.one_of) if self.one_of else {}
+        changes = named_changes(self) | {f"one_of.{name}": one for name, one in group.items()}
+        return dict(sorted(changes.items(), key=lambda named: named[0] == "erasing"))  # stays last
 
     @property
     def num_views(self) -> int | None:
@@ -87,9 +110,19 @@ class AugmentTable(NamedTuple):
     flip: Tensor
     hole_y: Tensor  # the hole's centre, 0 ... 31; it may stick out at the border
     hole_x: Tensor
+    vertical_flip: Tensor
+    changes: dict[str, Tensor]  # [N, ...] for each of config.changes
 
     def take(self, rows: Tensor) -> AugmentTable:
-        return AugmentTable(*(column.index_select(0, rows) for column in self))
+        return AugmentTable(
+            shift_y=self.shift_y.index_select(0, rows),
+            shift_x=self.shift_x.index_select(0, rows),
+            flip=self.flip.index_select(0, rows),
+            hole_y=self.hole_y.index_select(0, rows),
+            hole_x=self.hole_x.index_select(0, rows),
+            vertical_flip=self.vertical_flip.index_select(0, rows),
+            changes={name: column.index_select(0, rows) for name, column in self.changes.items()},
+        )
 
 
 class MixTable(NamedTuple):
@@ -108,20 +141,29 @@ def draw_table(
     config: AugmentConfig, view: int, *, rows: int, device: torch.device
 ) -> AugmentTable:
     """Draw all columns for all rows on the CPU, each column from a key of its own, then move them."""
-
-    def integers(column: str, low: int, high: int) -> Tensor:
-        stream = generator("augment", column, config.seed, view)
-        return torch.randint(low, high, (rows,), generator=stream)
-
+    draws = Draws(what="augment", seed=config.seed, view=view, rows=rows)
     padding = config.crop_padding
-    columns = AugmentTable(
-        shift_y=integers("shift_y", -padding, padding + 1),
-        shift_x=integers("shift_x", -padding, padding + 1),
-        flip=integers("flip", 0, 1 + config.flip).bool(),
-        hole_y=integers("hole_y", 0, SIDE),
-        hole_x=integers("hole_x", 0, SIDE),
+    return AugmentTable(
+        shift_y=draws.integers("shift_y", -padding, padding + 1).to(device),
+        shift_x=draws.integers("shift_x", -padding, padding + 1).to(device),
+        flip=draws.integers("flip", 0, 1 + config.flip).bool().to(device),
+        hole_y=draws.integers("hole_y", 0, SIDE).to(device),
+        hole_x=draws.integers("hole_x", 0, SIDE).to(device),
+        vertical_flip=draws.integers("vertical_flip", 0, 1 + config.vertical_flip)
+        .bool()
+        .to(device),
+        changes={name: column.to(device) for name, column in draw_changes(config, draws).items()},
     )
-    return AugmentTable(*(column.to(device) for column in columns))
+
+
+def draw_changes(config: AugmentConfig, draws: Draws) -> dict[str, Tensor]:
+    """The column of each change, by name."""
+    columns = {}
+    for name, change in named_changes(config).items():
+        own = draws.of(name)
+        columns[name] = change.draw(own, own.uniform("applied", 0, 1) < change.probability)
+    group = config.one_of.draw(draws.of("one_of")) if config.one_of else {}
+    return columns | {f"one_of.{name}": column for name, column in group.items()}
 
 
 def numbered_table(
@@ -184,46 +226,6 @@ def draw_mix_table(
     return MixTable(*(column.to(device) for column in columns))
 
 
-def crop_flip(images: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-    """Shift each picture, black outside, then mirror it where `flip`; uint8 [B, 3, 32, 32].
-
-    Equal to padding, cropping at (padding + shift) and flipping, as one gather and one mask.
-    """
-    along = torch.arange(SIDE, device=images.device)
-    y = along + shift_y[:, None]  # [B, 32], the source line of each line
-    x = torch.where(flip[:, None], along.flip(0), along) + shift_x[:, None]
-    source = y.clamp(0, SIDE - 1)[:, :, None] * SIDE + x.clamp(0, SIDE - 1)[:, None, :]
-    inside = (y == y.clamp(0, SIDE - 1))[:, :, None] & (x == x.clamp(0, SIDE - 1))[:, None, :]
-    pixels = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1))
-    return pixels.unflatten(2, (SIDE, SIDE)) * inside[:, None]
-
-
-def cutout(images: Tensor, hole_y: Tensor, hole_x: Tensor, size: int) -> Tensor:
-    """Cover a square of `size` pixels around each centre with the mean colour."""
-    along = torch.arange(SIDE, device=images.device)
-
-    def covered(centre: Tensor) -> Tensor:  # bool [B, 32]
-        start = centre[:, None] - size // 2
-        return (along >= start) & (along < start + size)
-
-    hole = (covered(hole_y)[:, :, None] & covered(hole_x)[:, None, :]).to(torch.uint8)[:, None]
-    # plain numbers rather than a tensor of the colour, whose copy to the device would wait for it
-    colour = torch.cat([hole * level for level in MEAN_COLOUR], dim=1)
-    return images * (1 - hole) + colour
-
-
-def mix(images: Tensor, others: Tensor, table: MixTable) -> Tensor:
-    """Blend each picture with its partner, or paste the partner's box into it; uint8 [B, 3, 32, 32]."""
-    along = torch.arange(SIDE, device=images.device)
-    top, bottom, left, right = table.box[:, :, None].unbind(1)  # [B, 1] each
-    lines, columns = (along >= top) & (along < bottom), (along >= left) & (along < right)
-    inside = (lines[:, :, None] & columns[:, None, :])[:, None]  # [B, 1, 32, 32]
-    share = table.share[:, None, None, None]
-    blended = (share * images + (1 - share) * others).round().to(torch.uint8)
-    pasted = torch.where(inside, others, images)
-    return torch.where(table.pasted[:, None, None, None], pasted, blended)
-
-
 class Augment:
     """Turn a batch of training rows into what its epoch shows of them.
 
@@ -262,7 +264,7 @@ class Augment:
         others = self.split.images.index_select(0, mixing.partner)
         others = self.change(others, self.table.take(mixing.partner))
         return View(
-            images=mix(images, others, mixing),
+            images=mix(images, others, mixing.share, mixing.box, mixing.pasted),
             labels=batch.labels,
             numbers=numbers,
             partner_labels=self.split.labels.index_select(0, mixing.partner),
@@ -273,7 +275,7 @@ class Augment:
         """Draw what the configuration needs for this view."""
         config, size = self.config, len(self.split.labels)
         device = self.split.labels.device
-        if config.crop_padding or config.flip or config.cutout or config.mixes:
+        if config != AugmentConfig(seed=config.seed, views=config.views):
             draw = draw_table if self.number is None else numbered_table
             self.table = draw(config, view, rows=size, device=device)
         if config.mixes:
@@ -284,8 +286,13 @@ class Augment:
     def change(self, images: Tensor, table: AugmentTable | None) -> Tensor:
         """Each picture under its row of the table."""
         config = self.config
-        if table and (config.crop_padding or config.flip):
-            images = crop_flip(images, table.shift_y, table.shift_x, table.flip)
-        if table and config.cutout:
+        if table is None:
+            return images
+        if config.crop_padding or config.flip or config.vertical_flip:
+            upside_down = table.vertical_flip if config.vertical_flip else None
+            images = crop_flip(images, table.shift_y, table.shift_x, table.flip, upside_down)
+        for name, change in config.changes.items():
+            images = change(images, table.changes[name])
+        if config.cutout:
             images = cutout(images, table.hole_y, table.hole_x, config.cutout)
         return images

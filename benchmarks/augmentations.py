@@ -1,0 +1,102 @@
+"""See what augmentation does: pictures of the drawn sample, a line for each way to change them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.batches import take
+from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
+from cifar_dist.data.policies import (
+    OPERATIONS,
+    STRENGTHS,
+    WIDE_RANGES,
+    RandAugment,
+    TrivialAugment,
+    apply_operation,
+    columns_of,
+)
+from cifar_dist.data.sample import draw_sample
+from cifar_dist.errors import run_command
+
+COLUMNS, SCALE, GAP, LABEL = 12, 2, 4, 190  # pictures a line, and sizes in pixels
+
+AUGMENTATIONS = {
+    "as it is": AugmentConfig(),
+    "crop and flip": AugmentConfig(crop_padding=4, flip=True),
+    "vertical flip": AugmentConfig(vertical_flip=True),
+    "affine": AugmentConfig(affine=Affine(degrees=15, translate=0.1, scale=(0.8, 1.2))),
+    "color_jitter": AugmentConfig(
+        color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    ),
+    "rand_augment": AugmentConfig(rand_augment=RandAugment()),
+    "trivial_augment": AugmentConfig(trivial_augment=TrivialAugment()),
+    "erasing": AugmentConfig(erasing=Erasing()),
+    "erasing, mean": AugmentConfig(erasing=Erasing(fill="mean")),
+    "one_of": AugmentConfig(
+        one_of=OneOf(
+            affine=Affine(degrees=15),
+            color_jitter=ColorJitter(brightness=0.4, hue=0.1),
+            erasing=Erasing(),
+        )
+    ),
+    "cutout": AugmentConfig(cutout=8),
+    "mixup": AugmentConfig(mixup=1.0),
+    "cutmix": AugmentConfig(cutmix=1.0),
+}
+
+
+def operation_lines(images: Tensor) -> dict[str, Tensor]:
+    """Each operation of the policies, from no strength to the highest of TrivialAugment Wide."""
+    strength = torch.linspace(0, STRENGTHS, len(images)).round()
+    sign = torch.where(torch.arange(len(images)) % 2 == 0, 1, -1)
+    return {
+        f"- {name}": apply_operation(
+            images, columns_of(WIDE_RANGES, torch.full_like(sign, number), strength, sign)
+        )
+        for number, name in enumerate(OPERATIONS)
+    }
+
+
+def grid(lines: dict[str, Tensor]) -> Image.Image:
+    """The pictures (uint8 [COLUMNS, 3, 32, 32] a line), enlarged, with the name of the line before."""
+    step = 32 * SCALE + GAP
+    sheet = Image.new("RGB", (LABEL + COLUMNS * step, len(lines) * step), "white")
+    pen = ImageDraw.Draw(sheet)
+    for line, (name, pictures) in enumerate(lines.items()):
+        pen.text((8, line * step + step // 2 - 8), name, fill="black", font_size=16)
+        for column, picture in enumerate(pictures):
+            tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            tile = tile.resize((32 * SCALE, 32 * SCALE), Image.Resampling.NEAREST)
+            sheet.paste(tile, (LABEL + column * step, line * step))
+    return sheet
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/augmentations.py",
+        description="Draw pictures of the sample under each augmentation, a line for each.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="a PNG file")
+    parser.add_argument("--epoch", type=int, default=0, help="which view of the pictures")
+    options = parser.parse_args(arguments)
+    drawn, _, _ = draw_sample(train_per_class=1, test_per_class=1)
+    split = Split(
+        images=torch.from_numpy(drawn.images).view(-1, 3, 32, 32),
+        labels=torch.from_numpy(drawn.fine_labels),
+    )
+    batch = take(split, torch.arange(COLUMNS), epoch=options.epoch, shard=0)
+    lines = {name: Augment(config, split)(batch).images for name, config in AUGMENTATIONS.items()}
+    grid(lines | operation_lines(batch.images)).save(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
