@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def wide_parameters(depth: int, width: int) -> int:
     return total + 2 * before + 100 * before + 100
 
 
+# Page 2019: a stem of 64, then 128, 256 and 512 channels; two residual blocks of two convolutions.
+RESNET9_CONVOLUTIONS = [
+    *((3, 64), (64, 128), (128, 128), (128, 128)),
+    *((128, 256), (256, 512), (512, 512), (512, 512)),
+]
+RESNET9_PARAMETERS = (
+    512 * 100 + 100 + sum(9 * before * after + 2 * after for before, after in RESNET9_CONVOLUTIONS)
+)
+
+
 @pytest.mark.parametrize(
     ("name", "by_formula", "millions"),
     [
@@ -81,6 +92,7 @@ def wide_parameters(depth: int, width: int) -> int:
         ("wrn_40_2", wide_parameters(40, 2), 2.26),
         ("wrn_40_4", wide_parameters(40, 4), 8.97),
         ("wrn_28_10", wide_parameters(28, 10), 36.54),
+        ("resnet9", RESNET9_PARAMETERS, 6.62),
     ],
 )
 def test_parameters_are_those_of_the_papers(name: str, by_formula: int, millions: float) -> None:
@@ -316,3 +328,26 @@ def test_the_recipes_of_the_pair_are_the_published_protocol() -> None:
             )
             passed = sum(epoch > stage for stage in (150, 180, 210))
             assert begins == pytest.approx(0.05 * 0.1**passed)
+
+
+# ----------------------------------------------------------------------------- resnet9
+
+
+def test_resnet9_by_hand() -> None:
+    """In evaluation mode with fresh norms, which change nothing but 1 / sqrt(1 + eps)."""
+    model = build_model(ModelConfig(backbone="resnet9"), 10).eval()
+    weights = [m.weight for m in model.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [tuple(w.shape[:2][::-1]) for w in weights] == RESNET9_CONVOLUTIONS
+    stem, one, two, three, four, five, six, seven = weights
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        return (F.conv2d(x, weight, padding=1) / math.sqrt(1 + 1e-5)).relu()
+
+    with torch.no_grad():
+        x = layer(model.pixels(IMAGES), stem)
+        x = F.max_pool2d(layer(x, one), 2)
+        x = x + layer(layer(x, two), three)
+        x = F.max_pool2d(layer(x, four), 2)
+        x = F.max_pool2d(layer(x, five), 2)
+        x = x + layer(layer(x, six), seven)
+        torch.testing.assert_close(model(IMAGES).embedding, x.amax((2, 3)), rtol=1e-4, atol=1e-5)

@@ -1,12 +1,13 @@
 """Floor 1. From a config to a model: a backbone, its weights, its stem, and a head.
 
-The only file that knows timm's models. A name is timm's, or else one of cifar_resnet.py.
+The only file that knows timm's models. A name is timm's, or else one of cifar_resnet.py or resnet9.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
@@ -24,6 +25,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.nets.resnet9 import resnet9
 from cifar_dist.nets.weights import (
     State,
     load_backbone,
@@ -141,9 +143,11 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
 def pretrained_cfg(name: str) -> Any:
     """timm's description of a backbone and its weights; UserError for a name that nobody has."""
     if not timm.is_model(name):
-        if find_cifar_resnet(name):
+        if find_own(name):
             return timm.models.PretrainedCfg(architecture=name, mean=CIFAR_MEAN, std=CIFAR_STD)
-        close = difflib.get_close_matches(name.lower(), [*PUBLISHED, *timm.list_models()], n=3)
+        close = difflib.get_close_matches(
+            name.lower(), ["resnet9", *PUBLISHED, *timm.list_models()], n=3
+        )
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UserError(f"model.backbone: there is no model {name!r}; {hint}")
     try:
@@ -153,6 +157,11 @@ def pretrained_cfg(name: str) -> Any:
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
         raise UserError(f"model.backbone: timm has no weights {name!r}; it has: {tags}") from None
     return cfg or timm.models.PretrainedCfg()
+
+
+def find_own(name: str) -> Callable[..., nn.Module] | None:
+    """What builds a network that timm lacks, or None for a name of another kind."""
+    return resnet9 if name == "resnet9" else find_cifar_resnet(name)
 
 
 def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
@@ -169,7 +178,7 @@ def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     try:
         if timm.is_model(config.backbone):
             return timm.create_model(config.backbone, pretrained, num_classes=0, **options)
-        build = find_cifar_resnet(config.backbone)
+        build = find_own(config.backbone)
         assert build is not None, "pretrained_cfg has refused other names"
         return build(**options)
     except TypeError as error:

@@ -1,0 +1,42 @@
+"""Floor 1. `resnet9`: a small network for 32 px that learns fast, known from timed contests.
+
+Page 2019, "How to Train Your ResNet" (myrtle.ai), the DAWNBench entry for CIFAR-10: eight 3x3
+convolutions, three of them followed by a max-pool, two residual blocks, and a linear layer, which
+is the project's head here. He multiplies the logits by 0.125; with our heads that is a matter of
+the learning rate. float [B,3,S,S], S at least 8 -> [B, 512].
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+
+def resnet9() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            stem=conv_norm(3, 64),
+            stage1=nn.Sequential(conv_norm(64, 128), nn.MaxPool2d(2), Residual(128)),
+            stage2=nn.Sequential(conv_norm(128, 256), nn.MaxPool2d(2)),
+            stage3=nn.Sequential(conv_norm(256, 512), nn.MaxPool2d(2), Residual(512)),
+            pool=nn.AdaptiveMaxPool2d(1),
+            flat=nn.Flatten(),
+        )
+    )
+
+
+class Residual(nn.Module):
+    """x + two convolutions of x, each with norm and ReLU."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(conv_norm(channels, channels), conv_norm(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def conv_norm(before: int, after: int) -> nn.Module:
+    convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
