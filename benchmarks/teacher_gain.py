@@ -151,6 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "what": "teacher_gain",
         "machine": machine(),
         "rows": options.rows,
+        "threads_of_a_run": options.threads,
         "data": data_digest(data),
         **sizes,
         "views": VIEWS,

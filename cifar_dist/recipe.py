@@ -152,6 +152,11 @@ class Recipe:
             taught = ", ".join(name for name, kind in LOSSES.items() if kind.taught)
             raise ValueError(f"no loss listens to the teacher: add one of {taught}, or remove it")
 
+        if self.run.batch_size % self.augment.repeats:
+            raise ValueError(
+                f"augment.repeats={self.augment.repeats} does not divide "
+                f"run.batch_size={self.run.batch_size}: change one of them"
+            )
         if self.augment.views is None and "cached" in (t.placement for t in self.taught_by):
             raise ValueError("a cached teacher needs augment.views: a number of views, or all")
 
@@ -312,7 +317,8 @@ def refuse_unknown_keys(raw: dict[str, Any], *, where: str) -> None:
         near = difflib.get_close_matches(name, known[prefix], n=1)
         if near:
             return f"did you mean {f'{prefix}.{near[0]}'.lstrip('.')}?"
-        last_words = {dotted.rpartition(".")[2]: dotted for dotted in everywhere}
+        deepest_first = sorted(everywhere, key=lambda dotted: -dotted.count("."))
+        last_words = {dotted.rpartition(".")[2]: dotted for dotted in deepest_first}
         far = difflib.get_close_matches(name, list(last_words), n=1, cutoff=0.75)
         if far:
             return f"did you mean {last_words[far[0]]}?"

@@ -190,6 +190,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             start_step=state.step,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            repeats=recipe.augment.repeats,
         )
         test_rows = torch.arange(len(test_split.labels))
         evaluation = None
@@ -241,6 +242,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 recipe.optim, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
             )
             set_learning_rate(state.optimizer, lr)
+            model.train_size = recipe.model.train_size(step // steps_per_epoch)
             made = train_step(
                 accelerator,
                 wrapped,

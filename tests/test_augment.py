@@ -18,7 +18,7 @@ from cifar_dist.data.augment import (
     numbered_table,
     view_numbers,
 )
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import take, train_batches
 from cifar_dist.data.image_ops import MEAN_COLOUR, crop_flip, cutout, mix
 
 ALL = AugmentConfig(crop_padding=4, flip=True, cutout=8)
@@ -224,3 +224,71 @@ def test_a_share_of_one_changes_nothing() -> None:
     table = draw_mix_table(config, 0, rows=64, partners=torch.arange(64), device=CPU)
     mixed_in = mix(images, images.flip(0), table.share, table.box, table.pasted)
     assert torch.equal(mixed_in, images)
+
+
+# ----------------------------------------------------------------------------- repeated augmentation
+
+
+def repeated(split: Split, config: AugmentConfig, *, world_size: int, rank: int, step: int = 0):
+    return next(
+        train_batches(
+            split,
+            torch.arange(64),
+            seed=0,
+            shuffle=True,
+            batch_size=12,
+            shards=2,
+            start_step=step,
+            rank=rank,
+            world_size=world_size,
+            repeats=config.repeats,
+        )
+    )
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4, "cutmix": 1.0}], ids=["plain", "mixed"])
+def test_copies_of_a_row_are_views_like_any_other(split: Split, mixing: dict[str, float]) -> None:
+    """Copy c of epoch e is what epoch 3 e + c would show without repeats."""
+    config = AugmentConfig(crop_padding=4, flip=True, cutout=8, repeats=3, **mixing)  # type: ignore[arg-type]
+    once = AugmentConfig(crop_padding=4, flip=True, cutout=8, **mixing)  # type: ignore[arg-type]
+    augment = Augment(config, split)
+    for step in (0, 5, 7):  # an epoch has 5
+        for batch in repeated(split, config, world_size=1, rank=0, step=step):
+            assert batch.copies is not None
+            assert batch.copies.tolist() == [0, 1, 2] * 2
+            assert batch.rows.tolist() == [
+                row for row in batch.rows[::3].tolist() for _ in range(3)
+            ]
+            shown = augment(batch)
+            assert shown.numbers.tolist() == [3 * batch.epoch + copy for copy in batch.copies]
+            for place, (row, copy) in enumerate(zip(batch.rows, batch.copies, strict=True)):
+                epoch = 3 * batch.epoch + int(copy)
+                alone = Augment(once, split)(take(split, row[None], epoch=epoch, shard=0))
+                assert torch.equal(shown.images[place], alone.images[0])
+                if mixing:
+                    assert shown.share is not None
+                    assert alone.share is not None
+                    assert shown.share[place] == alone.share[0]
+            for one, other in ((0, 1), (1, 2), (0, 2)):
+                assert not torch.equal(shown.images[one], shown.images[other])
+
+
+def test_an_epoch_with_repeats_shows_a_part_of_the_rows_on_any_number_of_ranks(
+    split: Split,
+) -> None:
+    config = AugmentConfig(crop_padding=4, repeats=3)
+    rows = [
+        row
+        for step in range(5)
+        for shard in repeated(split, config, world_size=1, rank=0, step=step)
+        for row in shard.rows.tolist()
+    ]
+    assert len(rows) == 60
+    assert len(set(rows)) == 20
+    whole = repeated(split, config, world_size=1, rank=0)
+    parts = [repeated(split, config, world_size=2, rank=rank)[0] for rank in (0, 1)]
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert one.copies is not None
+        assert other.copies is not None
+        assert torch.equal(one.copies, other.copies)

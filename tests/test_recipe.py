@@ -206,8 +206,11 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
                 "augment": {**changes, "one_of": changes},
                 "ema": {},
                 "losses": fitting,
-                "teacher": {"run": "teacher.safetensors", "model": {}},
-                "model": {"head": head},
+                "teacher": {
+                    "run": "teacher.safetensors",
+                    "model": {"growing": {"start": 32, "epochs": 1}},
+                },
+                "model": {"head": head, "growing": {"start": 32, "epochs": 1}},
             },
             where="here",
         )

@@ -6,6 +6,7 @@ What a sample looks like depends on (augment.seed, view, row), never on batch, r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +56,7 @@ class AugmentConfig:
     mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)
     cutmix: NonNegative = 0.0  # the same (Yun et al. 2019, arXiv 1905.04899); both: either by coin
     mix_probability: Fraction = 1.0  # of a picture to be mixed at all
+    repeats: Count = 1  # views of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
 
     def __post_init__(self) -> None:
         others = ("vertical_flip", "one_of", "cutout", "mixup", "cutmix")
@@ -83,9 +85,11 @@ class AugmentConfig:
             return (2 * self.crop_padding + 1) ** 2 * (1 + self.flip)
         return self.views
 
-    def view(self, epoch: int) -> int:
-        """Which view of the data an epoch shows."""
-        return epoch % self.views if isinstance(self.views, int) else epoch
+    def shown(self, epoch: int) -> list[int]:
+        """Which views of the data an epoch shows: one, or one for each copy of a row."""
+        first = epoch * self.repeats
+        views = range(first, first + self.repeats)
+        return [view % self.views if isinstance(self.views, int) else view for view in views]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +186,18 @@ def numbered_table(
     )
 
 
+def stacked(tables: Sequence[AugmentTable]) -> AugmentTable:
+    """The tables of N rows each below one another: row r of table c becomes row c * N + r."""
+    names = [name for name in AugmentTable._fields if name != "changes"]
+    parts = [table._asdict() for table in tables]
+    return AugmentTable(
+        **{name: torch.cat([part[name] for part in parts]) for name in names},
+        changes={
+            name: torch.cat([table.changes[name] for table in tables]) for name in tables[0].changes
+        },
+    )
+
+
 def view_numbers(config: AugmentConfig, table: AugmentTable) -> Tensor:
     """Which of all views each row of the table shows, int64; the way back of `numbered_table`."""
     padding = config.crop_padding
@@ -231,7 +247,7 @@ class Augment:
 
     `split` has the pictures of partners, which are chosen among `rows` (int64, CPU), those that are
     trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture instead.
-    Keeps the tables of one view, as drawing them costs milliseconds and an epoch shares them.
+    Keeps the tables of one epoch, as drawing them costs milliseconds.
     """
 
     def __init__(
@@ -244,25 +260,30 @@ class Augment:
     ) -> None:
         self.config, self.split, self.number = config, split, number
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
-        self.view = -1
+        self.views: list[int] = []  # whose tables lie here, N rows for each copy
+        self.numbers = torch.empty(0, dtype=torch.int64)
         self.table: AugmentTable | None = None
         self.mix_table: MixTable | None = None
 
     def __call__(self, batch: Batch) -> View:
-        view = self.config.view(batch.epoch) if self.number is None else self.number
-        if view != self.view:
-            self.view = view
-            self.draw(view)
-        numbers = torch.full_like(batch.rows, view)
-        own = self.table.take(batch.rows) if self.table else None
+        views = self.config.shown(batch.epoch) if self.number is None else [self.number]
+        if views != self.views:
+            self.views = views
+            self.draw(views)
+        if batch.copies is None:
+            numbers, above = torch.full_like(batch.rows, views[0]), None
+        else:
+            numbers = self.numbers.index_select(0, batch.copies)
+            above = batch.copies * len(self.split.labels)  # rows of other copies in the tables
+        own = self.table.take(below(batch.rows, above)) if self.table else None
         if own and self.config.views == "all":
             numbers = view_numbers(self.config, own)
         images = self.change(batch.images, own)
         if self.table is None or self.mix_table is None:
             return View(images=images, labels=batch.labels, numbers=numbers)
-        mixing = self.mix_table.take(batch.rows)
+        mixing = self.mix_table.take(below(batch.rows, above))
         others = self.split.images.index_select(0, mixing.partner)
-        others = self.change(others, self.table.take(mixing.partner))
+        others = self.change(others, self.table.take(below(mixing.partner, above)))
         return View(
             images=mix(images, others, mixing.share, mixing.box, mixing.pasted),
             labels=batch.labels,
@@ -271,17 +292,20 @@ class Augment:
             share=mixing.share,
         )
 
-    def draw(self, view: int) -> None:
-        """Draw what the configuration needs for this view."""
+    def draw(self, views: list[int]) -> None:
+        """Draw what the configuration needs for these views, one for each copy of a row."""
         config, size = self.config, len(self.split.labels)
         device = self.split.labels.device
-        if config != AugmentConfig(seed=config.seed, views=config.views):
+        self.numbers = torch.tensor(views, device=device)
+        if config != AugmentConfig(seed=config.seed, views=config.views, repeats=config.repeats):
             draw = draw_table if self.number is None else numbered_table
-            self.table = draw(config, view, rows=size, device=device)
+            self.table = stacked([draw(config, view, rows=size, device=device) for view in views])
         if config.mixes:
-            self.mix_table = draw_mix_table(
-                config, view, rows=size, partners=self.rows, device=device
-            )
+            mixes = [
+                draw_mix_table(config, view, rows=size, partners=self.rows, device=device)
+                for view in views
+            ]
+            self.mix_table = MixTable(*(torch.cat(columns) for columns in zip(*mixes, strict=True)))
 
     def change(self, images: Tensor, table: AugmentTable | None) -> Tensor:
         """Each picture under its row of the table."""
@@ -296,3 +320,8 @@ class Augment:
         if config.cutout:
             images = cutout(images, table.hole_y, table.hole_x, config.cutout)
         return images
+
+
+def below(rows: Tensor, above: Tensor | None) -> Tensor:
+    """Where rows of a copy stand in stacked tables."""
+    return rows if above is None else rows + above

@@ -26,6 +26,7 @@ class Batch:
     rows: Tensor  # int64 [B]; a row's number in the split, whatever is held out
     epoch: int
     shard: int
+    copies: Tensor | None = None  # int64 [B], which copy of its row each is; None: there is one
 
 
 def shard_bounds(batch_size: int, shards: int) -> list[tuple[int, int]]:
@@ -71,10 +72,13 @@ def train_batches(
     start_step: int,
     rank: int,
     world_size: int,
+    repeats: int = 1,
 ) -> Iterator[list[Batch]]:
     """This rank's shards of each global batch, from `start_step` on, without an end.
 
-    `rows` are the rows to train on (int64, CPU). An epoch's last partial batch is dropped.
+    `rows` are the rows to train on (int64, CPU). An epoch's last partial batch is dropped. With
+    `repeats` a batch has that many copies of each of its rows, side by side, so an epoch of as many
+    steps shows only one row in `repeats`.
     """
     device = split.labels.device
     steps_per_epoch = len(rows) // batch_size
@@ -83,10 +87,20 @@ def train_batches(
     epoch, first_batch = divmod(start_step, steps_per_epoch)
     while True:
         order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=shuffle).to(device)
+        copies = None
+        if repeats > 1:
+            order = order.repeat_interleave(repeats)
+            copies = torch.arange(repeats, device=device).repeat(len(rows))
         for batch in range(first_batch, steps_per_epoch):
             start = batch * batch_size
             yield [
-                take(split, order[start + begin : start + end], epoch=epoch, shard=shard)
+                take(
+                    split,
+                    order[start + begin : start + end],
+                    epoch=epoch,
+                    shard=shard,
+                    copies=None if copies is None else copies[start + begin : start + end],
+                )
                 for shard, (begin, end) in ((shard, bounds[shard]) for shard in mine)
             ]
         epoch, first_batch = epoch + 1, 0
@@ -105,7 +119,9 @@ def eval_blocks(
         yield take(split, block_rows, epoch=0, shard=block)
 
 
-def take(split: Split, rows: Tensor, *, epoch: int, shard: int) -> Batch:
+def take(
+    split: Split, rows: Tensor, *, epoch: int, shard: int, copies: Tensor | None = None
+) -> Batch:
     """The rows of the split as a Batch, by one gather on the split's device."""
     return Batch(
         images=split.images.index_select(0, rows),
@@ -113,4 +129,5 @@ def take(split: Split, rows: Tensor, *, epoch: int, shard: int) -> Batch:
         rows=rows,
         epoch=epoch,
         shard=shard,
+        copies=copies,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.error import HTTPError
@@ -39,6 +40,22 @@ Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
 
 
 @config
+class Growing:
+    """Train on smaller pictures first: `start` px, then more, up to image_size from epoch `epochs` on."""
+
+    start: Count
+    epochs: Count
+    multiple: Count = 32  # sizes are rounded to multiples of it
+
+    def size_in(self, epoch: int, image_size: int) -> int:
+        """The size to train at in an epoch, counted from 0; grows in a straight line, in steps."""
+        if epoch >= self.epochs:
+            return image_size
+        size = self.start + (image_size - self.start) * epoch / self.epochs
+        return max(self.multiple, round(size / self.multiple) * self.multiple)
+
+
+@config
 class ModelConfig:
     """Which backbone, on which pixels, with which head, from which weights."""
 
@@ -55,8 +72,16 @@ class ModelConfig:
     weights: str | None = None
     drop_rate: Share = 0.0
     drop_path_rate: Share = 0.0
+    growing: Growing | None = None  # another size in the first epochs of training
+    second_size: Count | None = (
+        None  # in training, of one half of each shard, chosen anew each step
+    )
 
     def __post_init__(self) -> None:
+        if self.growing and self.second_size:
+            raise ValueError("growing and second_size both set the size to train at: remove one")
+        if self.growing and self.growing.start > self.image_size:
+            raise ValueError(f"growing.start is above image_size={self.image_size}: lower it")
         if self.pretrained and self.weights is not None:
             raise ValueError(
                 "pretrained and weights both say where the weights come from: remove one of them"
@@ -66,17 +91,44 @@ class ModelConfig:
         if self.std and min(self.std) <= 0:
             raise ValueError("std: give three numbers above 0")
 
+    def train_size(self, epoch: int) -> int:
+        """The pictures' side in pixels in an epoch of training; an evaluation has image_size."""
+        growing = self.growing
+        return growing.size_in(epoch, self.image_size) if growing else self.image_size
+
 
 class Classifier(nn.Module):
     """uint8 [B,3,H,W] -> Outputs: pixels, backbone, head."""
 
-    def __init__(self, pixels: PixelInput, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(
+        self,
+        pixels: PixelInput,
+        backbone: nn.Module,
+        head: nn.Module,
+        second_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.pixels, self.backbone, self.head = pixels, backbone, head
+        self.train_size: int | None = None  # set by who trains; an evaluation has the pixels' own
+        self.second_size = second_size
 
     def forward(self, images: Tensor) -> Outputs:
-        features = self.backbone(self.pixels(images))  # [B, F]
+        if self.training and self.second_size:
+            features = self.features_at_two_sizes(images, self.second_size)
+        else:
+            size = self.train_size if self.training else None
+            features = self.backbone(self.pixels(images, size))  # [B, F]
         return self.head(features)
+
+    def features_at_two_sizes(self, images: Tensor, second_size: int) -> Tensor:
+        """Half of the pictures, by lot, at the second size; BatchNorm sees each half by itself."""
+        order = torch.randperm(len(images), device=images.device)
+        second, first = order.tensor_split([len(images) // 2])
+        features = [
+            self.backbone(self.pixels(images.index_select(0, second), second_size)),
+            self.backbone(self.pixels(images.index_select(0, first))),
+        ]
+        return torch.cat(features).index_select(0, order.argsort())
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, beyond norms and biases, that timm's backbone wants undecayed."""
@@ -124,6 +176,9 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         in_features = matrix.shape[1]
     else:
         in_features = count_features(backbone, config)
+        for other in (config.growing and config.growing.start, config.second_size):
+            if other:
+                count_features(backbone, replace(config, image_size=other))
     head: nn.Module
     match config.head:
         case "linear":
@@ -134,7 +189,7 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         load_state(head, head_state)
     elif state is not None:
         raise UserError(f"{source} has another head; check model.head and the number of classes")
-    return Classifier(pixels, backbone, head)
+    return Classifier(pixels, backbone, head, config.second_size)
 
 
 # ----------------------------------------------------------------------------- the backbone

@@ -39,10 +39,12 @@ class PixelInput(nn.Module):
         self.register_buffer("scale", 1 / (255 * spread), persistent=False)
         self.register_buffer("shift", -center / spread, persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, image_size: int | None = None) -> Tensor:
+        """`image_size`: another S than its own, for this call."""
+        side = image_size or self.image_size
         pixels = images.to(torch.float32, memory_format=torch.channels_last)
-        if pixels.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
+        if pixels.shape[-2:] != (side, side):
+            size = (side, side)
             with torch.autocast(images.device.type, enabled=False):
                 pixels = F.interpolate(pixels, size, mode=self.interpolation, align_corners=False)
         return torch.addcmul(self.shift, pixels, self.scale).contiguous(
