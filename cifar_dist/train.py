@@ -253,6 +253,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 step=step,
                 batch_size=run.batch_size,
                 max_grad_norm=recipe.optim.max_grad_norm,
+                sam=recipe.optim.sam,
             )
             state.window.add(made)
             state.step += 1

@@ -201,6 +201,7 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
             {
                 "name": "a",
                 "ema": {},
+                "optim": {"sam": {}},
                 "losses": fitting,
                 "teacher": {"run": "teacher.safetensors", "model": {}},
                 "model": {"head": head},

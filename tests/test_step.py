@@ -49,7 +49,8 @@ def shards_of(data: Path, *, shards: int, batch_size: int = 10) -> list[Batch]:
 
 def model_of(**options: object) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(backbone="test_resnet", **options), 100).train()  # type: ignore[arg-type]
+    config = ModelConfig(**{"backbone": "test_resnet"} | options)  # type: ignore[arg-type]
+    return build_model(config, 100).train()
 
 
 def step(
@@ -121,7 +122,7 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
     dropout = nn.Dropout(0.5)
     ones = torch.ones(1000)
 
-    def mask(**key: int) -> torch.Tensor:
+    def mask(**key: Any) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
         with keyed(dropout, CPU, **key):
             return dropout(ones)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config import NonNegative, Positive, Share, config
 from cifar_dist.errors import UserError
+from cifar_dist.learn.sam import SamConfig
 
 
 @config
@@ -31,6 +32,7 @@ class OptimConfig:
     milestones: tuple[float, ...] = ()
     gamma: Positive = 0.1
     final_lr_fraction: Share = 0.0
+    sam: SamConfig | None = None  # two forwards and backwards a step
 
 
 def learning_rate(
