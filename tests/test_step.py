@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from cifar_dist.data.arrow import Split, load_split
@@ -140,8 +141,10 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
         lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
         lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+        lambda parameters: create_optimizer_v2(parameters, "lamb", lr=0.1),
+        lambda parameters: create_optimizer_v2(parameters, "muon", lr=0.1),
     ],
-    ids=["fused sgd", "fused adamw", "not fused"],
+    ids=["fused sgd", "fused adamw", "not fused", "lamb", "muon"],
 )
 def test_a_broken_gradient_changes_nothing(
     accelerator: Accelerator, data: Path, make: Callable[[Any], torch.optim.Optimizer]
