@@ -18,6 +18,7 @@ Index = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]  # both ends allowed
+Factor = Annotated[float, Interval(gt=0, le=1)]
 Share = Annotated[float, Interval(ge=0, lt=1)]  # 1 itself makes no sense (a dropout rate, ...)
 
 

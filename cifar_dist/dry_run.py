@@ -18,7 +18,9 @@ def plan(recipe: Recipe) -> str:
     """The resolved recipe, parameters, FLOPs, steps, memory, run folder; computes nothing."""
     run, data = recipe.run, Path(recipe.data.path)
     shards = run.shards or 1
-    states = optimizer_states(recipe.optim)
+    passes = 2 if recipe.optim.sam else 1
+    # SAM keeps the weights, and has its first gradient beside the second's.
+    states = optimizer_states(recipe.optim) + 2 * (passes - 1)
     # Shapes only, so the largest model costs nothing: it is built on the meta device, where timm may
     # read the few numbers that it needs, then pretends to be on the CPU, where autocast works.
     with torch.device("meta"):
@@ -35,7 +37,8 @@ def plan(recipe: Recipe) -> str:
     rows = read_digest(data)["train"]["rows"] if (data / "digest.json").exists() else 50_000
     steps = (rows - recipe.data.holdout) // run.batch_size
     forward = numbers["forward_flops_per_image"]
-    training = 3 * forward * steps * run.batch_size * run.epochs  # the backward costs two forwards
+    # The backward costs two forwards.
+    training = 3 * passes * forward * steps * run.batch_size * run.epochs
     return (
         f"{to_yaml(recipe)}\n"
         f"parameters        {numbers['parameters']:,}\n"

@@ -52,7 +52,12 @@ from cifar_dist.keys import key
 from cifar_dist.learn.ema import Ema
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer, learning_rate, set_learning_rate
+from cifar_dist.learn.optim import (
+    build_optimizer,
+    highest_learning_rate,
+    learning_rate,
+    set_learning_rate,
+)
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
 from cifar_dist.prepare import prepare
@@ -213,7 +218,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if report_due:
                 images = state.window.steps * run.batch_size
                 numbers = means(state.window.read(), state.window.names, samples=images)
-                numbers["lr"] = state.optimizer.param_groups[0]["lr"]
+                numbers["lr"] = highest_learning_rate(state.optimizer)
                 numbers["images_per_second"] = images / state.window.elapsed()
                 tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
                 state.window.clear()
@@ -255,6 +260,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 step=step,
                 batch_size=run.batch_size,
                 max_grad_norm=recipe.optim.max_grad_norm,
+                sam=recipe.optim.sam,
             )
             state.window.add(made)
             state.step += 1

@@ -32,7 +32,11 @@ def tensors(run: Path) -> dict[str, Tensor]:
         found |= load_file(run / "predictions.safetensors")
     optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
     for index, state in optimizer["state"].items():
-        found |= {f"optimizer.{index}.{k}": v for k, v in state.items() if v is not None}
+        found |= {
+            f"optimizer.{index}.{name}": torch.as_tensor(value)
+            for name, value in state.items()
+            if value is not None
+        }
     return found
 
 

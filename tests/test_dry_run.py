@@ -43,3 +43,13 @@ def test_a_model_larger_than_the_machine_is_planned() -> None:
 )
 def test_numbers_are_readable(number: float, text: str) -> None:
     assert readable(number) == text
+
+
+def test_two_passes_cost_twice_and_keep_the_weights() -> None:
+    def said(**optim: object) -> str:
+        raw = {"name": "a", "model": {"backbone": "test_resnet"}, "optim": optim}
+        return plan(validate(raw, where="here"))
+
+    plain, sam = said(sam=None), said(sam={})
+    once, twice = (float(text.partition("forward, ")[2].split()[0]) for text in (plain, sam))
+    assert twice == pytest.approx(2 * once, rel=0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -9,10 +11,19 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 from cifar_dist.errors import UserError
-from cifar_dist.learn.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from cifar_dist.learn.optim import (
+    REFUSED,
+    OptimConfig,
+    build_optimizer,
+    highest_learning_rate,
+    learning_rate,
+    set_learning_rate,
+)
+from cifar_dist.nets.backbones import ModelConfig, build_model
 
 
 def rates(config: OptimConfig, epochs: int, steps_per_epoch: int) -> list[float]:
@@ -117,6 +128,113 @@ def test_torchs_own_are_fused(name, kind, nesterov):
     assert type(optimizer) is kind
     assert all(group["fused"] for group in optimizer.param_groups)
     assert optimizer.param_groups[0].get("nesterov") is nesterov
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_layers_decay_as_in_timms_whole_model(name):
+    """Theirs has its own classifier where ours has a head."""
+    theirs = timm.create_model(name, num_classes=100)
+    oracle = create_optimizer_v2(theirs, "adamw", lr=1, weight_decay=0.1, layer_decay=0.5)
+    wanted = scales(oracle, theirs)
+    model = build_model(ModelConfig(backbone=name, image_size=64, head="cosine"), 100)
+    optimizer = build_optimizer(OptimConfig(layer_decay=0.5, weight_decay=0.1), model)
+    found = scales(optimizer, model)
+    body = {n.removeprefix("backbone."): v for n, v in found.items() if n.startswith("backbone.")}
+    assert len(body) > 20
+    assert body == {n: wanted[n] for n in body}
+    head = [scale for n, (scale, _) in found.items() if n.startswith("head.")]
+    assert head
+    assert set(head) == {1}
+    set_learning_rate(optimizer, 0.25)
+    assert {group["lr"] for group in optimizer.param_groups} == {
+        0.25 * scale for scale, _ in found.values()
+    }
+    assert highest_learning_rate(optimizer) == 0.25
+
+
+def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Each parameter's learning rate scale and weight decay, by its name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_layer_decay_needs_layers_and_its_own_groups():
+    model = build_model(ModelConfig(backbone="resnet8x4"), 100)
+    with pytest.raises(UserError, match="no layers of this backbone; remove it"):
+        build_optimizer(OptimConfig(layer_decay=0.5), model)
+    with pytest.raises(ValueError, match="remove it, or decay_norm_and_bias"):
+        OptimConfig(layer_decay=0.5, decay_norm_and_bias=True)
+
+
+def test_muon_leaves_the_head_to_adamw():
+    model = build_model(ModelConfig(backbone="test_vit"), 100)
+    optimizer = build_optimizer(OptimConfig(name="muon", weight_decay=0.1), model)
+    left = {
+        name
+        for name, parameter in model.named_parameters()
+        for group in optimizer.param_groups
+        if group.get("use_fallback") and any(parameter is each for each in group["params"])
+    }
+    assert left == {"head.linear.weight", "head.linear.bias", *model.no_weight_decay()}
+
+
+def test_lamb_clips_nothing_itself():
+    groups = build_optimizer(OptimConfig(name="lamb"), nn.Linear(2, 2)).param_groups
+    assert groups[0]["max_grad_norm"] is None
+
+
+@pytest.mark.parametrize("name", ["adahessian", "kron", "kronw", "bnbadamw", "fusedlamb"])
+def test_what_breaks_a_promise_is_refused(name):
+    with pytest.raises(UserError, match=rf"optim\.name: {name} .*; choose adamw"):
+        build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name in [*list_optimizers(), "lookahead_adamw"]
+        if not name.startswith(tuple(REFUSED))
+    ),
+)
+def test_every_other_one_resumes_to_the_same_bits(name):
+    """Through a file that only tensors may come from, with other ambient randomness."""
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 5), nn.LayerNorm(5))
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, begin: int, end: int) -> None:
+        for number in range(begin, end):
+            images = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+            model(images).pow(3).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    config = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
+    through = fresh()
+    optimizer = build_optimizer(config, through)
+    steps(through, optimizer, 0, 4)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    weights = copy.deepcopy(through.state_dict())
+    steps(through, optimizer, 4, 12)
+    file.seek(0)
+    resumed = fresh()
+    resumed.load_state_dict(weights)
+    optimizer = build_optimizer(config, resumed)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    torch.rand(3)
+    steps(resumed, optimizer, 4, 12)
+    for (place, ours), theirs in zip(
+        resumed.state_dict().items(), through.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), place
+        assert ours.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
                 "name": "a",
                 "augment": {**changes, "one_of": changes},
                 "ema": {},
+                "optim": {"sam": {}},
                 "losses": fitting,
                 "teacher": {
                     "run": "teacher.safetensors",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from cifar_dist.data.arrow import Split, load_split
@@ -49,7 +50,8 @@ def shards_of(data: Path, *, shards: int, batch_size: int = 10) -> list[Batch]:
 
 def model_of(**options: object) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(ModelConfig(backbone="test_resnet", **options), 100).train()  # type: ignore[arg-type]
+    config = ModelConfig(**{"backbone": "test_resnet"} | options)  # type: ignore[arg-type]
+    return build_model(config, 100).train()
 
 
 def step(
@@ -121,7 +123,7 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
     dropout = nn.Dropout(0.5)
     ones = torch.ones(1000)
 
-    def mask(**key: int) -> torch.Tensor:
+    def mask(**key: Any) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
         with keyed(dropout, CPU, **key):
             return dropout(ones)
@@ -139,8 +141,10 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
         lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
         lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
         lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+        lambda parameters: create_optimizer_v2(parameters, "lamb", lr=0.1),
+        lambda parameters: create_optimizer_v2(parameters, "muon", lr=0.1),
     ],
-    ids=["fused sgd", "fused adamw", "not fused"],
+    ids=["fused sgd", "fused adamw", "not fused", "lamb", "muon"],
 )
 def test_a_broken_gradient_changes_nothing(
     accelerator: Accelerator, data: Path, make: Callable[[Any], torch.optim.Optimizer]

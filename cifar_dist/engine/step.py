@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.data.batches import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.keys import key
 from cifar_dist.learn.objective import Objective, Terms
+from cifar_dist.learn.sam import SamConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -67,15 +70,23 @@ def generator_of(device: torch.device) -> torch.Generator:
 
 @contextmanager
 def keyed(
-    model: nn.Module, device: torch.device, *, seed: int, step: int, shard: int
+    model: nn.Module,
+    device: torch.device,
+    *,
+    seed: int,
+    step: int,
+    shard: int,
+    again: bool = False,
 ) -> Iterator[None]:
     """Draw dropout from the key of this shard; only shard 0 moves BatchNorm's running statistics.
 
-    So they are the same whether one process runs all shards or each shard has its own.
+    So they are the same whether one process runs all shards or each shard has its own. `again`: the
+    shard's second forward drops the same and moves no statistics.
     """
     generator_of(device).manual_seed(key("step", seed, step, shard))
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    followers = [module for module in norms if module.track_running_stats] if shard else []
+    follows = again or shard > 0
+    followers = [module for module in norms if module.track_running_stats] if follows else []
     for module in followers:
         module.track_running_stats = False
     try:
@@ -98,6 +109,7 @@ def train_step(
     step: int,
     batch_size: int,
     max_grad_norm: float | None,
+    sam: SamConfig | None = None,
 ) -> Step:
     """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
 
@@ -105,24 +117,48 @@ def train_step(
     it the mean over the global batch. A gradient that is not finite changes nothing.
 
     Under fp16 world_size is multiplied in after the backward, which must see the same magnitudes in
-    any world, or it would overflow and underflow elsewhere.
+    any world, or it would overflow and underflow elsewhere. With `sam` each shard's gradient is that
+    uphill of the weights, by the shard's own gradient (m-SAM, Foret et al. 2021, section 4.1).
     """
     *_, final = shards
-    world_size = accelerator.num_processes
+    world_size, device = accelerator.num_processes, accelerator.device
     later = world_size if scaler.is_enabled() else 1
     scale = world_size / later / batch_size
     terms = []
     for shard in shards:
-        with (
-            nullcontext() if shard is final else accelerator.no_sync(model),
-            keyed(model, accelerator.device, seed=seed, step=step, shard=shard.shard),
-        ):
-            with autocast(precision, accelerator.device):
-                shard_terms = objective(model, shard)
-            scaler.scale(shard_terms["loss"].sum() * scale).backward()
+        with autocast(precision, device):
+            shown = objective.show(shard)
+        draws = partial(keyed, model, device, seed=seed, step=step, shard=shard.shard)
+        with nullcontext() if shard is final else accelerator.no_sync(model):
+            with draws(), autocast(precision, device):
+                shard_terms = objective.judge(bare(model) if sam else model, shown)
+            if sam is None:
+                scaler.scale(shard_terms["loss"].sum() * scale).backward()
+            else:
+                first_loss = scaler.scale(shard_terms["loss"].sum() / batch_size)
+                with uphill(sam, model, first_loss) as sound:
+                    with draws(again=True), autocast(precision, device):
+                        loss = objective.judge(model, shown)["loss"]
+                    scaler.scale(loss.sum() * scale * sound).backward()
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
     return Step(terms, skipped)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without DDP, whose reduction waits for one backward a step."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def uphill(
+    sam: SamConfig, model: nn.Module, loss: Tensor
+) -> AbstractContextManager[Tensor]:  # float32 []
+    """The weights uphill by the gradient of `loss`, for a time; no rank hears of that gradient."""
+    named = [(name, p) for name, p in bare(model).named_parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(
+        loss, [parameter for _, parameter in named], allow_unused=True, materialize_grads=True
+    )
+    return sam.uphill(named, gradients)
 
 
 def update(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ from cifar_dist.learn.teacher import Teacher
 from cifar_dist.nets.heads import Outputs
 
 Terms = dict[str, Tensor]  # each f32 [B]; "loss" is the weighted sum
+
+
+class Shown(NamedTuple):
+    """What a model is shown of a batch, and what its teacher says of that."""
+
+    view: View
+    guide: Tensor | None  # f32 [B, C]
+    epoch: int
 
 
 class Objective:
@@ -38,8 +47,17 @@ class Objective:
         return [*self.losses, "loss", "top1"]
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
+        return self.judge(model, self.show(batch))
+
+    def show(self, batch: Batch) -> Shown:
+        """What does not depend on the model; asks the teacher, so once a batch."""
         view = self.augment(batch)
         guide = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
+        return Shown(view, guide, batch.epoch)
+
+    def judge(self, model: Callable[[Tensor], Outputs], shown: Shown) -> Terms:
+        """The terms of the model's outputs on what it is shown."""
+        view, guide, epoch = shown
         outputs = model(view.images)
         scaled = (
             outputs._replace(logits=outputs.logits * self.logit_scale)
@@ -51,7 +69,7 @@ class Objective:
             compared = scaled if loss.taught else outputs
             terms[name] = mixed(view, partial(loss, compared, guide=guide))
         weighted = [
-            weight_in_epoch(loss, batch.epoch) * terms[name] for name, loss in self.losses.items()
+            weight_in_epoch(loss, epoch) * terms[name] for name, loss in self.losses.items()
         ]
         terms["loss"] = torch.stack(weighted).sum(0)
         found = outputs.logits.detach().argmax(1)

@@ -10,8 +10,9 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 
-from cifar_dist.config import NonNegative, Positive, Share, config
+from cifar_dist.config import Factor, NonNegative, Positive, Share, config
 from cifar_dist.errors import UserError
+from cifar_dist.learn.sam import SamConfig
 
 
 @config
@@ -25,12 +26,32 @@ class OptimConfig:
     betas: tuple[float, float] | None = None
     eps: Positive | None = None
     decay_norm_and_bias: bool = False
+    layer_decay: Factor | None = (
+        None  # the head learns at lr, each layer below at this times as much
+    )
     max_grad_norm: Positive | None = None
     schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: NonNegative = 0.0
     milestones: tuple[float, ...] = ()
     gamma: Positive = 0.1
     final_lr_fraction: Share = 0.0
+    sam: SamConfig | None = None  # two forwards and backwards a step
+
+    def __post_init__(self) -> None:
+        if self.layer_decay is not None and self.decay_norm_and_bias:
+            raise ValueError(
+                "layer_decay groups parameters with norms and biases undecayed: remove it, or "
+                "decay_norm_and_bias"
+            )
+
+
+# What the step cannot keep its promises with, by the beginning of the name.
+REFUSED = {
+    "adahessian": "needs second derivatives, which the step does not take",
+    "kron": "draws random numbers of its own, so a run would not resume to the same bits",
+    "bnb": "is bitsandbytes', which is not installed",
+    "fused": "is apex's, which is not installed (torch's own are fused already)",
+}
 
 
 def learning_rate(
@@ -75,13 +96,20 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     """timm's optimizer over the parameters of `model` that learn; fused where torch has it so.
 
     Unless `decay_norm_and_bias`, norms, biases and what the model itself names are not decayed.
-    UserError for a name that timm lacks.
+    With `layer_decay` (Bao et al. 2022, arXiv 2106.08254) groups have an `lr_scale`, by the model's
+    `group_matcher`. LAMB does not clip beside the step. Muon leaves the head and what the model does
+    not decay to AdamW, as its author does (Jordan et al. 2024). UserError for a name that timm lacks.
     """
     names = list_optimizers()
     name = config.name.removeprefix("lookahead_")
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3) or names
         raise UserError(f"optim.name: timm has no {config.name!r}; choose {', '.join(close)}")
+    for start, reason in REFUSED.items():
+        if name.startswith(start):
+            raise UserError(
+                f"optim.name: {name} {reason}; choose adamw, sgd, lamb, muon or another"
+            )
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     options = {key: value for key, value in options.items() if value is not None}
     if get_optimizer_class(name, bind_defaults=False) in (
@@ -90,6 +118,12 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         torch.optim.AdamW,
     ):
         options["fused"] = True
+    if "lamb" in name:
+        options["max_grad_norm"] = None
+    if name.endswith("muon"):
+        options |= {"fallback_list": ("head.*",), "fallback_no_weight_decay": True}
+    if hasattr(model, "group_matcher"):
+        options["layer_decay"] = config.layer_decay
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return create_optimizer_v2(
         learning if config.decay_norm_and_bias else model,
@@ -99,6 +133,11 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         momentum=config.momentum,
         **options,
     )
+
+
+def highest_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """That of the groups without an `lr_scale`, or of those nearest to the head."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -19,6 +19,7 @@ import huggingface_hub
 import timm
 import torch
 from huggingface_hub import constants
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from cifar_dist.config import Count, Share, config
@@ -134,6 +135,18 @@ class Classifier(nn.Module):
         """Names of parameters, beyond norms and biases, that timm's backbone wants undecayed."""
         names: set[str] = getattr(self.backbone, "no_weight_decay", set)()
         return {f"backbone.{name}" for name, _ in self.backbone.named_parameters() if name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """From a parameter's name to its layer, as timm counts the backbone's; the head is the last."""
+        matcher: Any = getattr(self.backbone, "group_matcher", None)
+        if matcher is None:
+            raise UserError("optim.layer_decay: timm knows no layers of this backbone; remove it")
+        names = [name for name, _ in self.named_parameters()]
+        inner = [name.partition("backbone.")[2] for name in names]  # of the head: ""
+        layers = group_with_matcher(  # what matches nothing is the last
+            zip(inner, names, strict=True), matcher(coarse=coarse), return_values=True
+        )
+        return {name: layer for layer, inside in layers.items() for name in inside}.__getitem__
 
 
 def num_parameters(model: nn.Module) -> int:
