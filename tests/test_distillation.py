@@ -344,7 +344,7 @@ def test_in_train_mode_a_teacher_goes_by_the_batch(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     """Other numbers than in evaluation mode; the same for one and two processes, and after a stop."""
-    teacher("big")
+    teacher("big", drop_rate=0.3)
     path = recipe(run={"epochs": 2}, **taught("big"))
     train(path, "name=frozen", cwd=tmp_path)
     train(path, "name=one", "teacher.train_mode=true", cwd=tmp_path)

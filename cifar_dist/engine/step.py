@@ -126,9 +126,9 @@ def train_step(
     scale = world_size / later / batch_size
     terms = []
     for shard in shards:
-        with autocast(precision, device):
-            shown = objective.show(shard)
         draws = partial(keyed, model, device, seed=seed, step=step, shard=shard.shard)
+        with draws(), autocast(precision, device):  # a teacher in train mode drops, too
+            shown = objective.show(shard)
         with nullcontext() if shard is final else accelerator.no_sync(model):
             with draws(), autocast(precision, device):
                 shard_terms = objective.judge(bare(model) if sam else model, shown)
