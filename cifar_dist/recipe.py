@@ -152,6 +152,10 @@ class Recipe:
             taught = ", ".join(name for name, kind in LOSSES.items() if kind.taught)
             raise ValueError(f"no loss listens to the teacher: add one of {taught}, or remove it")
 
+        if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
+            raise ValueError(
+                f"ema.start_epoch={self.ema.start_epoch} is past run.epochs={self.run.epochs}"
+            )
         if self.augment.views is None and "cached" in (t.placement for t in self.taught_by):
             raise ValueError("a cached teacher needs augment.views: a number of views, or all")
 
