@@ -157,6 +157,10 @@ class Recipe:
                 f"augment.repeats={self.augment.repeats} does not divide "
                 f"run.batch_size={self.run.batch_size}: change one of them"
             )
+        if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
+            raise ValueError(
+                f"ema.start_epoch={self.ema.start_epoch} is past run.epochs={self.run.epochs}"
+            )
         if self.augment.views is None and "cached" in (t.placement for t in self.taught_by):
             raise ValueError("a cached teacher needs augment.views: a number of views, or all")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +18,33 @@ from cifar_dist.engine.checkpoint import (
     load_tensors,
     newest_valid,
 )
-from cifar_dist.errors import UserError
+from cifar_dist.engine.runtime import log
+from cifar_dist.errors import UserError, is_main_rank
 from cifar_dist.files import sha256, write_file
 from cifar_dist.learn.logit_cache import check_cache
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import TeacherConfig, Trained
 from cifar_dist.nets.backbones import Classifier, build_model
+from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml
+
+
+def wait_for_data(path: Path, source: str | None) -> None:
+    """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
+    if is_main_rank():
+        if source is None:
+            raise UserError(
+                f"{path} has no data; run `python -m cifar_dist.prepare --output {path}`"
+            )
+        prepare(source, path)
+    waited = 0
+    while not (path / "digest.json").exists():
+        time.sleep(0.2)
+        waited += 1
+        if waited % 300 == 0:
+            log.warning(
+                f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
+            )
 
 
 def open_run(
@@ -55,6 +76,21 @@ def open_run(
     (folder / "stopped").unlink(missing_ok=True)
     write_file(folder / "recipe.yaml", to_yaml(recipe))
     return saved, None if force and recipe.run.shards else facts.get("shards")
+
+
+def check_world(recipe: Recipe, *, shards: int, world_size: int) -> None:
+    """Refuse more processes than shards, and ranks that would call a sharded teacher unequally often."""
+    if world_size > shards:
+        raise UserError(
+            f"{world_size} processes for {shards} shards of the batch would leave some "
+            f"idle; start at most {shards}, or cut the batch anew: run.shards={world_size}"
+        )
+    if shards % world_size and "sharded" in (t.placement for t in recipe.taught_by):
+        raise UserError(
+            f"{shards} shards of the batch on {world_size} processes would call the sharded "
+            "teacher more often on some; start a number that divides the shards, or give every "
+            "process the whole teacher (placement: whole)"
+        )
 
 
 def finished_before(recipe: Recipe) -> dict[str, Any] | None:

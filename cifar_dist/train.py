@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import signal
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import results, run_folder
 from cifar_dist.engine.checkpoint import load_tensors
-from cifar_dist.engine.evaluation import Evaluation, evaluate
+from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
 from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
 from cifar_dist.engine.runtime import (
     Ranks,
@@ -46,10 +45,10 @@ from cifar_dist.engine.runtime import (
 from cifar_dist.engine.state import State, vote
 from cifar_dist.engine.step import check_precision, make_scaler, train_step
 from cifar_dist.engine.tracking import Tracker
-from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file, write_json
 from cifar_dist.keys import key
-from cifar_dist.learn.ema import Ema
+from cifar_dist.learn.ema import build_average
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import (
@@ -60,9 +59,15 @@ from cifar_dist.learn.optim import (
 )
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
-from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
-from cifar_dist.runs import check_caches, find_teacher, finished_before, open_run
+from cifar_dist.runs import (
+    check_caches,
+    check_world,
+    find_teacher,
+    finished_before,
+    open_run,
+    wait_for_data,
+)
 
 STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
 MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
@@ -99,17 +104,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         )
         ranks.main_does(lambda: write_json(folder / "environment.json", surroundings))
         shards = shards or run.shards or ranks.world_size
-        if ranks.world_size > shards:
-            raise UserError(
-                f"{ranks.world_size} processes for {shards} shards of the batch would leave some "
-                f"idle; start at most {shards}, or cut the batch anew: run.shards={ranks.world_size}"
-            )
-        if shards % ranks.world_size and "sharded" in (t.placement for t in recipe.taught_by):
-            raise UserError(
-                f"{shards} shards of the batch on {ranks.world_size} processes would call the sharded "
-                "teacher more often on some; start a number that divides the shards, or give every "
-                "process the whole teacher (placement: whole)"
-            )
+        check_world(recipe, shards=shards, world_size=ranks.world_size)
 
         # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
         train_split = load_split(Path(data.path), "train", device)
@@ -146,7 +141,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             model=model,
             optimizer=build_optimizer(recipe.optim, model),
             scaler=make_scaler(run.precision, device),
-            ema=Ema(recipe.ema, model) if recipe.ema else None,
+            ema=build_average(recipe.ema, model, steps_per_epoch=steps_per_epoch),
             window=Window(objective.names, shards=shards, device=device),
         )
         if saved is not None:
@@ -224,6 +219,17 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 state.window.clear()
             if look_due:
                 with state.window.paused():
+                    if state.ema and state.ema.mixes_statistics(step):
+                        refresh_statistics(
+                            state.ema.model,
+                            augment,
+                            train_split,
+                            rows,
+                            seed=run.seed,
+                            epoch=step // steps_per_epoch - 1,  # the last one
+                            precision=run.precision,
+                            ranks=ranks,
+                        )
                     evaluation = look(test_split, test_rows)
                     numbers = dict(evaluation.metrics)
                     if held_rows is not None:
@@ -298,24 +304,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             return summary
 
         return ranks.main_does(conclude)
-
-
-def wait_for_data(path: Path, source: str | None) -> None:
-    """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
-    if is_main_rank():
-        if source is None:
-            raise UserError(
-                f"{path} has no data; run `python -m cifar_dist.prepare --output {path}`"
-            )
-        prepare(source, path)
-    waited = 0
-    while not (path / "digest.json").exists():
-        time.sleep(0.2)
-        waited += 1
-        if waited % 300 == 0:
-            log.warning(
-                f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
-            )
 
 
 def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:

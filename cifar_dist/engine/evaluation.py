@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar_dist.data.arrow import Split
-from cifar_dist.data.batches import eval_blocks
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import epoch_order, eval_blocks
 from cifar_dist.engine.metrics import accuracy
 from cifar_dist.engine.runtime import Ranks, gather_blocks, share_buffers
 from cifar_dist.engine.step import Precision, autocast
@@ -21,6 +24,56 @@ class Evaluation:
     metrics: dict[str, float]  # loss, top1 and top5 in percent
     logits: Tensor  # f32 [N, C] on the CPU, in the order of the rows, times the recipe's scale
     labels: Tensor  # int64 [N] on the CPU
+
+
+@torch.no_grad()
+def refresh_statistics(
+    model: nn.Module,
+    augment: Augment,
+    split: Split,
+    rows: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    precision: Precision,
+    ranks: Ranks,
+) -> None:
+    """Give BatchNorm the statistics of these very weights: means over blocks of an epoch's pictures.
+
+    As Izmailov et al. 2018 do for an average, whose statistics no training has seen. Blocks are
+    shuffled rows as that epoch shows them, the last partial one left out, and nothing is dropped.
+    The same bits at any world size.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in norms if module.running_mean is not None]
+    if not norms:
+        return
+    device = split.labels.device
+    kept = [(module.training, module.momentum) for module in norms]
+    for module in norms:
+        module.train()
+        module.momentum = 1.0  # what is left behind is the block's own
+    size = min(BLOCK_SIZE, len(rows))
+    blocks = len(rows) // size
+    order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=True)[: blocks * size]
+    statistics: list[Any] = [
+        buffer for module in norms for buffer in (module.running_mean, module.running_var)
+    ]
+    widths = [len(buffer) for buffer in statistics]
+    seen = torch.zeros(-(-blocks // ranks.world_size), sum(widths), device=device)
+    dealt = eval_blocks(split, order, block_size=size, rank=ranks.rank, world_size=ranks.world_size)
+    for place, batch in enumerate(dealt):
+        with autocast(precision, device):
+            model(augment(replace(batch, epoch=epoch)).images)
+        seen[place] = torch.cat(statistics)
+    means = gather_blocks(seen, ranks).flatten(0, -2)[:blocks].mean(0)
+    for buffer, mean in zip(statistics, means.split(widths), strict=True):
+        buffer.copy_(mean)
+    for module, (training, momentum) in zip(norms, kept, strict=True):
+        module.train(training)
+        module.momentum = momentum
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(blocks)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from cifar_dist.engine import checkpoint
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.errors import UserError
-from cifar_dist.learn.ema import Ema
+from cifar_dist.learn.ema import Average
 
 VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
@@ -28,7 +28,7 @@ class State:
     model: nn.Module  # the bare one
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: Ema | None
+    ema: Average | None
     window: Window
     step: int = 0  # updates done
     saved_step: int = 0

@@ -1,8 +1,9 @@
-"""Floor 2. A second model whose parameters are a running average of the first one's."""
+"""Floor 2. A second model whose parameters are an average of the first one's, on its way."""
 
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,22 @@ from cifar_dist.config import Count, Share, config
 
 @config
 class EmaConfig:
-    """average <- decay * average + (1 - decay) * parameters, after every `every_steps` updates."""
+    """`ema`: average <- decay * average + (1 - decay) * parameters, after every `every_steps` updates.
 
+    `swa`: the equal average of the parameters at the end of each epoch from `start_epoch` on.
+    """
+
+    kind: Literal["ema", "swa"] = "ema"
     decay: Share = 0.999
     every_steps: Count = 1
     warmup: bool = True  # a shorter memory at first: decay at most (1 + t) / (10 + t), t averagings
+    start_epoch: Count | None = None  # of swa; epochs count from 1
+
+    def __post_init__(self) -> None:
+        if (self.kind == "swa") != (self.start_epoch is not None):
+            raise ValueError("kind: swa and start_epoch need each other; write both or neither")
+        if self.kind == "swa" and (self.decay, self.every_steps, self.warmup) != (0.999, 1, True):
+            raise ValueError("decay, every_steps and warmup are those of kind: ema; remove them")
 
 
 class Ema:
@@ -41,5 +53,56 @@ class Ema:
         averages: list[Tensor] = list(self.model.parameters())
         parameters: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(buffer)
+        copy_buffers(self.model, model)
+
+    def mixes_statistics(self, step: int) -> bool:
+        """Whether the model's buffers are not those of its parameters: never so few steps apart."""
+        return False
+
+
+class Swa:
+    """Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407), as a model in eval mode.
+
+    Before the first averaging it is the model of the last epoch's end. All its state is `model`.
+    """
+
+    def __init__(self, config: EmaConfig, model: nn.Module, *, steps_per_epoch: int) -> None:
+        assert config.start_epoch is not None, "EmaConfig has refused it"
+        self.start_epoch, self.steps_per_epoch = config.start_epoch, steps_per_epoch
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def averaged(self, step: int) -> int:
+        """How many epochs' ends stand for the average after `step` updates, beyond the first."""
+        return max(step // self.steps_per_epoch - self.start_epoch, 0)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in `model` after `step` updates (1, 2, ...), if they end an epoch."""
+        if step % self.steps_per_epoch:
+            return
+        averages: list[Tensor] = list(self.model.parameters())
+        parameters: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averages, parameters, 1 / (1 + self.averaged(step)))
+        copy_buffers(self.model, model)
+
+    def mixes_statistics(self, step: int) -> bool:
+        """Whether the parameters are an average already, for which BatchNorm has no statistics."""
+        return self.averaged(step) > 0
+
+
+Average = Ema | Swa
+
+
+def build_average(
+    config: EmaConfig | None, model: nn.Module, *, steps_per_epoch: int
+) -> Average | None:
+    if config is None:
+        return None
+    if config.kind == "swa":
+        return Swa(config, model, steps_per_epoch=steps_per_epoch)
+    return Ema(config, model)
+
+
+def copy_buffers(average: nn.Module, model: nn.Module) -> None:
+    for copied, buffer in zip(average.buffers(), model.buffers(), strict=True):
+        copied.copy_(buffer)
