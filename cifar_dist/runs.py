@@ -108,7 +108,9 @@ def finished_before(recipe: Recipe) -> dict[str, Any] | None:
 def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]:
     """A run's resolved recipe and one of its checkpoints: the newest valid one, or by name."""
     if not (folder / "recipe.yaml").exists():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        raise UserError(
+            f"{folder} is no run folder (no recipe.yaml in it); train it first, or give another"
+        )
     recipe = load_recipe(folder / "recipe.yaml")
     if checkpoint is None:
         saved = newest_valid(folder / "checkpoints")
