@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar_dist.config import Count, Share, config
 from cifar_dist.errors import UserError
@@ -73,6 +74,7 @@ class ModelConfig:
     weights: str | None = None
     drop_rate: Share = 0.0
     drop_path_rate: Share = 0.0
+    grad_checkpointing: bool = False  # compute blocks twice rather than keep what is in them
     growing: Growing | None = None  # another size in the first epochs of training
     second_size: Count | None = (
         None  # in training, of one half of each shard, chosen anew each step
@@ -176,6 +178,9 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         shrink_stem(backbone, config, body)
     if body is not None:
         load_backbone(backbone, body, cfg, source)
+
+    if config.grad_checkpointing:
+        checkpoint_blocks(backbone, config)
 
     from_weights = config.pretrained or config.weights is not None
     mean = config.mean or (cfg.mean if from_weights else CIFAR_MEAN)
@@ -290,6 +295,22 @@ def shrink_stem(backbone: nn.Module, config: ModelConfig, state: State | None) -
         fresh = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(fresh.weight, mode="fan_out", nonlinearity="relu")
         backbone.conv1 = fresh
+
+
+def checkpoint_blocks(backbone: nn.Module, config: ModelConfig) -> None:
+    """Let the backward compute each block's inside again (Chen et al. 2016, arXiv 1604.06174)."""
+    switch = getattr(backbone, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UserError(
+            f"model.grad_checkpointing: {config.backbone} has no blocks to checkpoint; remove it, or "
+            "cut the batch into more shards (run.shards)"
+        )
+    if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        raise UserError(
+            f"model.grad_checkpointing: the BatchNorm of {config.backbone} would count each picture "
+            "twice; remove it, or cut the batch into more shards (run.shards)"
+        )
+    switch(True)
 
 
 def count_features(backbone: nn.Module, config: ModelConfig) -> int:
