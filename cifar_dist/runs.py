@@ -115,6 +115,7 @@ def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
     """All that decides a teacher's logits for the recipe's views; `run.seed` does not."""
     data, augment = Path(recipe.data.path), asdict(recipe.augment)
     rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
+    del augment["host_workers"]  # whoever makes a picture, it is the same
     if recipe.augment.views == "all":
         del augment["seed"]  # whatever is drawn, it is one of them
     if recipe.augment.mixes:  # partners are rows that are trained on
