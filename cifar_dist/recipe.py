@@ -71,6 +71,7 @@ HABITS = {
     "name_or_path": "model.backbone",
     "per_device_train_batch_size": "run.batch_size (the global batch)",
     "wandb": "tracking.mode",
+    "albumentations": "augment.host (a list of {Name: {arguments}})",
 }
 
 
