@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "RandomResizedCrop": {"size": [32, 32]},
     "RandomSizedCrop": {"size": [32, 32], "min_max_height": [20, 30]},
 }
-SLOW = {"Superpixels", "PiecewiseAffine", "RandomFog"}
+SLOW = {"Superpixels", "RandomFog"}
 
 
 @pytest.mark.parametrize("name", sorted({*SINGLE} - SLOW))
@@ -257,6 +258,16 @@ def test_the_next_epoch_is_filled_while_this_one_is_shown(split: Split) -> None:
         assert torch.equal(pictures(4, torch.arange(64)), before)
 
 
+def test_a_full_memory_gives_way_to_the_temporary_folder(
+    split: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cifar_dist.data.shared_pages.SHARED_MEMORY", str(tmp_path / "none"))
+    with started(split, 1) as host:
+        host.show(0)
+        assert torch.equal(host(0, torch.arange(64)), inline(split, 0, list(range(64))))
+        assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{host.pictures.file}")
+
+
 def test_the_device_goes_on_where_the_host_ends(split: Split) -> None:
     """Crop, flip, cutout and mixing see the host's pictures, partners' included."""
     keys: dict[str, Any] = {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.4}
@@ -357,6 +368,29 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, recipe: RecipeMaker, rank:
     assert ranks.output.count("error: worker process") == 1
     assert "ended with signal SIGKILL" in ranks.output
     assert "Traceback" not in ranks.output
+
+
+@pytest.mark.parametrize("harm", ["signal", "kill"])
+def test_nobody_waits_for_a_slow_epoch(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path, harm: str
+) -> None:
+    """Both ranks wait a minute for the first epoch; a signal to one, or its dead worker, ends it."""
+    slow = {"Superpixels": {"p_replace": [1, 1], "n_segments": [200, 200], "p": 1.0}}
+    path = recipe(augment={"host": [slow], "host_workers": 1}, data={"path": str(middle_data)})
+    ranks = Ranks("train", [path], cwd=tmp_path, world_size=2)
+    deadline = time.monotonic() + 120
+    while "epochs of" not in ranks.output and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pid = ranks.processes[1].pid
+    assert pid is not None
+    if harm == "signal":
+        os.kill(pid, signal.SIGTERM)
+        assert ranks.wait(20) == [75, 75], ranks.output
+        assert "at step 0" in ranks.output
+    else:
+        os.kill(children(pid)[0], signal.SIGKILL)
+        assert ranks.wait(20) == [2, 2], ranks.output
+        assert ranks.output.count("ended with signal SIGKILL") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

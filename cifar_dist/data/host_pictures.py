@@ -19,15 +19,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from cifar_dist import signals
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.host_pipeline import Pipeline, Transforms
 from cifar_dist.data.host_worker import READY
-from cifar_dist.data.shared_pages import Layout, is_alive
+from cifar_dist.data.shared_pages import Layout
 from cifar_dist.errors import UserError
 from cifar_dist.keys import key
 
-POLL_SECONDS = 0.005
+WAIT_SECONDS, POLL_SECONDS = 1.0, 0.005
 WORKER = (
     "import sys; sys.path[:] = {}; from cifar_dist.data.host_worker import main; sys.exit(main())"
 )
@@ -75,7 +74,7 @@ class Ahead:
         epochs: int,
         device: torch.device,
     ) -> None:
-        self.file, self.layout, self.mine, self.device = file, layout, mine, device
+        self.file, self.layout, self.device = file, layout, device
         self.seed, self.view_of, self.epochs = seed, view_of, epochs
         self.slots = [torch.from_numpy(slot) for slot in layout.pages(file)[1:]]
         self.epoch = self.asked = -1  # the one shown, the last that workers were told to fill
@@ -107,20 +106,19 @@ class Ahead:
                 process.stdin.flush()
 
     def show(self, epoch: int) -> bool:
-        """Show an epoch from now on, as soon as its slot is full; UserError when a worker is dead.
+        """Show an epoch from now on, if its slot is full within a second; UserError for a dead worker.
 
-        False: not yet, as this process is asked to stop or another one's worker is dead. No process
-        of the machine may still take pictures of an earlier epoch.
+        No process of the machine may still take pictures of an earlier epoch.
         """
         self.check()
         if epoch == self.epoch:
             return True
         self.ask(epoch)
         slot, view = epoch % 2, self.view_of(epoch)
+        until = time.monotonic() + WAIT_SECONDS
         while not self.layout.is_full(self.file, slot, view):
             self.check()
-            others = (w for w in range(self.layout.workers) if w not in self.mine)
-            if signals.received() or not all(is_alive(self.file, worker) for worker in others):
+            if time.monotonic() > until:
                 return False
             time.sleep(POLL_SECONDS)
         if self.device.type == "cpu":

@@ -68,7 +68,7 @@ def check_names(transforms: Any, *, where: str = "host", depth: int = 0) -> None
 class Pipeline:
     """`pipeline(picture, seed, row)`: what these transforms make of a picture, by its key alone."""
 
-    def __init__(self, transforms: Transforms) -> None:
+    def __init__(self, transforms: Transforms, *, trials: int = TRIALS) -> None:
         """UserError for what is not allowed, not known or not of these shapes, or not installed."""
         check_names(transforms, where="augment.host")
         library = load_library()
@@ -78,7 +78,7 @@ class Pipeline:
         self.generator, self.python = numpy.random.Generator(self.bits), random.Random(0)
         self.compose.set_random_state(self.generator, self.python)
         self.start: Any = self.bits.state
-        pictures = numpy.random.default_rng(0).integers(0, 256, (TRIALS, 3, 32, 32), numpy.uint8)
+        pictures = numpy.random.default_rng(0).integers(0, 256, (trials, 3, 32, 32), numpy.uint8)
         for row, picture in enumerate(pictures):
             try:
                 self(picture, 0, row)
@@ -138,7 +138,8 @@ def build(library: Any, one: Mapping[str, Mapping[str, Any]]) -> Any:
         arguments["transforms"] = [build(library, inner) for inner in arguments["transforms"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it warns of arguments that it is going to ignore
-        warnings.filterwarnings("ignore", "ShiftScaleRotate is a special case of Affine")
+        for harmless in ("ShiftScaleRotate is a special case of", "This augmenter is very slow"):
+            warnings.filterwarnings("ignore", harmless)
         try:
             return kind(**arguments)
         except ZeroDivisionError as error:

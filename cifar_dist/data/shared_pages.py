@@ -9,7 +9,6 @@ through a map of it, and what is filled is told by system calls, which also orde
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 import tempfile
@@ -59,16 +58,6 @@ class Layout:
         """Whether all rows of the view are in the slot."""
         told = os.pread(file, 8 * self.workers, 8 * slot * self.workers)
         return bool((numpy.frombuffer(told, numpy.int64) == view + 1).all())
-
-
-def is_alive(file: int, worker: int) -> bool:
-    """Whether some other process holds the lock of a worker that was ready once."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, worker)
-    except OSError:
-        return True
-    fcntl.lockf(file, fcntl.LOCK_UN, 1, worker)
-    return False
 
 
 def allocate(layout: Layout) -> BinaryIO:

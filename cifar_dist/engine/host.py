@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 from torch import Tensor
 
+from cifar_dist import signals
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import AugmentConfig
 from cifar_dist.data.host_pictures import Ahead
@@ -28,11 +29,16 @@ class HostWorkers:
         return self.pictures(view, rows)
 
     def show(self, epoch: int) -> bool:
-        """Wait for an epoch's pictures and see that all workers live.
+        """Wait for an epoch's pictures and see that all workers live; all look up once a second.
 
         False: some process is asked to stop, so vote first. UserError on all ranks for a dead worker.
         """
-        return all(self.ranks.together(lambda: self.pictures.show(epoch)))
+        while True:
+            seen = self.ranks.together(lambda: (self.pictures.show(epoch), signals.received()))
+            if all(shown for shown, _ in seen):
+                return True
+            if any(number for _, number in seen):
+                return False
 
 
 @contextmanager
