@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from cifar_dist.data.arrow import Split, load_split, read_digest
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
+from cifar_dist.engine.host import host_workers
 from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import start_processes
+from cifar_dist.engine.runtime import Ranks, start_processes
 from cifar_dist.engine.step import Step, make_scaler, train_step
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_json
@@ -50,6 +51,20 @@ BATCH_SIZE = 250
 TURN_SECONDS = 0.3
 TUTORIAL = "tutorial: Dataset, DataLoader"
 OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
+TUTORIAL_HOST: tuple[dict[str, dict[str, Any]], ...] = (
+    {
+        "OneOf": {
+            "transforms": [
+                {"ShiftScaleRotate": {}},
+                {"CoarseDropout": {}},
+                {"ColorJitter": {}},
+                {"HorizontalFlip": {}},
+                {"VerticalFlip": {}},
+            ],
+            "p": 1.0,
+        }
+    },
+)
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
 CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, flip=True, cutout=8)
 
@@ -118,6 +133,39 @@ def augmentation_works(split: Split) -> dict[str, Work]:
 
     changing = {name: config for name, config in AUGMENTATIONS.items() if config != AugmentConfig()}
     return {name: under(config) for name, config in changing.items()}
+
+
+def host_rates(split: Split, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """The tutorial's OneOf by albumentations, and what is nearest to it on the device, by the clock.
+
+    One after the other, since workers would go on in the turns of others; a unit is an image.
+    """
+    batch = take(split, torch.arange(BATCH_SIZE), epoch=0, shard=0)
+    config = AugmentConfig(host=TUTORIAL_HOST, host_workers=2)
+    alone, epochs = Ranks(0, 1, None), count()
+    inline, device = Augment(config, split), Augment(AUGMENTATIONS["one_of"], split)
+
+    def rate(name: str, work: Work) -> dict[str, Any]:
+        (turns,) = take_turns({name: work}, rounds=rounds, seconds=seconds).values()
+        return {
+            "name": name,
+            "images_per_second": spread([turn.by_clock for turn in turns]),
+            "images_per_cpu_second": spread([turn.by_cpu for turn in turns]),  # of this process
+        }
+
+    with host_workers(config, split, alone, sys.maxsize) as host:
+        assert host is not None
+
+        def epoch() -> int:
+            host.show(next(epochs))
+            return len(split.labels)
+
+        workers = rate("host, 2 workers", epoch)
+    return [
+        rate("host, in the process", lambda: len(inline(batch).labels)),
+        workers,
+        rate("device, one_of", lambda: len(device(batch).labels)),
+    ]
 
 
 def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
@@ -324,6 +372,7 @@ def main(arguments: list[str]) -> int:
     turn = {"rounds": options.rounds, "seconds": options.seconds}
     content["data_path"] = compare(data_works(split), **turn)
     content["augmentations"] = speeds(augmentation_works(split), **turn)
+    content["host_augmentation"] = host_rates(split, **turn)
     content["null_model_loop"] = compare(loop_works(split, accelerator), **turn)
     content["step_milliseconds"] = overhead(take_turns(step_works(split, accelerator), **turn))
     print(
@@ -337,6 +386,12 @@ def main(arguments: list[str]) -> int:
         print(
             f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s by the clock, "
             f"{cpu['median']:>10,.0f} a CPU s ({cpu['least']:,.0f} - {cpu['most']:,.0f})"
+        )
+    for row in content["host_augmentation"]:
+        clock = row["images_per_second"]
+        print(
+            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s by the clock "
+            f"({clock['least']:,.0f} - {clock['most']:,.0f})"
         )
     print()
     print(table("whole loop, null model", content["null_model_loop"]), end="\n\n")

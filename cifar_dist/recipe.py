@@ -51,6 +51,7 @@ NOT_THE_RECIPE = (
     "run.timeout_seconds",
     "data.path",
     "data.source",
+    "augment.host_workers",
     "tracking",
 )
 PLACEMENT = (".placement", ".shard_over", ".cache")  # of a teacher: other costs, the same numbers
@@ -70,6 +71,7 @@ HABITS = {
     "name_or_path": "model.backbone",
     "per_device_train_batch_size": "run.batch_size (the global batch)",
     "wandb": "tracking.mode",
+    "albumentations": "augment.host (a list of {Name: {arguments}})",
 }
 
 
@@ -228,7 +230,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as {"run.epochs": 200, ...}; lists of numbers are values, others are numbered."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {str(place): inner for place, inner in enumerate(value)}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         return {prefix: value}
     pairs: dict[str, Any] = {}
     for name, inner in value.items():

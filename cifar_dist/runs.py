@@ -154,6 +154,7 @@ def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
     data, augment = Path(recipe.data.path), asdict(recipe.augment)
     rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
     del augment["repeats"]  # copies are views like any other
+    del augment["host_workers"]  # whoever makes a picture, it is the same
     if recipe.augment.views == "all":
         del augment["seed"]  # whatever is drawn, it is one of them
     if recipe.augment.mixes:  # partners are rows that are trained on

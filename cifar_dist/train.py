@@ -26,10 +26,12 @@ from cifar_dist import __version__
 from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
+from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import results, run_folder
 from cifar_dist.engine.checkpoint import load_tensors
 from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
+from cifar_dist.engine.host import host_workers
 from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
 from cifar_dist.engine.runtime import (
     Ranks,
@@ -135,7 +137,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         if teacher and teacher.parameters_here:
             held = ranks.each(f"{teacher.parameters_here:,}")
             log.info(f"the teacher's parameters on each rank: {' '.join(held)}")
-        augment = Augment(recipe.augment, train_split, rows)
+        host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, run.epochs))
+        augment = Augment(recipe.augment, train_split, rows, host=host)
         objective = Objective(augment, recipe.losses, teacher)
         state = State(
             model=model,
@@ -198,8 +201,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
             step, at_end = state.step, state.step == total_steps
-            stop, save_now = 0, False
-            if step >= vote_step:
+            stop, save_now, votes = 0, False, step >= vote_step
+            if votes:
                 stop, save_now, steps_to_next = vote(
                     state, ranks, save_every_minutes=run.save_every_minutes
                 )
@@ -222,7 +225,9 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     if state.ema and state.ema.mixes_statistics(step):
                         refresh_statistics(
                             state.ema.model,
-                            augment,
+                            Augment(
+                                recipe.augment, train_split, rows
+                            ),  # no worker has the last epoch
                             train_split,
                             rows,
                             seed=run.seed,
@@ -247,6 +252,10 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     )
             if stop or at_end:
                 break
+            new_epoch = step % steps_per_epoch == 0
+            if host and (votes or new_epoch) and not host.show(step // steps_per_epoch):
+                vote_step = step  # a signal came before the epoch's pictures
+                continue
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
             lr = learning_rate(
@@ -349,8 +358,10 @@ def main(arguments: list[str]) -> int:
     if options.dry_run:
         print(plan(recipe))
         return 0
-    pretrained_cfg(recipe.model.backbone)  # both refuse a wrong name, before anything is downloaded
+    pretrained_cfg(recipe.model.backbone)  # all refuse a wrong name before anything is downloaded
     build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
+    if recipe.augment.host:
+        Pipeline(recipe.augment.host)
     path, source = Path(recipe.data.path), recipe.data.source
     has_data = (path / "digest.json").exists()
     is_sample = read_digest(path)["content"] == "sample" if has_data else source == "sample"

@@ -177,6 +177,10 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
         assert row["name"] in done.stdout
         assert row["images_per_cpu_second"]["least"] > 0
     assert [row["name"] for row in numbers["augmentations"]] == list(AUGMENTATIONS)[1:]
+    assert len(numbers["host_augmentation"]) == 3
+    for row in numbers["host_augmentation"]:
+        assert row["name"] in done.stdout
+        assert row["images_per_second"]["least"] > 0
     for row in numbers["data_path"] + numbers["null_model_loop"]:
         assert row["name"] in done.stdout
         for spread in (row["images_per_second"], row["times_the_tutorial"]["by_cpu"]):

@@ -25,6 +25,8 @@ from cifar_dist.data.changes import (
     OneOf,
     named_changes,
 )
+from cifar_dist.data.host_pictures import HostPictures, Inline
+from cifar_dist.data.host_pipeline import check_names
 from cifar_dist.data.image_ops import SIDE, crop_flip, cutout, mix
 from cifar_dist.data.policies import RandAugment, TrivialAugment
 from cifar_dist.keys import Draws, key
@@ -32,7 +34,9 @@ from cifar_dist.keys import Draws, key
 
 @config
 class AugmentConfig:
-    """What is done to pictures on the device, in this order; the defaults leave them as they are.
+    """What is done to pictures, in this order; the defaults leave them as they are.
+
+    `host` is an albumentations pipeline as data (host_pipeline.py); all below it runs on the device.
 
     `views` says how many different views of the data there are: None, a new one each epoch; a number,
     these again and again; `all`, a new one each epoch, drawn from all that crop and flip can make of
@@ -41,6 +45,8 @@ class AugmentConfig:
 
     seed: Index = 0
     views: Count | Literal["all"] | None = None
+    host: tuple[dict[str, dict[str, Any]], ...] | None = None
+    host_workers: Index = 2  # a process; 0: the training process makes its own pictures
     crop_padding: Index = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
     flip: bool = False  # left to right, one picture in two
     vertical_flip: bool = False  # upside down, one picture in two
@@ -59,7 +65,11 @@ class AugmentConfig:
     repeats: Count = 1  # views of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
 
     def __post_init__(self) -> None:
-        others = ("vertical_flip", "one_of", "cutout", "mixup", "cutmix")
+        if self.host is not None:
+            check_names(self.host)
+            if self.repeats > 1:
+                raise ValueError("host makes one view an epoch, repeats wants more: remove one")
+        others = ("host", "vertical_flip", "one_of", "cutout", "mixup", "cutmix")
         uncounted = [*named_changes(self), *(name for name in others if vars(self)[name])]
         if self.views == "all" and uncounted:
             raise ValueError(
@@ -247,7 +257,8 @@ class Augment:
 
     `split` has the pictures of partners, which are chosen among `rows` (int64, CPU), those that are
     trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture instead.
-    Keeps the tables of one epoch, as drawing them costs milliseconds.
+    Keeps the tables of one epoch, as drawing them costs milliseconds. Without a `host`
+    that has the configured pipeline's pictures ready it makes them itself.
     """
 
     def __init__(
@@ -257,8 +268,11 @@ class Augment:
         rows: Tensor | None = None,
         *,
         number: int | None = None,
+        host: HostPictures | None = None,
     ) -> None:
-        self.config, self.split, self.number = config, split, number
+        self.config, self.split, self.number, self.host = config, split, number, host
+        if config.host is not None and host is None:
+            self.host = Inline(config.host, split, seed=config.seed)
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
         self.views: list[int] = []  # whose tables lie here, N rows for each copy
         self.numbers = torch.empty(0, dtype=torch.int64)
@@ -278,11 +292,16 @@ class Augment:
         own = self.table.take(below(batch.rows, above)) if self.table else None
         if own and self.config.views == "all":
             numbers = view_numbers(self.config, own)
-        images = self.change(batch.images, own)
+        images = self.host(views[0], batch.rows) if self.host else batch.images
+        images = self.change(images, own)
         if self.table is None or self.mix_table is None:
             return View(images=images, labels=batch.labels, numbers=numbers)
         mixing = self.mix_table.take(below(batch.rows, above))
-        others = self.split.images.index_select(0, mixing.partner)
+        others = (
+            self.host(views[0], mixing.partner)
+            if self.host
+            else self.split.images.index_select(0, mixing.partner)
+        )
         others = self.change(others, self.table.take(below(mixing.partner, above)))
         return View(
             images=mix(images, others, mixing.share, mixing.box, mixing.pasted),
@@ -297,7 +316,8 @@ class Augment:
         config, size = self.config, len(self.split.labels)
         device = self.split.labels.device
         self.numbers = torch.tensor(views, device=device)
-        if config != AugmentConfig(seed=config.seed, views=config.views, repeats=config.repeats):
+        untouched = ("seed", "views", "repeats", "host", "host_workers")  # these need no table
+        if config != AugmentConfig(**{name: getattr(config, name) for name in untouched}):
             draw = draw_table if self.number is None else numbered_table
             self.table = stacked([draw(config, view, rows=size, device=device) for view in views])
         if config.mixes:

@@ -110,7 +110,16 @@ def environment(
         except PackageNotFoundError:
             return None
 
-    packages = ("torch", "timm", "accelerate", "numpy", "pyarrow", "safetensors")
+    packages = (
+        "torch",
+        "timm",
+        "accelerate",
+        "numpy",
+        "pyarrow",
+        "safetensors",
+        "albumentations",
+        "opencv-python-headless",
+    )
     is_cuda = device.type == "cuda"
     return {
         "cifar_dist": cifar_dist.__version__,

@@ -217,6 +217,20 @@ class Ranks:
             raise box[1]
         return box[0]
 
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """Every rank acts; all get all results in their order, or all raise the first UserError."""
+        if self.world_size == 1:
+            return [act()]
+        try:
+            mine: tuple[Any, Any] = (act(), None)
+        except (UserError, OSError) as error:
+            mine = (None, error)
+        seen = self.each(mine)
+        errors = [error for _, error in seen if error is not None]
+        if errors:
+            raise errors[0]
+        return [result for result, _ in seen]
+
     def same(self, what: str, value: str) -> None:
         """Stop with one sentence where ranks see different things (code, recipe, data)."""
         seen = self.each(value)
