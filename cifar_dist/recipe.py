@@ -87,6 +87,7 @@ class RunConfig:
     output: str = "runs"
     threads: Count | None = None  # CPU threads a process; None: the machine's, divided
     eval_every_epochs: Count = 1
+    stop_after_epochs_without_gain: Count | None = None  # in held-out accuracy, never in the test's
     save_every_minutes: Positive = 10.0
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
@@ -152,6 +153,11 @@ class Recipe:
             taught = ", ".join(name for name, kind in LOSSES.items() if kind.taught)
             raise ValueError(f"no loss listens to the teacher: add one of {taught}, or remove it")
 
+        if self.run.stop_after_epochs_without_gain and not self.data.holdout:
+            raise ValueError(
+                "run.stop_after_epochs_without_gain judges by held-out rows, as the test rows are for "
+                "the last word: set data.holdout, like 5000, or remove it"
+            )
         if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
             raise ValueError(
                 f"ema.start_epoch={self.ema.start_epoch} is past run.epochs={self.run.epochs}"

@@ -16,6 +16,7 @@ import hashlib
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,19 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
+        why_no_more = partial(
+            state.why_no_more,
+            epochs_without_gain=run.stop_after_epochs_without_gain,
+            steps_per_epoch=steps_per_epoch,
+        )
         test_rows = torch.arange(len(test_split.labels))
         evaluation = None
         vote_step = state.step
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
-            step, at_end = state.step, state.step == total_steps
+            step = state.step
+            ended_early = step < total_steps and why_no_more()
+            at_end = step == total_steps or bool(ended_early)
             stop, save_now = 0, False
             if step >= vote_step:
                 stop, save_now, steps_to_next = vote(
@@ -237,6 +245,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                         save_due |= state.note_held_out(held_out["top1"])
                     tell("eval", numbers)
                     state.evaluated_step = step
+                if not at_end and why_no_more():
+                    continue  # now this is the end, and other things are due
             if save_due:
                 facts = {"shards": shards, "data": digest, "teachers": teachers}
                 facts["world_size"] = ranks.world_size
@@ -285,6 +295,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             "steps": state.step,
             "seconds": state.seconds,
             "finished": at_end,
+            **({"ended_early": ended_early} if ended_early else {}),
             **({"stopped_by": signal.Signals(stop).name} if stop else {}),
         }
         if at_end and evaluation is None:  # all was done but the summary
@@ -308,6 +319,7 @@ def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) ->
     log.info(
         f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
         f"in {summary['seconds']:.0f} s; see {recipe.folder}"
+        + (f" ({summary['ended_early']})" if "ended_early" in summary else "")
     )
     if is_sample:
         log.info(SAMPLE_NOTE)
