@@ -60,13 +60,16 @@ from cifar_dist.learn.optim import (
 )
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
+from cifar_dist.nets.freeze import first_epochs, freeze
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
 from cifar_dist.runs import (
+    SAMPLE_NOTE,
     check_caches,
     check_world,
     find_teacher,
     finished_before,
     open_run,
+    say_finished,
     wait_for_data,
 )
 
@@ -138,9 +141,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             log.info(f"the teacher's parameters on each rank: {' '.join(held)}")
         augment = Augment(recipe.augment, train_split, rows)
         objective = Objective(augment, recipe.losses, teacher)
+        freeze(model, recipe.model.freeze, epoch=run.epochs - 1)  # for all that ever learns
         state = State(
             model=model,
-            optimizer=build_optimizer(recipe.optim, model),
+            optimizer=build_optimizer(
+                recipe.optim, model, first_epochs(model, recipe.model.freeze)
+            ),
             scaler=make_scaler(run.precision, device),
             ema=build_average(recipe.ema, model, steps_per_epoch=steps_per_epoch),
             window=Window(objective.names, shards=shards, device=device),
@@ -149,7 +155,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             state.restore(saved, ranks)
         if run.compile:
             model.compile()
-        wrapped = wrap(accelerator, model, shards=shards)
 
         # What the run leaves.
         metrics_file = MetricsFile(folder / "metrics.jsonl")
@@ -198,7 +203,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             steps_per_epoch=steps_per_epoch,
         )
         test_rows = torch.arange(len(test_split.labels))
-        evaluation = None
+        evaluation, wrapped = None, None
         vote_step = state.step
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
@@ -257,6 +262,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if stop or at_end:
                 break
 
+            # DDP reduces what learned when it was made, so it is made anew where that changes.
+            if wrapped is None or step % steps_per_epoch == 0:
+                if freeze(model, recipe.model.freeze, epoch=step // steps_per_epoch):
+                    wrapped = None
+                wrapped = wrapped or wrap(accelerator, model, shards=shards)
+
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
             lr = learning_rate(
                 recipe.optim, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
@@ -313,22 +324,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             return summary
 
         return ranks.main_does(conclude)
-
-
-def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
-    log.info(
-        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
-        f"in {summary['seconds']:.0f} s; see {recipe.folder}"
-        + (f" ({summary['ended_early']})" if "ended_early" in summary else "")
-    )
-    if is_sample:
-        log.info(SAMPLE_NOTE)
-
-
-SAMPLE_NOTE = (
-    "This is the drawn sample, not CIFAR-100. The real thing: "
-    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
-)
 
 
 def main(arguments: list[str]) -> int:

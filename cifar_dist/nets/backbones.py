@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cifar_dist.config import Count, Share, config
 from cifar_dist.errors import UserError
 from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
+from cifar_dist.nets.freeze import FreezeConfig
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
 from cifar_dist.nets.weights import (
@@ -55,6 +56,7 @@ class ModelConfig:
     weights: str | None = None
     drop_rate: Share = 0.0
     drop_path_rate: Share = 0.0
+    freeze: tuple[FreezeConfig, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.pretrained and self.weights is not None:
