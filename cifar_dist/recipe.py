@@ -89,6 +89,7 @@ class RunConfig:
     output: str = "runs"
     threads: Count | None = None  # CPU threads a process; None: the machine's, divided
     eval_every_epochs: Count = 1
+    stop_after_epochs_without_gain: Count | None = None  # in held-out accuracy, never in the test's
     save_every_minutes: Positive = 10.0
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
@@ -158,6 +159,11 @@ class Recipe:
             raise ValueError(
                 f"augment.repeats={self.augment.repeats} does not divide "
                 f"run.batch_size={self.run.batch_size}: change one of them"
+            )
+        if self.run.stop_after_epochs_without_gain and not self.data.holdout:
+            raise ValueError(
+                "run.stop_after_epochs_without_gain judges by held-out rows, as the test rows are for "
+                "the last word: set data.holdout, like 5000, or remove it"
             )
         if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
             raise ValueError(

@@ -28,6 +28,11 @@ from cifar_dist.nets.backbones import Classifier, build_model
 from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml
 
+SAMPLE_NOTE = (
+    "This is the drawn sample, not CIFAR-100. The real thing: "
+    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
+)
+
 
 def wait_for_data(path: Path, source: str | None) -> None:
     """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
@@ -45,6 +50,16 @@ def wait_for_data(path: Path, source: str | None) -> None:
             log.warning(
                 f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
             )
+
+
+def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
+    log.info(
+        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
+        f"in {summary['seconds']:.0f} s; see {recipe.folder}"
+        + (f" ({summary['ended_early']})" if "ended_early" in summary else "")
+    )
+    if is_sample:
+        log.info(SAMPLE_NOTE)
 
 
 def open_run(
@@ -159,13 +174,15 @@ def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
         del augment["seed"]  # whatever is drawn, it is one of them
     if recipe.augment.mixes:  # partners are rows that are trained on
         augment["holdout"] = recipe.data.holdout
+    model = asdict(teacher.model)
+    del model["freeze"]  # what it says was frozen is no part of a trained model
     made_of = {
         "shape": [recipe.augment.num_views, rows, classes],
         "data": data_digest(data),
         "precision": recipe.run.precision,
         "teacher": teacher.digest,
         "teacher.logit_scale": teacher.logit_scale,
-        **{f"teacher.model.{name}": value for name, value in asdict(teacher.model).items()},
+        **{f"teacher.model.{name}": value for name, value in model.items()},
         **{f"augment.{name}": value for name, value in augment.items()},
     }
     return json.loads(json.dumps(made_of))  # as a manifest has it

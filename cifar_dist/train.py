@@ -16,6 +16,7 @@ import hashlib
 import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ from cifar_dist.learn.optim import (
 )
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
+from cifar_dist.nets.freeze import first_epochs, freeze
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
 from cifar_dist.runs import (
+    SAMPLE_NOTE,
     check_caches,
     check_world,
     find_teacher,
     finished_before,
     open_run,
+    say_finished,
     wait_for_data,
 )
 
@@ -140,9 +144,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, run.epochs))
         augment = Augment(recipe.augment, train_split, rows, host=host)
         objective = Objective(augment, recipe.losses, teacher)
+        freeze(model, recipe.model.freeze, epoch=run.epochs - 1)  # for all that ever learns
         state = State(
             model=model,
-            optimizer=build_optimizer(recipe.optim, model),
+            optimizer=build_optimizer(
+                recipe.optim, model, first_epochs(model, recipe.model.freeze)
+            ),
             scaler=make_scaler(run.precision, device),
             ema=build_average(recipe.ema, model, steps_per_epoch=steps_per_epoch),
             window=Window(objective.names, shards=shards, device=device),
@@ -151,7 +158,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             state.restore(saved, ranks)
         if run.compile:
             model.compile()
-        wrapped = wrap(accelerator, model, shards=shards)
 
         # What the run leaves.
         metrics_file = MetricsFile(folder / "metrics.jsonl")
@@ -195,12 +201,19 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             world_size=ranks.world_size,
             repeats=recipe.augment.repeats,
         )
+        why_no_more = partial(
+            state.why_no_more,
+            epochs_without_gain=run.stop_after_epochs_without_gain,
+            steps_per_epoch=steps_per_epoch,
+        )
         test_rows = torch.arange(len(test_split.labels))
-        evaluation = None
+        evaluation, wrapped = None, None
         vote_step = state.step
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
-            step, at_end = state.step, state.step == total_steps
+            step = state.step
+            ended_early = step < total_steps and why_no_more()
+            at_end = step == total_steps or bool(ended_early)
             stop, save_now, votes = 0, False, step >= vote_step
             if votes:
                 stop, save_now, steps_to_next = vote(
@@ -243,6 +256,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                         save_due |= state.note_held_out(held_out["top1"])
                     tell("eval", numbers)
                     state.evaluated_step = step
+                if not at_end and why_no_more():
+                    continue  # now this is the end, and other things are due
             if save_due:
                 facts = {"shards": shards, "data": digest, "teachers": teachers}
                 facts["world_size"] = ranks.world_size
@@ -256,6 +271,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if host and (votes or new_epoch) and not host.show(step // steps_per_epoch):
                 vote_step = step  # a signal came before the epoch's pictures
                 continue
+
+            # DDP reduces what learned when it was made, so it is made anew where that changes.
+            if wrapped is None or step % steps_per_epoch == 0:
+                if freeze(model, recipe.model.freeze, epoch=step // steps_per_epoch):
+                    wrapped = None
+                wrapped = wrapped or wrap(accelerator, model, shards=shards)
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
             lr = learning_rate(
@@ -296,6 +317,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             "steps": state.step,
             "seconds": state.seconds,
             "finished": at_end,
+            **({"ended_early": ended_early} if ended_early else {}),
             **({"stopped_by": signal.Signals(stop).name} if stop else {}),
         }
         if at_end and evaluation is None:  # all was done but the summary
@@ -313,21 +335,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             return summary
 
         return ranks.main_does(conclude)
-
-
-def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
-    log.info(
-        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
-        f"in {summary['seconds']:.0f} s; see {recipe.folder}"
-    )
-    if is_sample:
-        log.info(SAMPLE_NOTE)
-
-
-SAMPLE_NOTE = (
-    "This is the drawn sample, not CIFAR-100. The real thing: "
-    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
-)
 
 
 def main(arguments: list[str]) -> int:

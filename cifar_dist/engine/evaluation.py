@@ -92,7 +92,9 @@ def evaluate(
     """
     device = split.labels.device
     share_buffers(model, ranks)
-    was_training = model.training
+    was_training = [
+        (module, module.training) for module in model.modules()
+    ]  # not all: frozen norms
     model.eval()
     blocks = -(-len(rows) // BLOCK_SIZE)
     mine = -(-blocks // ranks.world_size)  # as many places on each rank; the last may stay empty
@@ -107,7 +109,8 @@ def evaluate(
         if logits is None:
             logits = torch.zeros(mine, BLOCK_SIZE, outputs.logits.shape[1], device=device)
         logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
-    model.train(was_training)
+    for module, training in was_training:
+        module.training = training
     classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]
     if logits is None:  # fewer blocks than ranks
         logits = torch.zeros(mine, BLOCK_SIZE, int(classes), device=device)

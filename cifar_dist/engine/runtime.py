@@ -157,11 +157,13 @@ def end_processes(accelerator: Accelerator) -> None:
 
 
 def wrap(accelerator: Accelerator, model: nn.Module, *, shards: int) -> nn.Module:
-    """The model under DDP, or itself where there is one process.
+    """The model under DDP, or itself where there is one process; call it anew when other parameters learn.
 
+    Accelerate lets go of an earlier one here, and with it of its hooks and its buckets of gradients.
     The graph is static only where each rank runs one shard: together with `no_sync` a static graph
     crashes on the first backward or stops reducing.
     """
+    accelerator.free_memory()
     accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
     with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
         warnings.filterwarnings("ignore", category=FutureWarning)

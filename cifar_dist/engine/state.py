@@ -33,7 +33,7 @@ class State:
     step: int = 0  # updates done
     saved_step: int = 0
     evaluated_step: int = 0
-    best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint"}
+    best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint", "step"}
     seconds_before: float = 0.0  # of earlier starts
     started: float = field(default_factory=time.perf_counter)
     last_save: float = field(default_factory=time.perf_counter)
@@ -53,7 +53,23 @@ class State:
         is_best = self.best is None or top1 > self.best["val_top1"]
         if is_best:
             self.best = {"val_top1": top1, "checkpoint": f"step_{self.step:08d}"}
+            self.best["step"] = self.step
         return is_best
+
+    def why_no_more(self, *, epochs_without_gain: int | None, steps_per_epoch: int) -> str | None:
+        """Why training ends early: held-out accuracy has not risen for so long; None: it goes on.
+
+        Known from what all ranks share and a checkpoint keeps, so a restart finds the same.
+        """
+        if epochs_without_gain is None or self.best is None:
+            return None
+        steps = self.evaluated_step - self.best["step"]
+        if steps < epochs_without_gain * steps_per_epoch:
+            return None
+        return (
+            f"held-out top1 has not risen for {steps / steps_per_epoch:g} epochs, since its "
+            f"{self.best['val_top1']:.2f} % after epoch {self.best['step'] / steps_per_epoch:g}"
+        )
 
     def refuse_broken_numbers(self, *, most_skips: int) -> None:
         """Stop when the gradient stays not finite; the weights are those of the last good step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -92,13 +93,16 @@ def ease(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1))) / 2
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, begins: Mapping[str, int | None] | None = None
+) -> torch.optim.Optimizer:
     """timm's optimizer over the parameters of `model` that learn; fused where torch has it so.
 
     Unless `decay_norm_and_bias`, norms, biases and what the model itself names are not decayed.
     With `layer_decay` (Bao et al. 2022, arXiv 2106.08254) groups have an `lr_scale`, by the model's
     `group_matcher`. LAMB does not clip beside the step. Muon leaves the head and what the model does
-    not decay to AdamW, as its author does (Jordan et al. 2024). UserError for a name that timm lacks.
+    not decay to AdamW, as its author does (Jordan et al. 2024). What `begins` to learn in another epoch
+    has groups of its own: torch's fused SGD needs the momentum of all of a group or none. UserError for a name that timm lacks.
     """
     names = list_optimizers()
     name = config.name.removeprefix("lookahead_")
@@ -125,7 +129,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     if hasattr(model, "group_matcher"):
         options["layer_decay"] = config.layer_decay
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         learning if config.decay_norm_and_bias else model,
         config.name,
         lr=config.lr,
@@ -133,6 +137,20 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         momentum=config.momentum,
         **options,
     )
+    if begins:
+        split_groups(optimizer, {id(p): begins[name] for name, p in model.named_parameters()})
+    return optimizer
+
+
+def split_groups(optimizer: torch.optim.Optimizer, marks: Mapping[int, object]) -> None:
+    """Divide each group by what its parameters are marked with, by id; in place, as wrappers share it."""
+    divided = []
+    for group in optimizer.param_groups:
+        parts: dict[object, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(marks[id(parameter)], []).append(parameter)
+        divided += [group | {"params": part} for part in parts.values()]
+    optimizer.param_groups[:] = divided
 
 
 def highest_learning_rate(optimizer: torch.optim.Optimizer) -> float:

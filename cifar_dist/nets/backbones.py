@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar_dist.config import Count, Share, config
 from cifar_dist.errors import UserError
 from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
+from cifar_dist.nets.freeze import FreezeConfig
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
 from cifar_dist.nets.resnet9 import resnet9
@@ -74,6 +75,7 @@ class ModelConfig:
     weights: str | None = None
     drop_rate: Share = 0.0
     drop_path_rate: Share = 0.0
+    freeze: tuple[FreezeConfig, ...] | None = None
     grad_checkpointing: bool = False  # compute blocks twice rather than keep what is in them
     growing: Growing | None = None  # another size in the first epochs of training
     second_size: Count | None = (
