@@ -206,12 +206,11 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             epochs_without_gain=run.stop_after_epochs_without_gain,
             steps_per_epoch=steps_per_epoch,
         )
-        test_rows = torch.arange(len(test_split.labels))
-        evaluation, wrapped = None, None
+        evaluation, wrapped, test_rows = None, None, torch.arange(len(test_split.labels))
         vote_step = state.step
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
-            step = state.step
+            step, epoch = state.step, state.step // steps_per_epoch
             ended_early = step < total_steps and why_no_more()
             at_end = step == total_steps or bool(ended_early)
             stop, save_now, votes = 0, False, step >= vote_step
@@ -238,13 +237,11 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     if state.ema and state.ema.mixes_statistics(step):
                         refresh_statistics(
                             state.ema.model,
-                            Augment(
-                                recipe.augment, train_split, rows
-                            ),  # no worker has the last epoch
+                            Augment(recipe.augment, train_split, rows),  # workers are further on
                             train_split,
                             rows,
                             seed=run.seed,
-                            epoch=step // steps_per_epoch - 1,  # the last one
+                            epoch=epoch - 1,  # the last one
                             precision=run.precision,
                             ranks=ranks,
                         )
@@ -260,30 +257,28 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     continue  # now this is the end, and other things are due
             if save_due:
                 facts = {"shards": shards, "data": digest, "teachers": teachers}
-                facts["world_size"] = ranks.world_size
+                facts["world_size"], keep = ranks.world_size, run.keep_checkpoints
                 with state.window.paused():
-                    state.save(
-                        folder / "checkpoints", ranks, keep=run.keep_checkpoints, facts=facts
-                    )
+                    state.save(folder / "checkpoints", ranks, keep=keep, facts=facts)
             if stop or at_end:
                 break
             new_epoch = step % steps_per_epoch == 0
-            if host and (votes or new_epoch) and not host.show(step // steps_per_epoch):
+            if host and (votes or new_epoch) and not host.show(epoch):
                 vote_step = step  # a signal came before the epoch's pictures
                 continue
 
             # DDP reduces what learned when it was made, so it is made anew where that changes.
-            if wrapped is None or step % steps_per_epoch == 0:
-                if freeze(model, recipe.model.freeze, epoch=step // steps_per_epoch):
-                    wrapped = None
-                wrapped = wrapped or wrap(accelerator, model, shards=shards)
+            if wrapped is None or new_epoch:
+                changed = freeze(model, recipe.model.freeze, epoch=epoch)
+                if changed or wrapped is None:
+                    wrapped = wrap(accelerator, model, shards=shards)
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
             lr = learning_rate(
                 recipe.optim, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
             )
             set_learning_rate(state.optimizer, lr)
-            model.train_size = recipe.model.train_size(step // steps_per_epoch)
+            model.train_size = recipe.model.train_size(epoch)
             made = train_step(
                 accelerator,
                 wrapped,

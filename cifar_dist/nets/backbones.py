@@ -44,7 +44,7 @@ Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
 
 @config
 class Growing:
-    """Train on smaller pictures first: `start` px, then more, up to image_size from epoch `epochs` on."""
+    """Train on smaller pictures first: `start` px, growing to image_size at epoch `epochs`."""
 
     start: Count
     epochs: Count
@@ -52,10 +52,9 @@ class Growing:
 
     def size_in(self, epoch: int, image_size: int) -> int:
         """The size to train at in an epoch, counted from 0; grows in a straight line, in steps."""
-        if epoch >= self.epochs:
-            return image_size
         size = self.start + (image_size - self.start) * epoch / self.epochs
-        return max(self.multiple, round(size / self.multiple) * self.multiple)
+        rounded = max(self.multiple, round(size / self.multiple) * self.multiple)
+        return rounded if epoch < self.epochs else image_size
 
 
 @config
@@ -78,9 +77,7 @@ class ModelConfig:
     freeze: tuple[FreezeConfig, ...] | None = None
     grad_checkpointing: bool = False  # compute blocks twice rather than keep what is in them
     growing: Growing | None = None  # another size in the first epochs of training
-    second_size: Count | None = (
-        None  # in training, of one half of each shard, chosen anew each step
-    )
+    second_size: Count | None = None  # of one half of each shard in training, chosen anew
 
     def __post_init__(self) -> None:
         if self.growing and self.second_size:
