@@ -98,7 +98,7 @@ def test_a_cache_says_what_the_live_teacher_says(
     assert len(says.logits.unique(dim=0)) > len(says.logits) / 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.fault)])
 def test_training_from_a_cache_is_training_from_the_teacher(
     tmp_path: Path,
     recipe: RecipeMaker,

@@ -39,7 +39,12 @@ MODELS = {  # with what is hard to shard about them
 
 @pytest.mark.parametrize(
     ("backbone", "world_size"),
-    [("test_resnet", 2), ("test_vit", 2), ("test_vit_relpos", 2), ("test_vit", 4)],
+    [
+        ("test_resnet", 2),
+        pytest.param("test_vit", 2, marks=pytest.mark.fault),
+        pytest.param("test_vit_relpos", 2, marks=pytest.mark.fault),
+        ("test_vit", 4),
+    ],
 )
 def test_whole_sharded_and_cached_teachers_train_the_same(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, backbone: str, world_size: int

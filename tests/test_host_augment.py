@@ -335,6 +335,7 @@ def test_workers_and_ranks_change_no_bit(tmp_path: Path, recipe: RecipeMaker) ->
         assert_same_bits(tmp_path / "runs/a", tmp_path / f"runs/{name}")
 
 
+@pytest.mark.fault  # one such run with kills is in test_all_at_once.py
 def test_killed_runs_go_on_with_other_workers(tmp_path: Path, recipe: RecipeMaker) -> None:
     """kill -9 of all ranks mid-epoch; their workers go with them, and leave no file."""
     path = recipe(run={"epochs": 8}, augment=AUGMENT)
@@ -393,6 +394,9 @@ def test_nobody_waits_for_a_slow_epoch(
         assert ranks.output.count("ended with signal SIGKILL") == 1
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.fault)]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_saves_and_stops(
     tmp_path: Path, recipe: RecipeMaker, number: signal.Signals
