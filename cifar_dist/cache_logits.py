@@ -46,8 +46,6 @@ from cifar_dist.learn.teacher import Live, TeacherConfig, live_teacher
 from cifar_dist.recipe import Recipe, load_recipe
 from cifar_dist.runs import cache_origin, find_teacher
 
-STOPPED = 75  # exit code of a command that a signal stopped: start it again to go on
-
 
 def blocks_from(done: int, shape: list[int]) -> list[tuple[int, int, int]]:
     """(view, first row, rows) of each block after the first `done` of V * N pictures, in file order."""
@@ -196,7 +194,7 @@ def main(arguments: list[str]) -> int:
         if stop:
             log.info(f"stopped by {signal.Signals(stop).name}; start it again to go on")
             end_processes(accelerator)
-            return STOPPED
+            return signals.STOPPED
     end_processes(accelerator)
     return 0
 

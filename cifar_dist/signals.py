@@ -10,6 +10,7 @@ import signal
 import time
 from types import FrameType
 
+STOPPED = 75  # exit code of a command that a signal stopped and that was saved: start it again
 AGAIN_SECONDS = 5  # launchers pass a terminal's Ctrl-C on, so it arrives twice within moments
 
 _received: list[tuple[int, float]] = []  # (number, when): a process has one set of handlers

@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = self.construct_object(key_node, deep=True)
             if not isinstance(name, str):
                 raise yaml.constructor.ConstructorError(
@@ -72,5 +72,5 @@ def parse_yaml(text: str, *, where: str) -> Any:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         raise UserError(f"{place}: {error.problem}") from None
-    except (yaml.YAMLError, LookupError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ArithmeticError, LookupError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a recipe: {str(error).splitlines()[0]}") from None

@@ -75,7 +75,6 @@ from cifar_dist.runs import (
     wait_for_data,
 )
 
-STOPPED = 75  # exit code of a run that a signal stopped and that was saved: start it again to go on
 MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
 
 
@@ -391,7 +390,7 @@ def main(arguments: list[str]) -> int:
             f"{recipe.name}: stopped by {summary['stopped_by']} at step "
             f"{summary['steps']}, all saved in {recipe.folder}; start it again to go on"
         )
-        return STOPPED
+        return signals.STOPPED
     say_finished(recipe, summary, is_sample=is_sample)
     return 0
 

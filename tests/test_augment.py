@@ -125,6 +125,13 @@ def test_all_views_are_numbered(padding: int, flip: bool, count: int) -> None:
     assert len({tuple(int(column[0]) for column in table[:3]) for table in tables}) == count
 
 
+def test_a_picture_without_crop_and_flip_has_one_view(split: Split) -> None:
+    config = AugmentConfig(views="all")
+    assert config.num_views == 1
+    shown = Augment(config, split)(take(split, torch.arange(64), epoch=5, shard=0))
+    assert shown.numbers.tolist() == [0] * 64
+
+
 def test_an_epochs_pictures_are_those_of_their_numbers(split: Split) -> None:
     config = AugmentConfig(crop_padding=2, flip=True, views="all")
     batch = take(split, torch.arange(64), epoch=5, shard=0)

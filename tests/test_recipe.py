@@ -127,6 +127,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: !!timestamp 2026-01-01", ["could not determine"]),
         ("name: a\naugment: {flip: !!bool maybe}", ["maybe"]),
         ("name: a\noptim: {lr: 1e999}", ["not finite"]),
+        ("name: a\nrun: !!map [1]", ["expected a mapping"]),
+        ("name: a\noptim: {lr: !!float '" + "1:" * 400 + "1'}", ["too large"]),
         ("name: a\noptim: {lr: !!float nan}", ["not finite"]),
         ("name: a\n1: 2", ["not a word"]),
         ("[" * 30000, ["recipe.yaml"]),

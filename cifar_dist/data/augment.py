@@ -89,6 +89,12 @@ class AugmentConfig:
         return dict(sorted(changes.items(), key=lambda named: named[0] == "erasing"))  # stays last
 
     @property
+    def needs_table(self) -> bool:
+        """Whether anything is drawn for a row, or its view is told from its row of the table."""
+        moves = self.crop_padding or self.flip or self.vertical_flip or self.views == "all"
+        return bool(moves or self.changes or self.cutout or self.mixes)
+
+    @property
     def num_views(self) -> int | None:
         """How many different views a picture has; None without an end."""
         if self.views == "all":
@@ -316,8 +322,7 @@ class Augment:
         config, size = self.config, len(self.split.labels)
         device = self.split.labels.device
         self.numbers = torch.tensor(views, device=device)
-        untouched = ("seed", "views", "repeats", "host", "host_workers")  # these need no table
-        if config != AugmentConfig(**{name: getattr(config, name) for name in untouched}):
+        if config.needs_table:
             draw = draw_table if self.number is None else numbered_table
             self.table = stacked([draw(config, view, rows=size, device=device) for view in views])
         if config.mixes:

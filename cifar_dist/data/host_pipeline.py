@@ -72,7 +72,10 @@ class Pipeline:
         """UserError for what is not allowed, not known or not of these shapes, or not installed."""
         check_names(transforms, where="augment.host")
         library = load_library()
-        self.compose = library.Compose([build(library, one) for one in transforms])
+        kinds = {
+            name: getattr(library, name) for name in (*SINGLE, *GROUPS)
+        }  # nothing else is found
+        self.compose = library.Compose([build(kinds, one) for one in transforms])
         # All transforms, nested ones too, draw from these two; `rekey` starts both anew.
         self.bits = numpy.random.Philox(0)
         self.generator, self.python = numpy.random.Generator(self.bits), random.Random(0)
@@ -124,10 +127,10 @@ def load_library() -> Any:
     return albumentations
 
 
-def build(library: Any, one: Mapping[str, Mapping[str, Any]]) -> Any:
+def build(kinds: Mapping[str, Any], one: Mapping[str, Mapping[str, Any]]) -> Any:
     """The transform of checked names; UserError for arguments that it does not take."""
     ((name, given),) = one.items()
-    kind, arguments = getattr(library, name), dict(given)
+    kind, arguments = kinds[name], dict(given)
     known = [argument for argument in signature(kind.__init__).parameters if argument != "self"]
     for argument in arguments:
         if argument not in known:
@@ -135,7 +138,7 @@ def build(library: Any, one: Mapping[str, Mapping[str, Any]]) -> Any:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"augment.host: {name}.{argument}: unknown argument; {hint}")
     if name in GROUPS:
-        arguments["transforms"] = [build(library, inner) for inner in arguments["transforms"]]
+        arguments["transforms"] = [build(kinds, inner) for inner in arguments["transforms"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it warns of arguments that it is going to ignore
         for harmless in ("ShiftScaleRotate is a special case of", "This augmenter is very slow"):
