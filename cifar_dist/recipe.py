@@ -25,7 +25,8 @@ from cifar_dist.engine.step import Precision
 from cifar_dist.engine.tracking import TrackingConfig
 from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import EmaConfig
-from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import LOSSES, CrossEntropy
 from cifar_dist.learn.optim import OptimConfig
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig

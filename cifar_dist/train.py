@@ -11,7 +11,6 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # before torch: a signal kills a Python process that has no handler yet
 
-import argparse
 import hashlib
 import signal
 import sys
@@ -24,6 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from cifar_dist import __version__
+from cifar_dist.command_line import command_parser
 from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
@@ -332,15 +332,13 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_dist.train",
-        description="Train a recipe on one process or many; start it again to go on.",
-        epilog="examples:\n"
-        "  python -m cifar_dist.train recipes/debug.yaml\n"
-        "  accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20\n"
-        "  accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
+    parser = command_parser(
+        "train",
+        "Train a recipe on one process or many; start it again to go on.",
+        "python -m cifar_dist.train recipes/debug.yaml",
+        "accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20",
+        "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
         "recipes/r18_32.yaml name=seed1 run.seed=1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
