@@ -110,11 +110,13 @@ def train_step(
     batch_size: int,
     max_grad_norm: float | None,
     sam: SamConfig | None = None,
+    keep_buffers: bool = False,
 ) -> Step:
     """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
 
     Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
-    it the mean over the global batch. A gradient that is not finite changes nothing.
+    it the mean over the global batch. A loss or a gradient that is not finite changes no weight on
+    any rank, and with `keep_buffers` no running statistic.
 
     Under fp16 world_size is multiplied in after the backward, which must see the same magnitudes in
     any world, or it would overflow and underflow elsewhere. With `sam` each shard's gradient is that
@@ -125,6 +127,8 @@ def train_step(
     later = world_size if scaler.is_enabled() else 1
     scale = world_size / later / batch_size
     terms = []
+    buffers = [buffer for buffer in model.buffers() if keep_buffers]
+    before = [buffer.clone() for buffer in buffers]
     for shard in shards:
         draws = partial(keyed, model, device, seed=seed, step=step, shard=shard.shard)
         with draws(), autocast(precision, device):  # a teacher in train mode drops, too
@@ -133,16 +137,23 @@ def train_step(
             with draws(), autocast(precision, device):
                 shard_terms = objective.judge(bare(model) if sam else model, shown)
             if sam is None:
-                scaler.scale(shard_terms["loss"].sum() * scale).backward()
+                backward(scaler, shard_terms["loss"].sum() * scale)
             else:
                 first_loss = scaler.scale(shard_terms["loss"].sum() / batch_size)
                 with uphill(sam, model, first_loss) as sound:
                     with draws(again=True), autocast(precision, device):
                         loss = objective.judge(model, shown)["loss"]
-                    scaler.scale(loss.sum() * scale * sound).backward()
+                    backward(scaler, loss.sum() * scale * sound)
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(torch.where(skipped, value, buffer))
     return Step(terms, skipped)
+
+
+def backward(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
+    """Gradients of a loss, f32 []; all are NaN where it is not finite, so that every rank finds it."""
+    scaler.scale(loss).backward(gradient=torch.where(loss.isfinite(), 1.0, torch.nan))
 
 
 def bare(model: nn.Module) -> nn.Module:

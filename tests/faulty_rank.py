@@ -1,0 +1,71 @@
+"""A real training in which one rank meets a real fault: FAULT="kind rank step" in the environment."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist import train as walk
+from cifar_dist.engine.state import State
+from cifar_dist.engine.step import bare
+
+FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
+
+
+def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """NaN before the first BatchNorm, so that it reaches the running statistics."""
+    return output * torch.nan
+
+
+def meet(kind: str, states: list[State]) -> None:
+    match kind:
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "asleep":
+            time.sleep(1e6)
+        case "raising":
+            raise KeyError("injected")
+        case "leaving":
+            os._exit(0)
+        case "ahead":
+            states[0].step += 1
+        case "short of memory":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + FREE, used + FREE))
+
+
+def main(arguments: list[str]) -> int:
+    faults = [fault.split(":") for fault in os.environ["FAULT"].split(",")]
+    states: list[State] = []
+    original_state, original_step = State.__init__, walk.train_step
+
+    def remember(self: State, *values: Any, **options: Any) -> None:
+        original_state(self, *values, **options)
+        states.append(self)
+
+    def faulty_step(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> Any:
+        with ExitStack() as stack:
+            for kind, rank, step in faults:
+                if (int(rank), int(step)) != (accelerator.process_index, options["step"]):
+                    continue
+                print(f"FAULT {time.time():.3f}", flush=True)
+                if kind == "nan":
+                    hook = bare(model).pixels.register_forward_hook(spoil)
+                    stack.callback(hook.remove)
+                else:
+                    meet(kind, states)
+            return original_step(accelerator, model, *values, **options)
+
+    State.__init__ = remember  # type: ignore[method-assign]
+    walk.train_step = faulty_step
+    return walk.main(arguments)
