@@ -60,8 +60,8 @@ def main(arguments: list[str]) -> int:
                     continue
                 print(f"FAULT {time.time():.3f}", flush=True)
                 if kind == "nan":
-                    hook = bare(model).pixels.register_forward_hook(spoil)
-                    stack.callback(hook.remove)
+                    pixels = bare(model).get_submodule("pixels")
+                    stack.callback(pixels.register_forward_hook(spoil).remove)
                 else:
                     meet(kind, states)
             return original_step(accelerator, model, *values, **options)
