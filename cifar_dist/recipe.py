@@ -25,7 +25,8 @@ from cifar_dist.engine.step import Precision
 from cifar_dist.engine.tracking import TrackingConfig
 from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import EmaConfig
-from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import LOSSES, CrossEntropy
 from cifar_dist.learn.optim import OptimConfig
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig
@@ -257,6 +258,18 @@ def recipe_changes(recipe: Recipe) -> list[str]:
         and not name.startswith(NOT_THE_RECIPE)
         and not name.endswith(PLACEMENT)
     ]
+
+
+SEEDS = ("name", "run.seed", "run.shards", "augment.seed")
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What two runs have in common that differ in their seeds alone; `run.shards` is the run's to say."""
+    return {
+        name: value
+        for name, value in flat(resolved(recipe)).items()
+        if not name.startswith((*NOT_THE_RECIPE, *SEEDS)) and not name.endswith(PLACEMENT)
+    }
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -11,7 +11,6 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # before torch: a signal kills a Python process that has no handler yet
 
-import argparse
 import hashlib
 import signal
 import sys
@@ -24,12 +23,13 @@ import torch
 from accelerate import Accelerator
 
 from cifar_dist import __version__
+from cifar_dist.command_line import command_parser
 from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.dry_run import plan
-from cifar_dist.engine import results, run_folder
+from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.checkpoint import load_tensors
 from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
@@ -88,7 +88,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
     check_precision(run.precision, device)
     with ExitStack() as stack:
         # One folder, one job, one recipe, one data set, the same teachers.
-        ranks.main_does(lambda: stack.enter_context(run_folder.locked(folder)))
+        ranks.main_does(lambda: stack.enter_context(lock.locked(folder)))
         digest = data_digest(Path(data.path))
         ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
         ranks.same("data set", digest[:12])
@@ -332,15 +332,13 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_dist.train",
-        description="Train a recipe on one process or many; start it again to go on.",
-        epilog="examples:\n"
-        "  python -m cifar_dist.train recipes/debug.yaml\n"
-        "  accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20\n"
-        "  accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
+    parser = command_parser(
+        "train",
+        "Train a recipe on one process or many; start it again to go on.",
+        "python -m cifar_dist.train recipes/debug.yaml",
+        "accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20",
+        "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
         "recipes/r18_32.yaml name=seed1 run.seed=1",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
 from cifar_dist.engine.step import Precision, Step, keyed, make_scaler, train_step
-from cifar_dist.learn.losses import CrossEntropy, Distill, Loss
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import CrossEntropy, Distill
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.sam import SamConfig
 

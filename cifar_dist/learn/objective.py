@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cifar_dist.data.augment import Augment, View
 from cifar_dist.data.batches import Batch
-from cifar_dist.learn.losses import Loss, logit_scale
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import Teacher
 from cifar_dist.nets.heads import Outputs
 
@@ -68,9 +69,7 @@ class Objective:
         for name, loss in self.losses.items():
             compared = scaled if loss.taught else outputs
             terms[name] = mixed(view, partial(loss, compared, guide=guide))
-        weighted = [
-            weight_in_epoch(loss, epoch) * terms[name] for name, loss in self.losses.items()
-        ]
+        weighted = [loss.weight_in(epoch) * terms[name] for name, loss in self.losses.items()]
         terms["loss"] = torch.stack(weighted).sum(0)
         found = outputs.logits.detach().argmax(1)
         terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
@@ -83,13 +82,3 @@ def mixed(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:
     if view.share is None or view.partner_labels is None:
         return own
     return view.share * own + (1 - view.share) * of(view.partner_labels)
-
-
-def weight_in_epoch(loss: Loss, epoch: int) -> float:
-    """`epoch` counts from 0; the n epochs of a warm-up have 1/n, 2/n, ... of the weight.
-
-    As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts from 1.
-    """
-    if epoch >= loss.warmup_epochs:
-        return loss.weight
-    return loss.weight * (epoch + 1) / loss.warmup_epochs
