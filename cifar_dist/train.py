@@ -236,7 +236,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     if state.ema and state.ema.mixes_statistics(step):
                         refresh_statistics(
                             state.ema.model,
-                            Augment(recipe.augment, train_split, rows),  # workers are further on
+                            augment.again(),  # workers are further on
                             train_split,
                             rows,
                             seed=run.seed,
