@@ -32,7 +32,8 @@ from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.errors import run_command
 from cifar_dist.files import sha256, write_json
 from cifar_dist.learn.logit_cache import CacheWriter
-from cifar_dist.learn.losses import CrossEntropy, Distill, Loss
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import CrossEntropy, Distill
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
 from cifar_dist.learn.teacher import Teacher, TeacherConfig, Trained, build_teacher

@@ -11,7 +11,6 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()
 
-import argparse
 import math
 import signal
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cifar_dist.command_line import command_parser
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, take
@@ -145,14 +145,12 @@ def cache_teacher(
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_dist.cache_logits",
-        description="Write down what a recipe's teachers with placement: cached say about each view "
-        "of each training row. Start it again to go on; a student then learns from the file.",
-        epilog="examples:\n"
-        "  python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml\n"
-        "  accelerate launch -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml augment.views=16",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "cache_logits",
+        "Write down what a recipe's teachers with placement: cached say about each view of each "
+        "training row. Start it again to go on; a student then learns from the file.",
+        "python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml",
+        "accelerate launch -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml augment.views=16",
     )
     parser.add_argument("recipe", type=Path, help="a student's recipe, see recipes/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
 
 class UserError(ValueError):
     """One sentence for the person at the keyboard: what is wrong and what to do about it.
@@ -23,14 +25,22 @@ def is_main_rank() -> bool:
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Run a command's `main(arguments)` and return its exit code; 2 and one sentence for a UserError.
 
-    Errors of the storage (disk full, no permission) are the person's to mend as well.
+    Errors of the storage (disk full, no permission) are the person's to mend as well. With
+    --traceback both keep their trace.
     """
+    arguments = sys.argv[1:]
     try:
-        return main(sys.argv[1:])
+        return main(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; what was written is complete", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except UserError as error:
+        if "--traceback" in arguments:
+            raise
         sentence = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+        if error.errno not in mendable or "--traceback" in arguments:
             raise
         sentence = f"{error.filename or 'a file'}: {error.strerror}; free or choose another place"
     if is_main_rank():

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
+import io
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from cifar_dist.data.arrow import class_names, load_split
+from cifar_dist import findings
+from cifar_dist.command_line import command_parser
+from cifar_dist.data.arrow import Hierarchy, Split, data_digest, load_split, read_hierarchy
 from cifar_dist.data.batches import holdout_rows
+from cifar_dist.data.members import read_members
+from cifar_dist.data.pickles import read_pickle
 from cifar_dist.engine import results
 from cifar_dist.engine.evaluation import Evaluation, evaluate
 from cifar_dist.engine.runtime import (
@@ -23,54 +30,170 @@ from cifar_dist.engine.runtime import (
 )
 from cifar_dist.engine.step import check_precision
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_json
 from cifar_dist.learn.losses import logit_scale
+from cifar_dist.near_duplicates import read_list
+from cifar_dist.nets.heads import Outputs
 from cifar_dist.recipe import Recipe
 from cifar_dist.runs import load_model, load_run
 
 
+class WithFlips(nn.Module):
+    """A model that looks at each picture and at its mirror image, and gives the mean logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Outputs:
+        plain, mirrored = self.model(images), self.model(images.flip(3))
+        return plain._replace(logits=(plain.logits + mirrored.logits) / 2)
+
+
+def cifair_split(source: Path, data: Path, device: torch.device) -> Split:
+    """The test split of a ciFAIR-100 folder or archive (the layout of CIFAR-100), of the same classes."""
+    raw = read_pickle(io.BytesIO(read_members(source)["test"]), "test")
+    known = read_hierarchy(data).coarse_of_fine
+    fine, coarse = torch.from_numpy(raw.fine_labels), torch.from_numpy(raw.coarse_labels)
+    if not torch.equal(known[fine], coarse):
+        raise UserError(f"{source}: its classes lie in other superclasses than those of {data}")
+    images = torch.from_numpy(raw.images).view(-1, 3, 32, 32)
+    return Split(images=images.to(device), labels=fine.to(device))
+
+
+def find(
+    evaluation: Evaluation,
+    hierarchy: Hierarchy,
+    *,
+    held_out: Evaluation | None,
+    duplicates: dict[str, Any] | None,
+    cifair: Evaluation | None,
+) -> dict[str, Any]:
+    """All numbers of evaluation.json that come from predictions; None where there is nothing to say."""
+    logits, labels = evaluation.logits, evaluation.labels
+    found = findings.numbers(logits, labels, hierarchy)
+    found |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
+    if held_out is not None:
+        fitted = findings.fitted_temperature(held_out.logits, held_out.labels)
+        found["temperature"] = fitted | findings.tempered(logits, labels, fitted["value"])
+    if duplicates is not None:
+        found["without_near_duplicates"] = {
+            **findings.without_rows(logits, labels, duplicates["test_rows"]),
+            "found_by": {name: duplicates[name] for name in ("min_detail", "min_layout")},
+            "note": "our own search, a lower bound: ciFAIR lists 891",
+        }
+    if cifair is not None:
+        found["cifair"] = {"rows": len(cifair.labels), **cifair.metrics}
+    return found
+
+
+def tell(found: dict[str, Any], where: str) -> None:
+    """The headline and what stands beside it, for the terminal."""
+    interval = found["top1_interval"]
+    log.info(
+        f"{where}: loss {found['loss']:.4f}  top1 {found['top1']:.2f} %  top5 {found['top5']:.2f} %"
+    )
+    log.info(
+        f"  95 % interval of top1 {interval['low']:.2f} to {interval['high']:.2f} %  superclass "
+        f"{found['superclass_top1']:.2f} %  errors inside the superclass "
+        f"{found['errors_inside_superclass']:.2f} %, outside {found['errors_outside_superclass']:.2f} %"
+    )
+    line = f"  calibration error {found['calibration']['ece']:.2f} %"
+    if found["temperature"]:
+        line += f"; at temperature {found['temperature']['value']:.3f}, fitted on held-out rows, "
+        line += f"{found['temperature']['ece']:.2f} %"
+    log.info(line)
+    if found["without_near_duplicates"]:
+        less = found["without_near_duplicates"]
+        log.info(
+            f"  without {less['rows_left_out']} near-duplicates of training pictures "
+            f"{less['top1']:.2f} %"
+        )
+    if found["cifair"]:
+        log.info(f"  ciFAIR-100: top1 {found['cifair']['top1']:.2f} %")
+
+
 def evaluate_run(
-    recipe: Recipe, saved: Path, *, data: Path, split: str, ranks: Ranks, device: torch.device
-) -> Evaluation:
-    """Evaluate on `test`, `train` or `held-out` rows, exactly as training does it."""
-    loaded = load_split(data, "test" if split == "test" else "train", device)
-    rows = torch.arange(len(loaded.labels))
-    if split == "held-out":
-        if not recipe.data.holdout:
-            raise UserError("this run held nothing out (data.holdout is 0); use --split test")
-        _, rows = holdout_rows(loaded.labels, recipe.data.holdout)
-    model = load_model(recipe, saved, len(class_names(data)))
-    return evaluate(
-        model.to(device).to(memory_format=torch.channels_last),
-        loaded,
-        rows,
+    recipe: Recipe,
+    saved: Path,
+    *,
+    data: Path,
+    split: str,
+    flips: bool,
+    cifair: Path | None,
+    duplicates: Path | None,
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[Evaluation, dict[str, Any], Hierarchy]:
+    """Evaluate on `test`, `train` or `held-out` rows, exactly as training does it, and look closer."""
+    hierarchy = read_hierarchy(data)
+    trained = load_model(recipe, saved, len(hierarchy.fine)).to(device)
+    model = trained.to(memory_format=torch.channels_last)
+    look = partial(
+        evaluate,
+        WithFlips(model) if flips else model,
         precision=recipe.run.precision,
         logit_scale=logit_scale(recipe.losses.values()),
         ranks=ranks,
     )
+    held = None
+    if recipe.data.holdout:
+        train_split = load_split(data, "train", device)
+        _, held_rows = holdout_rows(train_split.labels, recipe.data.holdout)
+        held = look(train_split, held_rows)
+    elif split == "held-out":
+        raise UserError("this run held nothing out (data.holdout is 0); use --split test")
+    if split == "held-out":
+        assert held is not None
+        return held, find(held, hierarchy, held_out=None, duplicates=None, cifair=None), hierarchy
+    loaded = load_split(data, "test" if split == "test" else "train", device)
+    evaluation = look(loaded, torch.arange(len(loaded.labels)))
+    other = None
+    if cifair is not None:
+        fair = cifair_split(cifair, data, device)
+        other = look(fair, torch.arange(len(fair.labels)))
+    known = read_list(data, duplicates) if split == "test" else None
+    found = find(evaluation, hierarchy, held_out=held, duplicates=known, cifair=other)
+    return evaluation, found, hierarchy
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_dist.evaluate",
-        description="Evaluate a run's checkpoint exactly, on one process or many.",
-        epilog="examples:\n"
-        "  python -m cifar_dist.evaluate runs/debug\n"
-        "  accelerate launch -m cifar_dist.evaluate runs/r50_224 --output again.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "evaluate",
+        "Evaluate a run's checkpoint exactly, on one process or many. Writes evaluation.json, "
+        "classes.csv and two confusions to RUN/evaluation.",
+        "python -m cifar_dist.evaluate runs/debug",
+        "accelerate launch -m cifar_dist.evaluate runs/r50_224 --cifair ciFAIR-100",
+        "python -m cifar_dist.evaluate runs/r18_32 --flips --output with_flips",
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/debug")
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="like step_00000600; default: the newest"
     )
     parser.add_argument("--split", choices=("test", "train", "held-out"), default="test")
+    parser.add_argument(
+        "--flips",
+        action="store_true",
+        help="mean logits of each picture and its mirror image; twice the work, labelled as such",
+    )
+    parser.add_argument(
+        "--cifair", type=Path, metavar="FOLDER", help="ciFAIR-100, as a further test set"
+    )
+    parser.add_argument(
+        "--near-duplicates", type=Path, metavar="FILE", help="a list of cifar_dist.near_duplicates"
+    )
     parser.add_argument("--data", type=Path, help="another place of the same data")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON too")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: RUN/evaluation, if it is the headline",
+    )
     options = parser.parse_args(arguments)
 
     adopt_slurm_ranks()
     log_to_terminal()
     recipe, saved = load_run(options.run, options.checkpoint)
+    data = options.data or Path(recipe.data.path)
     surroundings = results.read_json(options.run / "environment.json") or {}
     accelerator = start_processes(
         timeout_seconds=recipe.run.timeout_seconds,
@@ -78,28 +201,39 @@ def main(arguments: list[str]) -> int:
     )
     check_precision(recipe.run.precision, accelerator.device)
     ranks = Ranks.of(accelerator)
-    evaluation = evaluate_run(
+    evaluation, found, hierarchy = evaluate_run(
         recipe,
         saved,
-        data=options.data or Path(recipe.data.path),
+        data=data,
         split=options.split,
+        flips=options.flips,
+        cifair=options.cifair,
+        duplicates=options.near_duplicates,
         ranks=ranks,
         device=accelerator.device,
     )
-    numbers = evaluation.metrics
-    log.info(
-        f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows: "
-        f"loss {numbers['loss']:.4f}  top1 {numbers['top1']:.2f} %  top5 {numbers['top5']:.2f} %"
-    )
+    with_flips = ", mean of each picture and its mirror image" if options.flips else ""
+    where = f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows"
+    tell(found, where + with_flips)
+    is_headline = options.checkpoint is None and options.split == "test" and not options.flips
     if ranks.is_main:
         before = options.run / "predictions.safetensors"
-        is_final = options.checkpoint is None and options.split == "test"
-        if is_final and before.exists():
+        if is_headline and before.exists():
             same = torch.equal(load_file(before)["logits"], evaluation.logits)
             log.info(f"{'the same bits as' if same else 'other bits than'} {before}")
-        if options.output is not None:
-            facts = {"run": str(options.run), "checkpoint": saved.name, "split": options.split}
-            write_json(options.output, facts | numbers)
+        output = options.output or (options.run / findings.FOLDER if is_headline else None)
+        if output is not None:
+            facts = {
+                "run": recipe.name,
+                "checkpoint": saved.name,
+                "split": options.split,
+                "test_time": "flips" if options.flips else "one view",
+                "data": data_digest(data),
+            }
+            findings.write_findings(
+                output, facts | found, evaluation.logits, evaluation.labels, hierarchy
+            )
+            log.info(f"written to {output}")
     end_processes(accelerator)
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import io
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from cifar_dist.command_line import command_parser
 from cifar_dist.data.arrow import (
     DIGEST,
     INFO,
@@ -36,14 +36,6 @@ ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
 SAMPLE = "sample"
 
 Content = Literal["official", "sample", "other"]
-
-EXAMPLES = """\
-examples:
-  python -m cifar_dist.prepare                      # downloads 169 MB, writes data/cifar100
-  python -m cifar_dist.prepare --source cifar-100-python.tar.gz
-  python -m cifar_dist.prepare --sample             # draws 7,000 pictures, writes data/sample
-  python -m cifar_dist.prepare --source my_folder --any-content --output data/mine
-"""
 
 
 def prepare(
@@ -173,11 +165,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_dist.prepare",
-        description="Write CIFAR-100 as the Hugging Face data set (Arrow) that training reads.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "prepare",
+        "Write CIFAR-100 as the Hugging Face data set (Arrow) that training reads.",
+        "python -m cifar_dist.prepare                      # downloads 169 MB, writes data/cifar100",
+        "python -m cifar_dist.prepare --source cifar-100-python.tar.gz",
+        "python -m cifar_dist.prepare --sample             # draws 7,000 pictures, writes data/sample",
+        "python -m cifar_dist.prepare --source my_folder --any-content --output data/mine",
     )
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument(

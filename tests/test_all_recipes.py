@@ -1,17 +1,23 @@
-"""Every recipe that is shipped trains: two steps of it, on a small network of the same family."""
+"""Every recipe that is shipped builds as written, and trains two steps on a small network of its family."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compare import lines
 from conftest import TeacherMaker
 from ranks import Ranks, train
 
-from cifar_dist.recipe import load_recipe
+from cifar_dist.learn.losses import LOSSES
+from cifar_dist.learn.optim import build_optimizer
+from cifar_dist.nets.backbones import build_model
+from cifar_dist.nets.freeze import first_epochs, freeze
+from cifar_dist.recipe import flat, load_recipe, resolved, validate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -22,6 +28,7 @@ SMALL = {  # by how a backbone's name begins
     "resnet": "test_resnet",
     "wrn": "wrn_10_1",
     "vit": "test_vit",
+    "deit": "test_vit",
     "eva": "test_vit",
     "convnext": "test_convnext",
     "efficientnet": "test_efficientnet",
@@ -29,7 +36,9 @@ SMALL = {  # by how a backbone's name begins
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_a_recipe_trains(tmp_path: Path, data: Path, teacher: TeacherMaker, path: Path) -> None:
+def test_a_recipe_trains(
+    tmp_path: Path, data: Path, middle_data: Path, teacher: TeacherMaker, path: Path
+) -> None:
     """As written but for the network, the pictures' size, and 32 rows a batch in two shards at most."""
     recipe = load_recipe(ROOT / path)
     model = recipe.model
@@ -48,7 +57,11 @@ def test_a_recipe_trains(tmp_path: Path, data: Path, teacher: TeacherMaker, path
         "tracking.mode": "off",
     }
     if recipe.data.holdout:
-        changes["data.holdout"] = 0
+        changes |= {"data.holdout": 100, "data.path": str(middle_data), "run.batch_size": 250}
+    if recipe.ema and recipe.ema.start_epoch:
+        changes["ema.start_epoch"] = 1
+    if model.growing:
+        changes["model.growing"] = {"start": 32, "epochs": 2}
     arguments = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
     for taught_by in recipe.taught_by:
         scale = {"arcface": {"scale": 8}} if model.head == "cosine" else None
@@ -64,3 +77,57 @@ def test_a_recipe_trains(tmp_path: Path, data: Path, teacher: TeacherMaker, path
     for name, loss in recipe.losses.items():  # those of pairs find few among 16 rows of 100 classes
         assert first[name] != second[name] or not loss.classifies
     assert second["step"] == 2
+
+
+def test_the_real_networks_build_as_their_recipes_say() -> None:
+    """Shapes only: sizes, layers of layer_decay, what is frozen; each network and optimizer once."""
+    recipes = [load_recipe(ROOT / path) for path in RECIPES]
+    for model_config, optim in {
+        repr((r.model, r.optim)): (r.model, r.optim) for r in recipes
+    }.values():
+        with torch.device("meta"):
+            model = build_model(replace(model_config, pretrained=False), 100)
+        freeze(model, model_config.freeze, epoch=1000)
+        optimizer = build_optimizer(optim, model, first_epochs(model, model_config.freeze))
+        learning = sum(len(group["params"]) for group in optimizer.param_groups)
+        assert learning == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+# What no recipe should do, or what stands in another one's header as a change of one word.
+UNUSED = {
+    "augment.vertical_flip",  # the tutorial's, who has it on the host, shows what it costs
+    "augment.color_jitter",  # alone; r18_32_one_of has them in a group
+    "augment.affine",
+    "augment.host_workers",
+    "augment.seed",
+    "ema.every_steps",
+    "ema.warmup",
+    "model.embedding_size",  # the tutorial's is the default
+    "model.mean",  # lite0_224's header
+    "model.std",
+    "model.weights",
+    "optim.eps",
+    "optim.gamma",  # a tenth, everywhere
+}
+
+
+def test_each_technique_has_a_recipe() -> None:
+    """Each loss, each schedule, and each knob of these sections, somewhere other than by default."""
+    recipes = [load_recipe(ROOT / path) for path in RECIPES]
+    assert {name for recipe in recipes for name in recipe.losses} == set(LOSSES)
+    schedules = {recipe.optim.schedule for recipe in recipes}
+    assert schedules == {"constant", "multistep", "cosine", "one_cycle"}
+    optimizers = {recipe.optim.name for recipe in recipes}
+    assert optimizers == {"sgd", "momentum", "adamw", "lamb", "muon"}
+    default = flat(resolved(validate({"name": "a", "ema": {}}, where="here")))
+    used = {
+        name
+        for recipe in recipes
+        for name, value in flat(resolved(recipe)).items()
+        if value not in (default.get(name), None)
+    }
+    for name in default:
+        section = name.partition(".")[0]
+        if section in ("model", "augment", "optim", "ema"):
+            is_used = any(one == name or one.startswith(f"{name}.") for one in used)
+            assert is_used != (name in UNUSED), f"{name}: a recipe for it, or its reason in UNUSED"

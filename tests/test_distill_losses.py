@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
 from cifar_dist.data.batches import Batch, take
+from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.losses import (
     LOSSES,
     ArcFace,
@@ -22,10 +23,9 @@ from cifar_dist.learn.losses import (
     Dist,
     Distill,
     LogitMse,
-    Loss,
     MarginDistill,
 )
-from cifar_dist.learn.objective import Objective, weight_in_epoch
+from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.teacher import Mean
 from cifar_dist.nets.heads import Outputs
 
@@ -318,9 +318,9 @@ def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
 def test_the_weight_of_a_taught_loss_rises_over_its_first_epochs():
     """mdistiller: min(epoch / warm-up, 1), epochs counted from 1."""
     loss = DecoupledDistill(weight=2, warmup_epochs=4)
-    assert [weight_in_epoch(loss, epoch) for epoch in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
-    assert [weight_in_epoch(Distill(weight=0.7), epoch) for epoch in range(3)] == [0.7] * 3
-    assert weight_in_epoch(CrossEntropy(weight=0.3), 0) == 0.3
+    assert [loss.weight_in(epoch) for epoch in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    assert [Distill(weight=0.7).weight_in(epoch) for epoch in range(3)] == [0.7] * 3
+    assert CrossEntropy(weight=0.3).weight_in(0) == 0.3
 
 
 def test_a_warm_up_changes_the_sum_and_not_the_reported_term():

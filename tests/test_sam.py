@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine.step import Precision, Step, keyed, make_scaler, train_step
-from cifar_dist.learn.losses import CrossEntropy, Distill, Loss
+from cifar_dist.engine.step import Precision, Step, leading, make_scaler, seed_draws, train_step
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import CrossEntropy, Distill
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.sam import SamConfig
 
@@ -63,8 +64,9 @@ def step(
 def gradient(model: nn.Module, shard: Batch, precision: Precision = "fp32") -> dict[str, Tensor]:
     """Of the summed cross-entropy of one shard, by name; dropout is keyed, statistics move."""
     model.zero_grad()
+    seed_draws(CPU, seed=0, step=0, shard=shard.shard)
     with (
-        keyed(model, CPU, seed=0, step=0, shard=shard.shard),
+        leading(model, shard.shard == 0),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
         logits = model(shard.images).logits

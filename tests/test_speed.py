@@ -24,7 +24,8 @@ from cifar_dist.data.policies import RandAugment, TrivialAugment
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.step import Precision, Step, make_scaler, train_step, update
 from cifar_dist.learn.ema import Ema, EmaConfig
-from cifar_dist.learn.losses import LOSSES, CrossEntropy, Loss
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import LOSSES, CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.learn.teacher import Live

@@ -16,7 +16,14 @@ from torch import nn
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
-from cifar_dist.engine.step import Precision, Step, check_precision, keyed, make_scaler, train_step
+from cifar_dist.engine.step import (
+    Precision,
+    Step,
+    check_precision,
+    make_scaler,
+    seed_draws,
+    train_step,
+)
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.nets.backbones import ModelConfig, build_model
@@ -125,8 +132,8 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
 
     def mask(**key: Any) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
-        with keyed(dropout, CPU, **key):
-            return dropout(ones)
+        seed_draws(CPU, **key)
+        return dropout(ones)
 
     base = mask(seed=0, step=5, shard=1)
     assert torch.equal(base, mask(seed=0, step=5, shard=1))

@@ -118,6 +118,29 @@ def class_names(root: Path) -> tuple[str, ...]:
     return tuple(_read_meta(root, "train").fine_label_names)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hierarchy:
+    """The classes and what they are part of."""
+
+    fine: tuple[str, ...]
+    coarse: tuple[str, ...]
+    coarse_of_fine: Tensor  # int64 [100]; -1 for a class that the data set has no picture of
+
+
+def read_hierarchy(root: Path) -> Hierarchy:
+    """Names from the data set's description, and each class's superclass from the rows."""
+    meta = _read_meta(root, "train")
+    coarse_of_fine = torch.full((len(meta.fine_label_names),), -1)
+    for name in SPLITS:
+        raw = read_split(root, name)
+        coarse_of_fine[torch.tensor(raw.fine_labels)] = torch.tensor(raw.coarse_labels)
+    return Hierarchy(
+        fine=tuple(meta.fine_label_names),
+        coarse=tuple(meta.coarse_label_names),
+        coarse_of_fine=coarse_of_fine,
+    )
+
+
 def load_split(
     root: Path, name: Literal["train", "test"], device: torch.device | str = "cpu"
 ) -> Split:

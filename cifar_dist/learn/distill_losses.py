@@ -1,7 +1,6 @@
 """Floor 2. Losses that listen to a teacher: they compare the outputs with `guide`, its logits.
 
-The objective has multiplied the logits of both by their scale, and lets the loss's weight rise over
-its first `warmup_epochs`.
+The objective has multiplied the logits of both by their scale.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import Index, NonNegative, Positive, config
+from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.margin_losses import ArcFace
 from cifar_dist.nets.heads import HeadName, Outputs
 
@@ -24,7 +24,23 @@ def divergence(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 @config
-class Distill:
+class TaughtLoss(Loss):
+    """A loss of this file. The n epochs of a warm-up have 1/n, 2/n, ... of its weight.
+
+    As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts epochs from 1.
+    """
+
+    taught: ClassVar[bool] = True
+    warmup_epochs: Index = 0
+
+    def weight_in(self, epoch: int) -> float:
+        if epoch >= self.warmup_epochs:
+            return self.weight
+        return self.weight * (epoch + 1) / self.warmup_epochs
+
+
+@config
+class Distill(TaughtLoss):
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)). Hinton et al. 2015, arXiv 1503.02531.
 
     T^2 keeps the gradient's size when T changes. `standardize` first gives each sample's logits mean
@@ -33,12 +49,6 @@ class Distill:
     C - 1 in the deviation, as if T were 0.5 % larger at 100 classes.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     standardize: bool = False
 
@@ -54,7 +64,7 @@ class Distill:
 
 
 @config
-class MarginDistill:
+class MarginDistill(TaughtLoss):
     """`Distill` of logits into which ArcFace's margin has been put on both sides, at the true class.
 
     As the tutorial's code has it, for its own row alone: the margin makes the teacher less sure of
@@ -63,11 +73,7 @@ class MarginDistill:
     """
 
     head: ClassVar[HeadName | None] = "cosine"
-    taught: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
     mixes: ClassVar[bool] = False
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     scale: Positive = 8.0
     margin: NonNegative = 0.35  # radians
@@ -87,19 +93,13 @@ class MarginDistill:
 
 
 @config
-class DecoupledDistill:
+class DecoupledDistill(TaughtLoss):
     """T^2 * (target * KL(true class or not) + others * KL(among the other classes)).
 
     Zhao et al. 2022, arXiv 2203.08679. With others = 1 - the teacher's probability of the
     true class (another for each sample), and target = 1, this would be `Distill`.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     target: NonNegative = 1.0  # alpha in the paper
     others: NonNegative = 8.0  # beta
@@ -124,7 +124,7 @@ class DecoupledDistill:
 
 
 @config
-class Dist:
+class Dist(TaughtLoss):
     """T^2 * (inter * (1 - correlation over classes) + intra * (1 - correlation over samples)).
 
     Pearson's correlation of the teacher's and the student's softmax(logits / T): for each sample over
@@ -132,12 +132,6 @@ class Dist:
     spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
     temperature: Positive = 4.0
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
@@ -157,18 +151,11 @@ class Dist:
 
 
 @config
-class LogitMse:
+class LogitMse(TaughtLoss):
     """The mean over the classes of (student - teacher)^2, of the logits themselves.
 
     Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
     """
-
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    weight: NonNegative = 1.0
-    warmup_epochs: Index = 0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
         assert guide is not None

@@ -1,60 +1,29 @@
-"""Floor 2. A loss is its knobs and its formula: outputs and labels in, one number a sample out.
+"""Floor 2. The losses that a recipe may name; here those of plain logits.
 
-The objective multiplies by `weight` and adds up; no loss here does. A loss that is `taught` compares
-the outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale, and
-lets the loss's weight rise over its first `warmup_epochs`.
+The objective multiplies by `weight` and adds up; no loss does. A loss that is `taught` compares the
+outputs with `guide`, the teacher's logits; the objective has multiplied both by their scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import NonNegative, Share, config
+from cifar_dist.config import Share, config
 from cifar_dist.learn.distill_losses import DecoupledDistill, Dist, Distill, LogitMse, MarginDistill
+from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.margin_losses import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
 from cifar_dist.learn.metric_losses import Contrastive, SupCon, Triplet
-from cifar_dist.nets.heads import HeadName, Outputs
-
-
-class Loss(Protocol):
-    """What the objective needs of a loss."""
-
-    head: ClassVar[HeadName | None]  # the head it needs; None: any
-    taught: ClassVar[bool]  # whether it needs a teacher
-    classifies: ClassVar[
-        bool
-    ]  # whether the logits learn from it; else it stands beside one that does
-    # Whether share * loss(labels) + (1 - share) * loss(partner_labels) is the loss of a mixed picture.
-    # It is the definition with hard labels, and the loss of the mixed target where the loss is linear
-    # in it; it says nothing where samples are compared by whether their labels agree.
-    mixes: ClassVar[bool]
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def warmup_epochs(self) -> int: ...  # in which its weight rises linearly; 0: it does not
-
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        """labels int64 [B], guide f32 [B, C] -> float32 [B], not yet multiplied by `weight`."""
-        ...
+from cifar_dist.nets.heads import Outputs
 
 
 @config
-class CrossEntropy:
+class CrossEntropy(Loss):
     """Softmax cross-entropy of the logits; with label smoothing as in Szegedy et al. 2016."""
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
@@ -65,7 +34,7 @@ class CrossEntropy:
 
 
 @config
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(Loss):
     """A yes or no for each class, sigmoid cross-entropy with the one-hot label, summed over classes.
 
     Wightman et al. 2021, arXiv 2110.00476. They take the mean over the classes, which is
@@ -76,12 +45,6 @@ class BinaryCrossEntropy:
     An evaluation's `loss` is still that of a softmax.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     label_smoothing: Share = 0.0
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:

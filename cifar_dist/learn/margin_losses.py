@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import Count, NonNegative, Positive, config
+from cifar_dist.learn.loss import Loss
 from cifar_dist.nets.heads import HeadName, Outputs
 
 
 @config
-class ArcFace:
+class ArcFace(Loss):
     """Softmax cross-entropy of scale * cosines, the true class's angle made larger by `margin`.
 
     Deng et al. 2019, arXiv 1801.07698, eq. 3: cos(theta) becomes cos(theta + margin). That would
@@ -32,11 +33,6 @@ class ArcFace:
     """
 
     head: ClassVar[HeadName | None] = "cosine"
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     scale: Positive = 8.0
     margin: NonNegative = 0.35  # radians
     straight_through: bool = False
@@ -60,7 +56,7 @@ class ArcFace:
 
 
 @config
-class CosFace:
+class CosFace(Loss):
     """Softmax cross-entropy of scale * cosines, the true class's cosine made smaller by `margin`.
 
     Wang et al. 2018, arXiv 1801.09414, eq. 4. To reach probability P with C classes the scale has to
@@ -69,11 +65,6 @@ class CosFace:
     """
 
     head: ClassVar[HeadName | None] = "cosine"
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     scale: Positive = 16.0
     margin: NonNegative = 0.35
 
@@ -105,7 +96,7 @@ def psi(cosine: Tensor, margin: int) -> Tensor:
 
 
 @config
-class SphereFace:
+class SphereFace(Loss):
     """Softmax cross-entropy of length * cosines, the true class's angle multiplied by `margin`.
 
     Liu et al. 2017, arXiv 1704.08063, eq. 7: the class weights have length 1, an embedding keeps its
@@ -123,11 +114,6 @@ class SphereFace:
     """
 
     head: ClassVar[HeadName | None] = "cosine"
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     margin: Count = 4
     softness: NonNegative = 5.0
     scale: Positive | None = None
@@ -148,7 +134,7 @@ class SphereFace:
 
 
 @config
-class LargeMarginSoftmax:
+class LargeMarginSoftmax(Loss):
     """Softmax cross-entropy of a linear head's logits, the true class's angle times `margin`.
 
     L-Softmax, Liu et al. 2016, arXiv 1612.02295, eq. 4: x . w = |x| |w| cos(theta) of the true class
@@ -159,11 +145,6 @@ class LargeMarginSoftmax:
     """
 
     head: ClassVar[HeadName | None] = "linear"
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = True
-    mixes: ClassVar[bool] = True
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     margin: Count = 2
     softness: NonNegative = 5.0
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.config import NonNegative, Positive, config
-from cifar_dist.nets.heads import HeadName, Outputs
+from cifar_dist.learn.loss import Loss
+from cifar_dist.nets.heads import Outputs
 
 
 def partners(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,15 @@ def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 @config
-class Triplet:
+class PairLoss(Loss):
+    """A loss of this file: it needs another one beside it, and pictures of one label each."""
+
+    classifies: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+
+@config
+class Triplet(PairLoss):
     """An anchor's farthest partner of its class should be `margin` nearer than any other class.
 
     Hermans et al. 2017, arXiv 1703.07737, eq. 5, "batch hard": max(0, margin + d(farthest of its
@@ -58,12 +67,6 @@ class Triplet:
     head (Schroff et al. 2015, arXiv 1503.03832, whose margin is 0.2); the paper does not.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     margin: NonNegative | None = 0.2
     normalize: bool = True
 
@@ -92,7 +95,7 @@ class Triplet:
 
 
 @config
-class Contrastive:
+class Contrastive(PairLoss):
     """Half the squared distance to its class, half the squared lack of `margin` to other classes.
 
     Hadsell et al. 2006 (Dimensionality Reduction by Learning an Invariant Mapping, CVPR), eq. 4: a
@@ -102,12 +105,6 @@ class Contrastive:
     `Triplet`; the paper does not.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     margin: Positive = 1.0
     normalize: bool = True
 
@@ -128,7 +125,7 @@ class Contrastive:
 
 
 @config
-class SupCon:
+class SupCon(PairLoss):
     """How surprising the anchor's class is among all other rows, by a softmax of cosines.
 
     Khosla et al. 2020, arXiv 2004.11362, eq. 2 (L_out): minus the mean over the partners p of the
@@ -137,12 +134,6 @@ class SupCon:
     each picture and hence a partner for every anchor; here it has one view, so take large shards.
     """
 
-    head: ClassVar[HeadName | None] = None
-    taught: ClassVar[bool] = False
-    classifies: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
-    warmup_epochs: ClassVar[int] = 0
-    weight: NonNegative = 1.0
     temperature: Positive = 0.1
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:

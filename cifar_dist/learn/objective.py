@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cifar_dist.data.augment import Augment, View
 from cifar_dist.data.batches import Batch
-from cifar_dist.learn.losses import Loss, logit_scale
+from cifar_dist.learn.loss import Loss
+from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import Teacher
 from cifar_dist.nets.heads import Outputs
 
@@ -24,6 +26,18 @@ class Shown(NamedTuple):
     view: View
     guide: Tensor | None  # f32 [B, C]
     epoch: int
+
+    def tensors(self) -> list[Tensor]:
+        """All that the terms are computed from, in one order."""
+        view = self.view
+        every = (view.images, view.labels, view.partner_labels, view.share, self.guide)
+        return [tensor for tensor in every if tensor is not None]
+
+    def copy(self) -> Shown:
+        """The same in memory of its own."""
+        tensors = {name: t.clone() for name, t in vars(self.view).items() if t is not None}
+        guide = None if self.guide is None else self.guide.clone()
+        return Shown(replace(self.view, **tensors), guide, self.epoch)
 
 
 class Objective:
@@ -45,6 +59,10 @@ class Objective:
     def names(self) -> list[str]:
         """The terms that a call returns, in their order."""
         return [*self.losses, "loss", "top1"]
+
+    def weights(self, epoch: int) -> tuple[float, ...]:
+        """What each loss counts in an epoch, counted from 0."""
+        return tuple(loss.weight_in(epoch) for loss in self.losses.values())
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
         return self.judge(model, self.show(batch))
@@ -68,10 +86,9 @@ class Objective:
         for name, loss in self.losses.items():
             compared = scaled if loss.taught else outputs
             terms[name] = mixed(view, partial(loss, compared, guide=guide))
-        weighted = [
-            weight_in_epoch(loss, epoch) * terms[name] for name, loss in self.losses.items()
-        ]
-        terms["loss"] = torch.stack(weighted).sum(0)
+        weights = self.weights(epoch)
+        weighted = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
+        terms["loss"] = reduce(add, weighted)
         found = outputs.logits.detach().argmax(1)
         terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
         return terms
@@ -83,13 +100,3 @@ def mixed(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:
     if view.share is None or view.partner_labels is None:
         return own
     return view.share * own + (1 - view.share) * of(view.partner_labels)
-
-
-def weight_in_epoch(loss: Loss, epoch: int) -> float:
-    """`epoch` counts from 0; the n epochs of a warm-up have 1/n, 2/n, ... of the weight.
-
-    As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts from 1.
-    """
-    if epoch >= loss.warmup_epochs:
-        return loss.weight
-    return loss.weight * (epoch + 1) / loss.warmup_epochs

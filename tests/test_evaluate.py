@@ -1,0 +1,107 @@
+"""`evaluate`: what it writes about a run, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RecipeMaker
+from ranks import Ranks, train
+from safetensors.torch import load_file
+from small_data import cut
+
+from cifar_dist.data.arrow import data_digest, read_hierarchy
+from cifar_dist.data.sample import draw_sample, write_pickles
+from cifar_dist.engine.scores import confusion
+
+
+def evaluate(*arguments: object, cwd: Path, world_size: int = 1, expect: int = 0) -> str:
+    ranks = Ranks("evaluate", arguments, cwd=cwd, world_size=world_size)
+    assert ranks.wait() == [expect] * world_size, ranks.output
+    return ranks.output
+
+
+def found(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def table(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: RecipeMaker, middle_data: Path) -> Path:
+    sections = {"data": {"path": str(middle_data), "holdout": 100}, "run": {"epochs": 1}}
+    train(recipe(**sections), cwd=tmp_path)
+    return tmp_path / "runs/tiny"
+
+
+def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_data: Path) -> None:
+    output = evaluate("runs/tiny", cwd=run.parents[1], world_size=2)
+    assert "the same bits as" in output
+    numbers = found(run / "evaluation")
+    summary = json.loads((run / "summary.json").read_text())
+    assert [numbers[name] for name in ("top1", "top5", "loss")] == [
+        summary[name] for name in ("top1", "top5", "loss")
+    ]
+    inside, outside = numbers["errors_inside_superclass"], numbers["errors_outside_superclass"]
+    assert numbers["top1"] + inside == pytest.approx(numbers["superclass_top1"])
+    assert numbers["top1"] + inside + outside == pytest.approx(100)
+    assert numbers["top1_interval"]["low"] <= numbers["top1"] <= numbers["top1_interval"]["high"]
+    assert numbers["temperature"]["rows"] == 100
+    assert numbers["temperature"]["loss"] > 0
+    assert numbers["without_near_duplicates"] is None  # the list is of other data
+    assert numbers["test_time"] == "one view"
+
+    predictions = load_file(run / "predictions.safetensors")
+    exact = confusion(predictions["labels"], predictions["logits"].argmax(1), 100)
+    header, *rows = table(run / "evaluation/confusion.csv")
+    assert tuple(header[1:]) == read_hierarchy(middle_data).fine
+    assert [[int(cell) for cell in row[1:]] for row in rows] == exact.tolist()
+    coarse = table(run / "evaluation/superclass_confusion.csv")
+    assert sum(int(cell) for row in coarse[1:] for cell in row[1:]) == 300
+    names, *classes = table(run / "evaluation/classes.csv")
+    assert len(classes) == 100
+    recall = names.index("recall")
+    mean = sum(float(row[recall]) for row in classes) / 100  # three pictures of each class
+    assert mean == pytest.approx(numbers["top1"])
+
+
+def test_flips_cifair_and_a_list_are_labelled_and_apart(
+    run: Path, tmp_path: Path, middle_data: Path
+) -> None:
+    train_rows, test_rows, meta = draw_sample(train_per_class=1, test_per_class=1)
+    write_pickles(tmp_path / "fair", train_rows, cut(test_rows, 50), meta)
+    listed = {
+        "data": data_digest(middle_data),
+        "min_detail": 0.8,
+        "min_layout": 0.9,
+        "test_rows": [0, 1, 2],
+    }
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    arguments = ["runs/tiny", "--flips", "--cifair", "fair", "--near-duplicates", "list.json"]
+    output = evaluate(*arguments, "--output", "flipped", cwd=tmp_path)
+    assert "mirror image" in output
+    assert "same bits" not in output
+    numbers = found(tmp_path / "flipped")
+    assert numbers["test_time"] == "flips"
+    assert numbers["cifair"]["rows"] == 50
+    without = numbers["without_near_duplicates"]
+    assert without["rows_left_out"] == 3
+    whole = 297 * without["top1"] + 3 * without["top1_of_those"]
+    assert whole / 300 == pytest.approx(numbers["top1"])
+    assert not (run / "evaluation").exists()
+
+
+def test_what_cannot_be_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
+    assert "no run folder" in evaluate("nowhere", cwd=tmp_path, expect=2)
+    train(recipe(run={"epochs": 1}), cwd=tmp_path)
+    assert "held nothing out" in evaluate(
+        "runs/tiny", "--split", "held-out", cwd=tmp_path, expect=2
+    )
+    assert "nowhere" in evaluate("runs/tiny", "--cifair", "nowhere", cwd=tmp_path, expect=2)
+    with_trace = evaluate("runs/nowhere", "--traceback", cwd=tmp_path, expect=1)
+    assert "Traceback" in with_trace

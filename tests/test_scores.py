@@ -1,0 +1,145 @@
+"""Every number about predictions, against hand-made answers, and against other people's code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+from torchmetrics.classification import MulticlassCalibrationError
+
+from cifar_dist.engine import scores
+from cifar_dist.engine.metrics import accuracy
+
+LABELS = torch.tensor([0, 0, 1, 2, 3])
+PREDICTED = torch.tensor([0, 1, 1, 3, 0])
+COARSE = torch.tensor([0, 0, 1, 1])  # classes 0 and 1 are one superclass, 2 and 3 the other
+
+
+def predictions(rows: int = 700, classes: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are right more often than not, and labels."""
+    stream = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (rows,), generator=stream)
+    logits = torch.randn(rows, classes, generator=stream)
+    logits[torch.arange(rows), labels] += 2.0
+    return logits.double() * 3, labels
+
+
+def test_confusion_and_superclasses_by_hand() -> None:
+    table = scores.confusion(LABELS, PREDICTED, 4)
+    assert table.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+    assert scores.fold(table, COARSE, 2).tolist() == [[3, 0], [1, 1]]
+    assert scores.superclass_scores(LABELS, PREDICTED, COARSE) == pytest.approx(
+        {"superclass_top1": 80, "errors_inside_superclass": 40, "errors_outside_superclass": 20}
+    )
+
+
+def test_a_class_without_superclass_is_in_no_group() -> None:
+    table = scores.confusion(LABELS, PREDICTED, 4)
+    assert scores.fold(table, torch.tensor([0, 0, 1, -1]), 2).tolist() == [[3, 0], [0, 0]]
+
+
+def test_class_scores_by_hand() -> None:
+    first, second, third, _ = scores.class_scores(scores.confusion(LABELS, PREDICTED, 4))
+    assert (first.recall, first.precision, first.f1) == (50, 50, 50)
+    assert (first.mistaken_for, first.mistaken) == (1, 1)
+    assert (second.recall, second.precision) == (100, 50)
+    assert second.mistaken_for is None
+    assert (third.recall, third.precision, third.f1) == (0, None, 0)
+    nobody = scores.class_scores(torch.zeros(2, 2, dtype=torch.int64))[0]
+    assert (nobody.pictures, nobody.recall, nobody.f1) == (0, None, None)
+
+
+def test_classes_as_scikit_learn_has_them() -> None:
+    logits, labels = predictions()
+    predicted = logits.argmax(1)
+    table = scores.confusion(labels, predicted, 20)
+    assert (table.numpy() == sklearn_metrics.confusion_matrix(labels, predicted)).all()
+    precision, recall, f1, count = sklearn_metrics.precision_recall_fscore_support(
+        labels, predicted
+    )
+    for place, ours in enumerate(scores.class_scores(table)):
+        assert ours.precision == pytest.approx(100 * precision[place])
+        assert ours.recall == pytest.approx(100 * recall[place])
+        assert ours.f1 == pytest.approx(100 * f1[place])
+        assert ours.pictures == count[place]
+    ours_all = accuracy(logits, labels)
+    top5 = sklearn_metrics.top_k_accuracy_score(labels, logits, k=5)
+    assert ours_all["top5"] == pytest.approx(100 * top5)
+    assert ours_all["loss"] == pytest.approx(sklearn_metrics.log_loss(labels, logits.softmax(1)))
+
+
+def test_reliability_by_hand() -> None:
+    """Two pictures at 0.9, one of them right; one at 0.6, right: |0.5 - 0.9| 2/3 + |1 - 0.6| 1/3."""
+    logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]).log()
+    found = scores.reliability(logits, torch.tensor([0, 1, 0]), bins=2)
+    assert found.pictures == [0, 3]
+    assert found.confidence[0] is None
+    assert found.confidence[1] == pytest.approx(80)
+    assert found.top1[1] == pytest.approx(200 / 3)
+    finer = scores.reliability(logits, torch.tensor([0, 1, 0]), bins=4)
+    assert finer.ece == pytest.approx(100 * (0.4 * 2 / 3 + 0.4 / 3))
+
+
+def test_calibration_error_as_torchmetrics_has_it() -> None:
+    logits, labels = predictions()
+    for temperature in (0.3, 1.0, 4.0):
+        oracle = MulticlassCalibrationError(20, n_bins=15, norm="l1")(logits / temperature, labels)
+        ours = scores.reliability(logits / temperature, labels)
+        assert ours.ece == pytest.approx(100 * oracle.item(), abs=1e-4)
+        assert sum(ours.pictures) == len(labels)
+
+
+def test_temperature_is_where_the_likelihood_is_largest() -> None:
+    logits, labels = predictions()
+    fitted = scores.fit_temperature(logits, labels)
+
+    def loss(temperature: float) -> float:
+        return accuracy(logits / temperature, labels)["loss"]
+
+    assert loss(fitted) <= min(loss(fitted * 1.001), loss(fitted / 1.001))
+    assert scores.fit_temperature(logits * 7, labels) == pytest.approx(7 * fitted, rel=1e-9)
+    # a coin that is right three times in four: softmax(z / T) is 3/4 at T = z / log 3
+    coin = torch.tensor([[2.0, 0.0]]).repeat(4, 1)
+    known = scores.fit_temperature(coin, torch.tensor([0, 0, 0, 1]))
+    assert known == pytest.approx(2 / math.log(3), rel=1e-9)
+    # always right: the sharper the better, to the end of the range
+    assert scores.fit_temperature(coin, torch.zeros(4).long()) == pytest.approx(0.01)
+
+
+def test_bootstrap_interval_is_the_binomials_and_does_not_change() -> None:
+    right = torch.arange(1000) < 700
+    low, high = scores.bootstrap_interval(right)
+    exact = stats.binom(1000, 0.7)
+    assert low == pytest.approx(exact.ppf(0.025) / 1000, abs=3e-3)
+    assert high == pytest.approx(exact.ppf(0.975) / 1000, abs=3e-3)
+    assert (low, high) == scores.bootstrap_interval(right)
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (3, 3), (1, 9), (120, 80), (0, 1)])
+def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int) -> None:
+    both = [True, True, False]
+    first = torch.tensor([True] * only_first + [False] * only_second + both)
+    second = torch.tensor([False] * only_first + [True] * only_second + both)
+    found = scores.mcnemar(first, second)
+    assert (found.only_first, found.only_second) == (only_first, only_second)
+    flips = only_first + only_second
+    oracle = stats.binomtest(only_first, flips).pvalue if flips else 1.0
+    assert found.p == pytest.approx(oracle, rel=1e-9)
+    swapped = scores.mcnemar(second, first)
+    assert swapped.p == found.p
+
+
+def test_many_disagreements_do_not_overflow() -> None:
+    first = torch.arange(10_000) < 9_000
+    assert scores.mcnemar(first, ~first).p < 1e-300
+    assert scores.mcnemar(torch.arange(10_000) < 5_020, torch.arange(10_000) >= 5_020).p > 0.5
+
+
+def test_holm_by_hand() -> None:
+    """0.01 x 3, 0.02 x 2, 0.9 x 1; never above 1, never below one that was smaller."""
+    assert scores.holm([0.9, 0.01, 0.02]) == pytest.approx([0.9, 0.03, 0.04])
+    assert scores.holm([0.02, 0.021]) == pytest.approx([0.04, 0.04])
+    assert scores.holm([]) == []
