@@ -37,5 +37,5 @@ def main(arguments: list[str]) -> int:
             **settings,
         )
 
-    train.build_step = captured  # type: ignore[assignment]
+    train.build_step = captured
     return train.main(arguments)

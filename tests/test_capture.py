@@ -153,7 +153,7 @@ def test_a_recording_computes_what_the_step_computes(
             objective,
             optimizer,
             make_scaler(precision, device),
-            graph=graph,  # type: ignore[arg-type]
+            graph=graph,
             shards=2,
             precision=precision,
             seed=0,
