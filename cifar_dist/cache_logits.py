@@ -27,7 +27,7 @@ from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, take
 from cifar_dist.engine.evaluation import BLOCK_SIZE
-from cifar_dist.engine.run_folder import locked
+from cifar_dist.engine.lock import locked
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
@@ -92,9 +92,7 @@ def cache_teacher(
     """Make the cache of one teacher, or go on with it; 0 when it is complete, else the stop signal."""
     folder = asked.cache_folder
     with ExitStack() as stack:
-        lock = locked(
-            folder, folder.with_name(f"{folder.name}.lock.json"), remedy="teacher.cache=..."
-        )
+        lock = locked(folder, folder.with_name(f"{folder.name}.lock"), remedy="teacher.cache=...")
         ranks.main_does(lambda: stack.enter_context(lock))
         found = ranks.main_does(lambda: find_teacher(asked))
         made_of = ranks.main_does(lambda: cache_origin(recipe, found))

@@ -29,7 +29,7 @@ from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.dry_run import plan
-from cifar_dist.engine import results, run_folder
+from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.checkpoint import load_tensors
 from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
@@ -88,7 +88,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
     check_precision(run.precision, device)
     with ExitStack() as stack:
         # One folder, one job, one recipe, one data set, the same teachers.
-        ranks.main_does(lambda: stack.enter_context(run_folder.locked(folder)))
+        ranks.main_does(lambda: stack.enter_context(lock.locked(folder)))
         digest = data_digest(Path(data.path))
         ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
         ranks.same("data set", digest[:12])

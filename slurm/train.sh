@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # sbatch [sbatch options] slurm/train.sh [RECIPE] [section.key=value ...]
-# One task a GPU; without arguments: recipes/r50_224.yaml. Nodes, GPUs, time, partition, account are
-# sbatch's own options, for instance `sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 ...`.
-# A run that Slurm warns (--signal) saves, and the job is queued again under its id; so is a preempted
-# one, by Slurm. One that is cancelled saves, too, and stays cancelled.
+# One task a GPU; without arguments: recipes/r50_224.yaml. Nodes, GPUs, time, partition, account and
+# container are sbatch's own options: `sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 ...`.
+# A log file for each rank: `RANK_LOGS=logs/%j_%t.txt sbatch ...`.
+#
+# The job is queued again under its id when Slurm warns of the time limit, when it is preempted, and
+# when it crashed but saved something new since it started. A cancelled job saves and stays cancelled.
 #SBATCH --job-name=cifar_dist
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -14,41 +16,66 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
+
+# The script outlives signals that reach it beside its tasks, until these have saved.
+again=yes
+trap 'again=yes' TERM USR1
+
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 [ -d .venv ] && . .venv/bin/activate
-
-if [ $# -eq 0 ]; then set -- recipes/r50_224.yaml; fi
+[ $# -eq 0 ] && set -- recipes/r50_224.yaml
 
 # The first host's address and a port of the job's own; tasks derive their ranks from SLURM_*.
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((15000 + SLURM_JOB_ID % 17000))
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun has to be told
 
-# Where the recipe writes its run folder, asked of the program itself.
-run_folder=$(python -m cifar_dist.train --dry-run "$@" | sed -n 's/^run folder  *//p')
-[ -n "$run_folder" ] || exit 2
+# NCCL finds its way by itself on most clusters. Where it does not, set before sbatch:
+#   NCCL_SOCKET_IFNAME=ib0   the interface of the fast network, if it picks a slow one (`ip addr`)
+#   NCCL_IB_DISABLE=1        no InfiniBand, although NCCL believes in one
+#   NCCL_DEBUG=INFO          what it found and chose
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a collective that fails or waits too long ends its process
 
-# The script outlives the TERM that it may get together with its tasks, until they have saved.
-trap 'echo "slurm/train.sh: TERM, waiting for the tasks to save"' TERM
 # A Python process dies of USR1 before it has a handler, so tasks begin with USR1 blocked and unblock
-# it themselves (signals.py).
+# it themselves (signals.py). --wait: a task that left early ends the others.
+options=(--kill-on-bad-exit=1 --wait=60)
+[ -n "${RANK_LOGS:-}" ] && mkdir -p "$(dirname "$RANK_LOGS")" && options+=(--output="$RANK_LOGS")
 blocked=()
 env --block-signal=USR1 true 2>/dev/null && blocked=(env --block-signal=USR1)
-srun --kill-on-bad-exit=1 "${blocked[@]}" python -m cifar_dist.train "$@" &
-wait_for=$!
-code=1
-while kill -0 "$wait_for" 2>/dev/null; do
-    wait "$wait_for"
+started=@$(date +%s)
+srun "${options[@]}" "${blocked[@]}" python -m cifar_dist.train "$@" &
+tasks=$!
+while [ "$again" ]; do # a signal ends `wait`, not srun
+    again=
+    wait "$tasks"
     code=$?
 done
 
-# USR1 is Slurm's warning of the time limit. After TERM Slurm itself queues a preempted job again, and
-# a cancelled one shall stay so.
-if [ "$(cat "$run_folder/stopped" 2>/dev/null)" = SIGUSR1 ]; then
-    echo "slurm/train.sh: saved before the time limit; queued again"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+# Finished; a mistake in the recipe; cancelled, or Slurm itself is queueing the job again.
+field() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d = -f 2; }
+[ "$code" = 0 ] || [ "$code" = 2 ] || [ "$(field JobState)" != RUNNING ] && exit "$code"
+
+# Where the recipe writes its run folder, asked of the program itself; what is new in it.
+run_folder=$(python -m cifar_dist.train --dry-run "$@" | sed -n 's/^run folder  *//p')
+new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
+stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
+if [ "$stopped" = SIGUSR1 ]; then
+    why="saved before the time limit"
+elif [ "$(field PreemptTime)" != None ]; then
+    why="preempted" # Slurm forgets to requeue a job that ends within its grace time
+elif [ -z "$stopped" ] && [ "$(new 'checkpoints/step_*')" ]; then
+    why="crashed with code $code after it had saved $(new 'checkpoints/step_*')"
+else
+    exit "$code"
 fi
+echo "slurm/train.sh: $why; queued again"
+for _ in 1 2 3 4 5 6; do # the controller may be busy
+    [ "$(field JobState)" = RUNNING ] || break
+    scontrol requeue "$SLURM_JOB_ID" && break
+    sleep 10
+done
 exit "$code"

@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on(recipe: RecipeMaker, capfd: pytest.CaptureFi
     assert "1 of 1 runs remain: long_seed3; the same command goes on" in output
     first = saved_step(folder)
     assert first > 0, output
-    assert not (folder / "lock.json").exists(), "the training has ended, too"
+    assert not (folder / "lock").exists(), "the training has ended, too"
 
     for minutes in (0.25, 1, 4):  # other work may make a start slow
         code, results = run(path, "--budget", minutes, "--least", 0, "--seeds", 3)

@@ -127,7 +127,7 @@ def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker
     assert said["finished"] is True
     assert said["epochs"] == 4
     assert said["best_test_top1"] == max(line["top1"] for line in logged if line["kind"] == "eval")
-    assert not (run / "lock.json").exists()
+    assert not (run / "lock").exists()
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert len(list((run / "checkpoints").iterdir())) == 1  # the clock never asked for another
     assert torch.isfinite(torch.stack([t.double().sum() for t in tensors(run).values()])).all()

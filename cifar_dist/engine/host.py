@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy
 from torch import Tensor
@@ -16,6 +14,7 @@ from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import AugmentConfig
 from cifar_dist.data.host_pictures import Ahead
 from cifar_dist.data.shared_pages import Layout, allocate
+from cifar_dist.engine.lock import machine
 from cifar_dist.engine.runtime import Ranks
 
 
@@ -87,10 +86,3 @@ def host_workers(
 
         ranks.together(start)
         yield HostWorkers(started[0], ranks)
-
-
-def machine() -> str:
-    """The same word for processes that find each other in /proc."""
-    spaces = Path("/proc/self/ns/pid")
-    alone = f"process {os.getpid()}"
-    return f"{socket.gethostname()}, {spaces.stat().st_ino if spaces.exists() else alone}"

@@ -1,16 +1,11 @@
-"""runs/NAME: one recipe, one data set, one job at a time."""
+"""What a result depends on beside its recipe, as environment.json says it."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,85 +13,6 @@ from typing import Any
 import torch
 
 import cifar_dist
-from cifar_dist.errors import UserError
-from cifar_dist.files import write_json
-
-HEARTBEAT_SECONDS = 15
-STALE_SECONDS = 60  # a lock of another machine whose heartbeat is older is nobody's
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this machine started, in the kernel's own terms; None if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else fields[19]
-
-
-def _pid_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _holder(path: Path) -> str | None:
-    """Who holds the lock at this moment, in words, or None when it is free to take."""
-    try:
-        lock = json.loads(path.read_text())
-        age = time.time() - path.stat().st_mtime
-        host, pid, start, job = lock["host"], int(lock["pid"]), lock["start"], lock["job"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if job is not None and job == os.environ.get("SLURM_JOB_ID"):
-        return None
-    if host == socket.gethostname():
-        alive = _pid_exists(pid) if start is None else _process_start(pid) == start
-        return f"process {pid} on this machine" if alive and pid != os.getpid() else None
-    return f"{host}, process {pid}" if age < STALE_SECONDS else None
-
-
-@contextmanager
-def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
-    """Hold a folder for this process (rank 0 of its job), by a file with a heartbeat.
-
-    The file is `path`, or lock.json in the folder; `remedy`: what gives a job another folder.
-    """
-    path = path or folder / "lock.json"
-    holder = _holder(path)
-    if holder is not None:
-        raise UserError(
-            f"{folder} is in use by {holder}; wait for it, or choose another folder ({remedy})"
-        )
-    mine = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "start": _process_start(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
-    }
-    write_json(path, mine)
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            try:
-                os.utime(path)
-            except OSError:
-                return
-
-    thread = threading.Thread(target=beat, daemon=True, name="lock heartbeat")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        path.unlink(missing_ok=True)
 
 
 def environment(

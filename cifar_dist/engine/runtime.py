@@ -24,6 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
+from cifar_dist.engine import slurm
 from cifar_dist.errors import UserError, is_main_rank
 
 T = TypeVar("T")
@@ -60,20 +61,14 @@ def log_to_terminal() -> None:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under plain srun, tell torch what Slurm knows: RANK, WORLD_SIZE, LOCAL_RANK."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "MASTER_ADDR" not in os.environ:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    """Under plain srun, tell torch what Slurm knows."""
+    os.environ.update(slurm.torch_variables(os.environ, visible_devices=torch.cuda.device_count()))
 
 
 def local_world_size(world_size: int) -> int:
     """How many of the processes run on this machine."""
-    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
-        if os.environ.get(name, "").isdigit():
-            return max(1, int(os.environ[name]))
-    return world_size
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(here)) if here.isdigit() else world_size
 
 
 def rank_mesh(

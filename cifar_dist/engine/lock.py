@@ -1,0 +1,166 @@
+"""A folder belongs to one job at a time, on any file system that creates a file for one process only.
+
+A lock is a folder of numbered files, each of a process that wanted it; the lowest that lives has it.
+Nobody removes a number below the holder's, so all that come later get higher ones and see it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.errors import UserError
+
+HEARTBEAT_SECONDS = 15
+STALE_SECONDS = 60  # a file of another machine whose heartbeat is older is nobody's
+
+
+def machine() -> str:
+    """The same word for processes that find each other in /proc."""
+    spaces = Path("/proc/self/ns/pid")
+    alone = f"process {os.getpid()}"
+    return f"{socket.gethostname()}, {spaces.stat().st_ino if spaces.exists() else alone}"
+
+
+@contextmanager
+def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
+    """Hold a folder for this process (rank 0 of its job); UserError where another holds it.
+
+    The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder.
+    """
+    path = path or folder / "lock"
+    mine = _enter(path)
+    holder = next(filter(None, (_holder(other, than=mine) for other in _below(mine))), None)
+    if holder is not None:
+        mine.unlink()
+        raise UserError(
+            f"{folder} is in use by {holder}; wait for it, or choose another folder ({remedy})"
+        )
+    mine.write_text(json.dumps(_me()))
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # the next one may go through
+                os.utime(mine)
+            if _lost(mine):
+                print(
+                    f"error: {folder} was taken over by another job while this one was suspended or "
+                    "its storage did not answer; this one ends without saving",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+    thread = threading.Thread(target=beat, daemon=True, name="lock heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        for dead in _below(mine):  # before our own: see above
+            dead.unlink(missing_ok=True)
+        mine.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else waits in it
+            path.rmdir()
+
+
+def _enter(path: Path) -> Path:
+    """An empty file of our own with the lowest free number; exclusive creation, so nobody else's."""
+    number = 1
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        mine = path / f"{number}.json"
+        try:
+            mine.touch(exist_ok=False)
+            return mine
+        except FileExistsError:
+            number += 1
+        except FileNotFoundError:
+            number = 1  # the last holder removed the folder
+
+
+def _numbers(path: Path) -> dict[int, Path]:
+    """The files of a lock by their number."""
+    found = (re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir())
+    return {int(match[1]): path / match[0] for match in found if match}
+
+
+def _below(mine: Path) -> list[Path]:
+    return [file for number, file in _numbers(mine.parent).items() if number < int(mine.stem)]
+
+
+def _lost(mine: Path) -> bool:
+    """Whether a later process found us dead and holds the lock: it has written its name."""
+    later = (n for n, file in _numbers(mine.parent).items() if n > int(mine.stem) and _read(file))
+    return not mine.exists() or any(later)
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "machine": machine(),
+        "pid": os.getpid(),
+        "start": _process_start(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What `_me` wrote; None for a file that is empty or no such thing."""
+    try:
+        content = json.loads(file.read_text())
+        return {name: content[name] for name in _me()} | {"pid": int(content["pid"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _holder(file: Path, *, than: Path) -> str | None:
+    """Who lives behind another's file, in words; None for a dead one, or an earlier start of this job.
+
+    `than`: our own new file, which the storage's clock has just dated; machines' clocks differ.
+    """
+    lock, me = _read(file), _me()
+    try:
+        age = than.stat().st_mtime - file.stat().st_mtime
+    except FileNotFoundError:
+        return None  # it was removed as we looked
+    if lock is None:
+        return "a process that has just started" if age < STALE_SECONDS else None
+    if lock["job"] and lock["job"] == me["job"] and lock["restart"] != me["restart"]:
+        return None  # Slurm ends all of a job before it starts it again
+    pid, start = lock["pid"], lock["start"]
+    if lock["machine"] == me["machine"]:
+        alive = _pid_exists(pid) if start is None else _process_start(pid) == start
+        return f"process {pid} on this machine" if alive else None
+    host = str(lock["machine"]).partition(",")[0]
+    return f"{host}, process {pid}" if age < STALE_SECONDS else None
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process of this machine started, in the kernel's own terms; None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _pid_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,173 @@
+"""One job a folder: starts in the same instant, dead holders, other machines, restarts of a job."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.engine import lock
+from cifar_dist.engine.lock import locked
+from cifar_dist.errors import UserError
+
+processes = multiprocessing.get_context("fork")
+
+
+def contend(folder: Path, together: Barrier, rounds: int, seed: int, log: Path) -> None:
+    """Want the folder `rounds` times at the same instant as others; note when it was ours."""
+    chance = random.Random(seed)
+    with log.open("a") as file:
+        for number in range(rounds):
+            together.wait(timeout=30)
+            try:
+                with locked(folder):
+                    got = time.monotonic_ns()
+                    time.sleep(chance.random() * 0.01)
+                    print(number, got, time.monotonic_ns(), file=file, flush=True)
+                    if chance.random() < 0.3:
+                        (folder / "lock" / "999.json").touch()  # somebody who looks in and leaves
+                        (folder / "lock" / "999.json").unlink()
+            except UserError:
+                pass
+
+
+def test_starts_in_the_same_instant_have_one_winner(tmp_path: Path) -> None:
+    """200 rounds of 6 processes; one of them always wins, and no two hold at the same time."""
+    workers, rounds = 6, 200
+    together = processes.Barrier(workers)
+    logs = [tmp_path / f"{worker}.txt" for worker in range(workers)]
+    started = [
+        processes.Process(
+            daemon=True,
+            target=contend,
+            args=(tmp_path / "run", together, rounds, worker, logs[worker]),
+        )
+        for worker in range(workers)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0
+    lines = [line.split() for log in logs for line in log.read_text().splitlines()]
+    holds = sorted((int(got), int(left)) for _, got, left in lines)
+    assert {int(number) for number, _, _ in lines} == set(range(rounds))
+    for (_, left), (got, _) in itertools.pairwise(holds):
+        assert left <= got
+    assert not (tmp_path / "run/lock").exists()
+
+
+@contextmanager
+def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder's lock, with these variables."""
+    script = (
+        "import sys, pathlib\n"
+        "from cifar_dist.engine.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('mine', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_living_holder_is_named_and_a_dead_one_is_nobody(tmp_path: Path) -> None:
+    with (
+        holder(tmp_path) as process,
+        pytest.raises(UserError, match=rf"in use by process {process.pid} on this machine.*name="),
+    ):
+        locked(tmp_path).__enter__()
+    with locked(tmp_path):
+        assert len(list((tmp_path / "lock").iterdir())) == 2  # the dead one goes with us
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_job_that_starts_again_takes_over_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its earlier start may seem to live on a machine that was lost; but two steps of one job do not mix."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with holder(tmp_path, SLURM_JOB_ID="7"):
+        with pytest.raises(UserError):
+            locked(tmp_path).__enter__()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with locked(tmp_path):
+            pass
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+
+
+def of_another_machine(folder: Path, *, seconds_ago: float) -> Path:
+    file = folder / "lock/1.json"
+    file.parent.mkdir()
+    file.write_text(
+        json.dumps({"machine": "far", "pid": 1, "start": "5", "job": None, "restart": "0"})
+    )
+    os.utime(file, (time.time() - seconds_ago,) * 2)
+    return file
+
+
+def test_another_machines_holder_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    file = of_another_machine(tmp_path, seconds_ago=lock.STALE_SECONDS - 5)
+    with pytest.raises(UserError, match="in use by far, process 1"):
+        locked(tmp_path).__enter__()
+    os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"machine": null}'])
+def test_a_file_that_says_nothing_holds_for_a_minute(tmp_path: Path, content: str) -> None:
+    file = of_another_machine(tmp_path, seconds_ago=0)
+    file.write_text(content)
+    with pytest.raises(UserError, match="just started"):
+        locked(tmp_path).__enter__()
+    os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
+    with locked(tmp_path):
+        pass
+
+
+def test_who_was_taken_over_ends_without_saving(tmp_path: Path) -> None:
+    """A suspended process wakes up in a folder that another job holds by now."""
+    script = "import cifar_dist.engine.lock as lock; lock.HEARTBEAT_SECONDS = 0.1\n"
+    script += "import pathlib, sys, time\n"
+    script += "with lock.locked(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    later = tmp_path / "lock/2.json"
+    later.touch()  # one that only looks in
+    time.sleep(0.5)
+    assert process.poll() is None
+    later.write_text(json.dumps(lock._me()))
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "taken over by another job" in errors
