@@ -266,6 +266,18 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     ]
 
 
+SEEDS = ("name", "run.seed", "run.shards", "augment.seed")
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What two runs have in common that differ in their seeds alone; `run.shards` is the run's to say."""
+    return {
+        name: value
+        for name, value in flat(resolved(recipe)).items()
+        if not name.startswith((*NOT_THE_RECIPE, *SEEDS)) and not name.endswith(PLACEMENT)
+    }
+
+
 def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(resolved(recipe), sort_keys=False, default_flow_style=None)
 

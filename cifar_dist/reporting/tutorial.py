@@ -1,0 +1,67 @@
+"""Floor 5. The tutorial's published table, and which of our runs stand beside each of its rows.
+
+https://github.com/DocsaidLab/cifar100-training-demo: its accuracies are its best *test* epoch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cifar_dist.reporting.comparison import SEED_IN_NAME, Group, mean_and_deviation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    config: str  # the tutorial's, and that of recipes/tutorial/CONFIG.yaml
+    what: str
+    published: float | None  # percent
+    epoch: int | None
+    ours: str | None  # our recipe for the same end, of recipes/
+
+
+PUBLISHED = (
+    Row(config="resnet18_baseline", what="ResNet-18 from scratch, 32 px", published=44.26, epoch=186, ours="r18_32"),
+    Row(config="resnet18_augment", what="+ one of five albumentations", published=36.48, epoch=None, ours="r18_32_mix"),
+    Row(config="resnet18_baseline_wd01", what="+ weight decay 0.1", published=40.12, epoch=None, ours="r18_32"),
+    Row(config="resnet18_baseline_lbsmooth", what="+ label smoothing 0.1", published=44.81, epoch=59, ours="r18_32"),
+    Row(config="resnet18_pretrained", what="ImageNet weights, 32 px", published=56.70, epoch=112, ours=None),
+    Row(config="resnet18_pretrained_arcface", what="+ ArcFace", published=57.92, epoch=199, ours=None),
+    Row(config="resnet18_pretrained_arcface_224x224", what="+ 224 px", published=79.57, epoch=29, ours="r18_224"),
+    Row(config="resnet50_pretrained_arcface", what="ResNet-50, ArcFace, 32 px", published=61.76, epoch=199, ours="r50_32"),
+    Row(config="resnet50_pretrained_arcface_224x224", what="ResNet-50, ArcFace, 224 px", published=81.21, epoch=174, ours="r50_224"),
+    Row(config="resnet18_pretrained_arcface_kd", what="ResNet-18 at 32 px, taught by ResNet-50 at 224 px", published=57.37, epoch=None, ours="r18_32_kd"),
+    Row(config="resnet18_pretrained_arcface_mst", what="at 32 or 64 px by coin", published=None, epoch=None, ours=None),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A row with what we have measured, as text; None where no run exists."""
+
+    row: Row
+    protocol_best: str | None  # our run of its protocol, best test epoch: what it publishes
+    protocol_last: str | None  # the same run, last epoch
+    ours: str | None  # our recipe, last epoch
+
+
+def side_by_side(groups: Sequence[Group]) -> list[Beside]:
+    """The published rows and the groups whose runs bear the names of the recipes."""
+    by_name = {SEED_IN_NAME.sub("", group.runs[0].recipe.name): group for group in groups}
+
+    def text(name: str | None, value: str) -> str | None:
+        group = by_name.get(name or "")
+        if group is None:
+            return None
+        said = mean_and_deviation(group, value)
+        return f"{said} (n = {len(group.runs)}, {group.mean('epochs'):g} epochs)" if said else None
+
+    return [
+        Beside(
+            row=row,
+            protocol_best=text(row.config, "best_test_top1"),
+            protocol_last=text(row.config, "top1"),
+            ours=text(row.ours, "top1"),
+        )
+        for row in PUBLISHED
+    ]
