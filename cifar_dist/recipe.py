@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from cifar_dist.config import Count, Index, Positive, config
 from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision
 from cifar_dist.engine.tracking import TrackingConfig
 from cifar_dist.errors import UserError
@@ -49,6 +50,7 @@ NOT_THE_RECIPE = (
     "run.report_every_steps",
     "run.keep_checkpoints",
     "run.compile",
+    "run.graph",
     "run.timeout_seconds",
     "run.on_nonfinite",
     "data.path",
@@ -96,6 +98,10 @@ class RunConfig:
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
     compile: bool = False
+    graph: Literal["auto", "off"] = (
+        "auto"  # record the step on a GPU and replay it, where it can be
+    )
+    reduce_precision: ReducePrecision = "fp32"  # in which ranks send each other gradients
     timeout_seconds: Count = 600  # how long a rank may keep the others waiting
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite
     deterministic: bool = False  # the same bits twice on a GPU, at a price

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist import train as walk
+from cifar_dist.engine.capture import TakeStep
 from cifar_dist.engine.state import State
-from cifar_dist.engine.step import bare
 
 FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
 
@@ -47,25 +48,31 @@ def meet(kind: str, states: list[State]) -> None:
 def main(arguments: list[str]) -> int:
     faults = [fault.split(":") for fault in os.environ["FAULT"].split(",")]
     states: list[State] = []
-    original_state, original_step = State.__init__, walk.train_step
+    original_state, original_build = State.__init__, walk.build_step
 
     def remember(self: State, *values: Any, **options: Any) -> None:
         original_state(self, *values, **options)
         states.append(self)
 
-    def faulty_step(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> Any:
+    def build(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> TakeStep:
+        take_step = original_build(accelerator, model, *values, **options)
+        return partial(faulty_step, take_step, model, accelerator.process_index)
+
+    def faulty_step(
+        take_step: TakeStep, model: nn.Module, me: int, shards: Any, *, step: int
+    ) -> Any:
         with ExitStack() as stack:
-            for kind, rank, step in faults:
-                if (int(rank), int(step)) != (accelerator.process_index, options["step"]):
+            for kind, rank, when in faults:
+                if (int(rank), int(when)) != (me, step):
                     continue
                 print(f"FAULT {time.time():.3f}", flush=True)
                 if kind == "nan":
-                    pixels = bare(model).get_submodule("pixels")
+                    pixels = model.get_submodule("pixels")
                     stack.callback(pixels.register_forward_hook(spoil).remove)
                 else:
                     meet(kind, states)
-            return original_step(accelerator, model, *values, **options)
+            return take_step(shards, step=step)
 
     State.__init__ = remember  # type: ignore[method-assign]
-    walk.train_step = faulty_step
+    walk.build_step = build
     return walk.main(arguments)

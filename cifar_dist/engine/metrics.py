@@ -41,9 +41,9 @@ class Window:
 
     def add(self, step: Step) -> None:
         for shard, terms in step.terms:
-            sums = torch.stack([terms[name].sum() for name in self.names])
+            sums = torch.stack([terms[name] for name in self.names]).sum(1)
             self.broken[shard] |= ~sums.isfinite()
-            self.sums[shard] += torch.where(step.skipped, 0.0, sums)
+            self.sums[shard] += sums.masked_fill(step.skipped, 0.0)
         in_a_row, skipped, before = self.skips
         skipped = skipped + step.skipped
         self.skips = torch.stack(

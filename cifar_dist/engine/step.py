@@ -68,25 +68,20 @@ def generator_of(device: torch.device) -> torch.Generator:
     raise UserError(f"{device.type}: train on cuda, mps or cpu")
 
 
-@contextmanager
-def keyed(
-    model: nn.Module,
-    device: torch.device,
-    *,
-    seed: int,
-    step: int,
-    shard: int,
-    again: bool = False,
-) -> Iterator[None]:
-    """Draw dropout from the key of this shard; only shard 0 moves BatchNorm's running statistics.
-
-    So they are the same whether one process runs all shards or each shard has its own. `again`: the
-    shard's second forward drops the same and moves no statistics.
-    """
+def seed_draws(device: torch.device, *, seed: int, step: int, shard: int) -> None:
+    """From here on dropout on `device` draws from the key of this shard of this step."""
     generator_of(device).manual_seed(key("step", seed, step, shard))
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    follows = again or shard > 0
-    followers = [module for module in norms if module.track_running_stats] if follows else []
+
+
+@contextmanager
+def leading(model: nn.Module, leads: bool) -> Iterator[None]:
+    """Within, BatchNorm's running statistics move only if `leads`.
+
+    They follow the first forward of shard 0, so they are the same whether one process runs all shards
+    or each shard has its own.
+    """
+    norms = () if leads else (m for m in model.modules() if isinstance(m, _BatchNorm))
+    followers = [module for module in norms if module.track_running_stats]
     for module in followers:
         module.track_running_stats = False
     try:
@@ -110,13 +105,12 @@ def train_step(
     batch_size: int,
     max_grad_norm: float | None,
     sam: SamConfig | None = None,
-    keep_buffers: bool = False,
 ) -> Step:
     """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
 
     Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
     it the mean over the global batch. A loss or a gradient that is not finite changes no weight on
-    any rank, and with `keep_buffers` no running statistic.
+    any rank.
 
     Under fp16 world_size is multiplied in after the backward, which must see the same magnitudes in
     any world, or it would overflow and underflow elsewhere. With `sam` each shard's gradient is that
@@ -127,33 +121,33 @@ def train_step(
     later = world_size if scaler.is_enabled() else 1
     scale = world_size / later / batch_size
     terms = []
-    buffers = [buffer for buffer in model.buffers() if keep_buffers]
-    before = [buffer.clone() for buffer in buffers]
     for shard in shards:
-        draws = partial(keyed, model, device, seed=seed, step=step, shard=shard.shard)
-        with draws(), autocast(precision, device):  # a teacher in train mode drops, too
+        draw = partial(seed_draws, device, seed=seed, step=step, shard=shard.shard)
+        draw()  # a teacher in train mode drops, too
+        with autocast(precision, device):
             shown = objective.show(shard)
+        draw()
         with nullcontext() if shard is final else accelerator.no_sync(model):
-            with draws(), autocast(precision, device):
+            with leading(model, shard.shard == 0), autocast(precision, device):
                 shard_terms = objective.judge(bare(model) if sam else model, shown)
             if sam is None:
                 backward(scaler, shard_terms["loss"].sum() * scale)
             else:
                 first_loss = scaler.scale(shard_terms["loss"].sum() / batch_size)
                 with uphill(sam, model, first_loss) as sound:
-                    with draws(again=True), autocast(precision, device):
+                    draw()  # the second forward drops the same
+                    with leading(model, False), autocast(precision, device):
                         loss = objective.judge(model, shown)["loss"]
                     backward(scaler, loss.sum() * scale * sound)
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(torch.where(skipped, value, buffer))
+    optimizer.zero_grad(set_to_none=True)
     return Step(terms, skipped)
 
 
 def backward(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
     """Gradients of a loss, f32 []; all are NaN where it is not finite, so that every rank finds it."""
-    scaler.scale(loss).backward(gradient=torch.where(loss.isfinite(), 1.0, torch.nan))
+    scaler.scale(loss).backward(gradient=1 + 0 * loss.detach())
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -202,5 +196,4 @@ def update(
         optimizer.step()
     elif finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return ~finite
