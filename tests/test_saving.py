@@ -41,7 +41,7 @@ def update(state: State) -> None:
 
 
 def test_training_goes_on_while_its_past_is_written(tmp_path: Path, state: State) -> None:
-    weights = state.model.weight.detach().clone()  # type: ignore[union-attr, operator]
+    weights = state.model.weight.detach().clone()  # type: ignore[operator]
     moments = state.optimizer.state[state.model.weight]["exp_avg"].clone()  # type: ignore[index]
     gate = Event()
     state.writer.submit(gate.wait)  # a slow disk: the one thread that writes is busy
