@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: other work shares the cores
-os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,37 +19,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from augmentations import AUGMENTATIONS
-from measure import Turns, machine, ratios, spread, take_turns
-from peers import endless, hugging_face_loader, tutorial_loader
+from measure import Turns, Work, machine, ratios, spread, take_turns
+from ours import BATCH_SIZE, CROP_FLIP, OPTIM, NullModel, our_batches, our_loop, our_step
+from peer_loops import accelerate_loop, null_net, timm_loop, tutorial_loop
+from peers import (
+    Batches,
+    endless,
+    hugging_face_loader,
+    timm_loader,
+    torchvision_loader,
+    tutorial_loader,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar_dist.data.arrow import Split, load_split, read_digest
 from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, take, train_batches
+from cifar_dist.data.batches import take
 from cifar_dist.engine.host import host_workers
-from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks, start_processes
-from cifar_dist.engine.step import Step, make_scaler, train_step
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_json
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import (
-    OptimConfig,
-    build_optimizer,
-    learning_rate,
-    set_learning_rate,
-)
-from cifar_dist.nets.heads import LinearHead, Outputs
+from cifar_dist.learn.optim import build_optimizer
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
 
-Work = Callable[[], int]  # a piece of work; returns how many units it did
-
-BATCH_SIZE = 250
-TURN_SECONDS = 0.3
 TUTORIAL = "tutorial: Dataset, DataLoader"
-OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
+TUTORIAL_AUGMENTED = "... one of five by albumentations"
 TUTORIAL_HOST: tuple[dict[str, dict[str, Any]], ...] = (
     {
         "OneOf": {
@@ -65,39 +61,13 @@ TUTORIAL_HOST: tuple[dict[str, dict[str, Any]], ...] = (
         }
     },
 )
-CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
 CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, flip=True, cutout=8)
-
-
-class NullModel(nn.Module):
-    """What a very fast GPU leaves to see: 16 of the pixels, their mean, a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = LinearHead(3, 100)
-
-    def forward(self, images: Tensor) -> Outputs:
-        return self.head(images[:, :, ::8, ::8].float().mean((2, 3)))
-
-
-def our_batches(split: Split, *, shards: int = 1) -> Iterator[list[Batch]]:
-    return train_batches(
-        split,
-        torch.arange(len(split.labels)),
-        seed=0,
-        shuffle=True,
-        batch_size=BATCH_SIZE,
-        shards=shards,
-        start_step=0,
-        rank=0,
-        world_size=1,
-    )
 
 
 def data_works(split: Split) -> dict[str, Work]:
     """Batches out of the data, no model behind them; a unit is an image."""
 
-    def drawn(batches: Iterator[tuple[Tensor, Tensor]]) -> Work:
+    def drawn(batches: Batches) -> Work:
         return lambda: len(next(batches)[1])
 
     def ours(
@@ -106,8 +76,20 @@ def data_works(split: Split) -> dict[str, Work]:
         batches, augment = our_batches(split), Augment(config, split)
         return lambda: len(pixels(augment(next(batches)[0]).images))
 
+    device = split.labels.device
+    normalise = PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD).to(device)
     return {
         TUTORIAL: drawn(endless(tutorial_loader(split, BATCH_SIZE))),
+        TUTORIAL_AUGMENTED: drawn(endless(tutorial_loader(split, BATCH_SIZE, augment=True))),
+        "PIL and torchvision: crop, flip, normalise": drawn(
+            endless(torchvision_loader(split, BATCH_SIZE))
+        ),
+        "timm's loader at its defaults": drawn(
+            endless(timm_loader(split, BATCH_SIZE, device, augment=True))
+        ),
+        "timm's loader, --no-aug": drawn(
+            endless(timm_loader(split, BATCH_SIZE, device, augment=False))
+        ),
         "Hugging Face Image(), set_transform": drawn(
             endless(hugging_face_loader(split, BATCH_SIZE, augment=False))
         ),
@@ -117,9 +99,7 @@ def data_works(split: Split) -> dict[str, Work]:
         "ours": ours(AugmentConfig()),
         "ours, crop and flip": ours(CROP_FLIP),
         "ours, crop, flip and cutout": ours(CROP_FLIP_CUTOUT),
-        "ours, crop, flip, float32 and normalised": ours(
-            CROP_FLIP, PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD)
-        ),
+        "ours, crop, flip, float32 and normalised": ours(CROP_FLIP, normalise),
     }
 
 
@@ -170,97 +150,34 @@ def host_rates(split: Split, rounds: int, seconds: float) -> list[dict[str, Any]
 
 def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
     """Whole training loops around the null model; a unit is an image."""
-    cross_entropy = nn.CrossEntropyLoss()
+    device = accelerator.device
 
-    def plain(batches: Iterator[tuple[Tensor, Tensor]]) -> Work:
-        model = NullModel()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=OPTIM.lr, weight_decay=0.001)
+    def tutorial(*, augment: bool) -> Work:
+        batches = endless(tutorial_loader(split, BATCH_SIZE, augment=augment))
+        return tutorial_loop(batches, null_net(device))
 
-        def step() -> int:
-            images, labels = next(batches)
-            loss = cross_entropy(model(images).logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            return len(labels)
-
-        return step
+    def timm(*, augment: bool) -> Work:
+        batches = endless(timm_loader(split, BATCH_SIZE, device, augment=augment))
+        return timm_loop(batches, null_net(device))
 
     def accelerated(*, augment: bool) -> Work:
-        bare = NullModel()
-        model, optimizer, loader = accelerator.prepare(
-            bare,
-            torch.optim.AdamW(bare.parameters(), lr=OPTIM.lr, weight_decay=0.001),
-            hugging_face_loader(split, BATCH_SIZE, augment=augment),
-        )
-        batches = endless(loader)
+        loader = accelerator.prepare(hugging_face_loader(split, BATCH_SIZE, augment=augment))
+        return accelerate_loop(accelerator, endless(loader), null_net(device))
 
-        def step() -> int:
-            images, labels = next(batches)
-            loss = cross_entropy(model(images).logits, labels)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return len(labels)
-
-        return step
+    def ours(augment: AugmentConfig) -> Work:
+        return our_loop(split, NullModel().to(device), accelerator, augment=augment)
 
     return {
-        TUTORIAL: plain(endless(tutorial_loader(split, BATCH_SIZE))),
+        TUTORIAL: tutorial(augment=False),
+        TUTORIAL_AUGMENTED: tutorial(augment=True),
+        "timm's loader and step at their defaults": timm(augment=True),
+        "timm's loader and step, --no-aug": timm(augment=False),
         "Accelerate, Image() and set_transform": accelerated(augment=False),
         "... crop, flip, normalise by torchvision": accelerated(augment=True),
-        "ours": our_loop(split, AugmentConfig(), accelerator),
-        "ours, crop and flip": our_loop(split, CROP_FLIP, accelerator),
+        "ours": ours(AugmentConfig()),
+        "ours, crop and flip": ours(CROP_FLIP),
+        "ours, one of five, on the device": ours(AUGMENTATIONS["one_of"]),
     }
-
-
-def our_loop(split: Split, augment: AugmentConfig, accelerator: Accelerator) -> Work:
-    """What train.py does at each step, with a report every 50 steps."""
-    model, batches, steps = NullModel(), our_batches(split), count()
-    optimizer = build_optimizer(OPTIM, model)
-    objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
-    update = our_step(model, objective, optimizer, accelerator)
-    window = Window(objective.names, shards=1, device=accelerator.device)
-
-    def step() -> int:
-        number = next(steps)
-        lr = learning_rate(OPTIM, number, total_steps=1_000_000, steps_per_epoch=200)
-        set_learning_rate(optimizer, lr)
-        window.add(update(next(batches), number))
-        if window.steps == 50:
-            window.read()
-            window.clear()
-        return BATCH_SIZE
-
-    return step
-
-
-def our_step(
-    model: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-) -> Callable[[list[Batch], int], Step]:
-    scaler = make_scaler("fp32", accelerator.device)
-
-    def update(shards: list[Batch], step: int) -> Step:
-        return train_step(
-            accelerator,
-            model,
-            objective,
-            optimizer,
-            scaler,
-            shards,
-            precision="fp32",
-            seed=0,
-            step=step,
-            batch_size=BATCH_SIZE,
-            max_grad_norm=OPTIM.max_grad_norm,
-        )
-
-    return update
 
 
 def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
@@ -348,7 +265,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/input.py",
-        description="Measure the data path, the loop and the step on one CPU thread: 3 minutes.",
+        description="Measure the data path, the loop and the step on one CPU thread: 5 minutes.",
     )
     parser.add_argument("--data", type=Path, default=Path("data/sample"), help="prepared data")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
@@ -360,6 +277,7 @@ def main(arguments: list[str]) -> int:
     split = load_split(options.data, "train")
     if len(split.labels) < BATCH_SIZE:
         raise UserError(f"{options.data} has fewer than {BATCH_SIZE} training rows")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = start_processes(timeout_seconds=600, threads=1)
 
     content = {"what": "input", **machine(), "data": read_digest(options.data)["content"]}

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from cifar_dist.engine.run_folder import commit, processor_name
+
+Work = Callable[[], int]  # a piece of work; returns how many units it did
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn did: units of work a second of the clock, and a second of this process's CPU."""
+    """What one turn did: units of work a second of the clock, and a second of CPU time."""
 
     by_clock: float
     by_cpu: float
@@ -26,20 +31,69 @@ class Turn:
 Turns = Mapping[str, list[Turn]]
 
 
-def take_turns(
-    works: Mapping[str, Callable[[], int]], *, rounds: int, seconds: float
-) -> dict[str, list[Turn]]:
-    """A B C, A B C, ...: each turn calls a work (it returns the units it did) for `seconds`.
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What all measurements of a report share."""
 
-    A round that is not counted comes first.
+    data: Path
+    accelerator: Accelerator
+    backbone: str  # of the real networks, a name of timm's
+    rounds: int
+    seconds: float  # of a turn, at least
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def turns(self, works: Mapping[str, Work], *, seconds: float | None = None) -> Turns:
+        return take_turns(
+            works,
+            rounds=self.rounds,
+            seconds=self.seconds if seconds is None else seconds,
+            settle=lambda: settle(self.device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A measurement's result: for each row its turns, and what else was found."""
+
+    unit: str  # what a turn counts
+    turns: Turns
+    facts: Mapping[str, Any]
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it started and has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    works: Mapping[str, Work],
+    *,
+    rounds: int,
+    seconds: float,
+    settle: Callable[[], None] = lambda: None,
+) -> dict[str, list[Turn]]:
+    """A B C, A B C, ...: each turn calls a work once, and again until `seconds` are over.
+
+    A round that is not counted comes first. `settle` waits for what a work has left to a device.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, work in works.items():
-            units, clock, cpu = 0, time.perf_counter(), time.process_time()
-            while time.perf_counter() - clock < seconds:
+            units, clock, cpu = 0, time.perf_counter(), cpu_seconds()
+            while not units or time.perf_counter() - clock < seconds:
                 units += work()
-            elapsed, used = time.perf_counter() - clock, time.process_time() - cpu
+            settle()
+            elapsed, used = time.perf_counter() - clock, cpu_seconds() - cpu
             if counted >= 0:
                 turns[name].append(Turn(units / elapsed, units / used))
     return turns

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
-from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.data.batches import take, train_batches
 from cifar_dist.engine.runtime import Ranks, end_processes, rank_mesh, start_processes, wrap
 from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.errors import run_command
@@ -194,7 +194,7 @@ def watch_memory(work: Path, placement: str) -> dict[str, Any] | None:
 def look(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
     rows = torch.zeros(len(images), dtype=torch.int64)
     view = View(images=images, labels=rows, numbers=rows)
-    return teacher(view, Batch(images=images, labels=rows, rows=rows, epoch=0, shard=0))
+    return teacher(view, take(Split(images=images, labels=rows), rows, epoch=0, shard=0))
 
 
 # ----------------------------------------------------------------------------- the parent

@@ -62,15 +62,15 @@ class Viewer:
 
     def __init__(self, recipe: Recipe, split: Split, teacher: Live) -> None:
         self.recipe, self.split, self.teacher = recipe, split, teacher
-        self.rows = torch.arange(len(split.labels))  # to choose partners among
+        rows = None  # to choose partners among
         if recipe.data.holdout:
-            self.rows, _ = holdout_rows(split.labels, recipe.data.holdout)
-        self.augment: Augment | None = None
+            rows, _ = holdout_rows(split.labels, recipe.data.holdout)
+        self.augment = Augment(recipe.augment, split, rows)
 
     def __call__(self, view: int, first: int, count: int) -> Tensor:
         """float16 [BLOCK_SIZE, C], filled up with zeros."""
-        if self.augment is None or self.augment.number != view:
-            self.augment = Augment(self.recipe.augment, self.split, self.rows, number=view)
+        if self.augment.number != view:
+            self.augment = self.augment.again(number=view)
         device = self.split.labels.device
         batch = take(
             self.split, torch.arange(first, first + count, device=device), epoch=0, shard=0

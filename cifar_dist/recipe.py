@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 
 from cifar_dist.config import Count, Index, Positive, config
 from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision
 from cifar_dist.engine.tracking import TrackingConfig
 from cifar_dist.errors import UserError
@@ -49,6 +50,7 @@ NOT_THE_RECIPE = (
     "run.report_every_steps",
     "run.keep_checkpoints",
     "run.compile",
+    "run.graph",
     "run.timeout_seconds",
     "data.path",
     "data.source",
@@ -95,6 +97,10 @@ class RunConfig:
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
     compile: bool = False
+    graph: Literal["auto", "off"] = (
+        "auto"  # record the step on a GPU and replay it, where it can be
+    )
+    reduce_precision: ReducePrecision = "fp32"  # in which ranks send each other gradients
     timeout_seconds: Count = 600  # how long a collective may wait for a rank
     deterministic: bool = False  # the same bits twice on a GPU, at a price
 

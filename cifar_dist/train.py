@@ -30,6 +30,7 @@ from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
+from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.checkpoint import load_tensors
 from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
@@ -43,10 +44,9 @@ from cifar_dist.engine.runtime import (
     progress_bar,
     rank_mesh,
     start_processes,
-    wrap,
 )
 from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.step import check_precision, make_scaler, train_step
+from cifar_dist.engine.step import check_precision, make_scaler
 from cifar_dist.engine.tracking import Tracker
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file, write_json
@@ -205,7 +205,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             epochs_without_gain=run.stop_after_epochs_without_gain,
             steps_per_epoch=steps_per_epoch,
         )
-        evaluation, wrapped, test_rows = None, None, torch.arange(len(test_split.labels))
+        evaluation, test_rows = None, torch.arange(len(test_split.labels))
+        take_step: TakeStep | None = None
         vote_step = state.step
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
@@ -236,7 +237,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     if state.ema and state.ema.mixes_statistics(step):
                         refresh_statistics(
                             state.ema.model,
-                            Augment(recipe.augment, train_split, rows),  # workers are further on
+                            augment.again(),  # workers are further on
                             train_split,
                             rows,
                             seed=run.seed,
@@ -266,11 +267,25 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 vote_step = step  # a signal came before the epoch's pictures
                 continue
 
-            # DDP reduces what learned when it was made, so it is made anew where that changes.
-            if wrapped is None or new_epoch:
+            # DDP reduces what learned when it was made, so the step is made anew where that changes.
+            if take_step is None or new_epoch:
                 changed = freeze(model, recipe.model.freeze, epoch=epoch)
-                if changed or wrapped is None:
-                    wrapped = wrap(accelerator, model, shards=shards)
+                if changed or take_step is None:
+                    take_step = build_step(
+                        accelerator,
+                        model,
+                        objective,
+                        state.optimizer,
+                        state.scaler,
+                        graph=run.graph,
+                        shards=shards,
+                        precision=run.precision,
+                        seed=run.seed,
+                        batch_size=run.batch_size,
+                        max_grad_norm=recipe.optim.max_grad_norm,
+                        sam=recipe.optim.sam,
+                        reduce_precision=run.reduce_precision,
+                    )
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
             lr = learning_rate(
@@ -278,20 +293,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             )
             set_learning_rate(state.optimizer, lr)
             model.train_size = recipe.model.train_size(epoch)
-            made = train_step(
-                accelerator,
-                wrapped,
-                objective,
-                state.optimizer,
-                state.scaler,
-                next(batches),
-                precision=run.precision,
-                seed=run.seed,
-                step=step,
-                batch_size=run.batch_size,
-                max_grad_norm=recipe.optim.max_grad_norm,
-                sam=recipe.optim.sam,
-            )
+            made = take_step(next(batches), step=step)
             state.window.add(made)
             state.step += 1
             if state.ema:

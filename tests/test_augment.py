@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import (
@@ -19,10 +18,11 @@ from cifar_dist.data.augment import (
     view_numbers,
 )
 from cifar_dist.data.batches import take, train_batches
-from cifar_dist.data.image_ops import MEAN_COLOUR, crop_flip, cutout, mix
+from cifar_dist.data.image_ops import MEAN_COLOUR, cutout, mix
 
 ALL = AugmentConfig(crop_padding=4, flip=True, cutout=8)
 CPU = torch.device("cpu")
+ROWS = torch.arange(64)
 
 
 @pytest.fixture
@@ -63,19 +63,27 @@ def test_columns_do_not_move_each_other() -> None:
     assert not torch.equal(small.shift_y, large.shift_y)
 
 
-def test_crop_and_flip_equal_pad_slice_and_mirror(split: Split) -> None:
-    table = draw_table(ALL, view=0, rows=64, device=CPU)
-    padded = F.pad(split.images, (4, 4, 4, 4))
-    for row in range(64):
-        y, x = int(table.shift_y[row]) + 4, int(table.shift_x[row]) + 4
-        expected = padded[row, :, y : y + 32, x : x + 32]
-        if table.flip[row]:
-            expected = expected.flip(-1)
-        one = slice(row, row + 1)
-        found = crop_flip(
-            split.images[one], table.shift_y[one], table.shift_x[one], table.flip[one]
-        )
-        assert torch.equal(found[0], expected)
+def test_the_picture_is_turned_upside_down_after_the_crop(split: Split) -> None:
+    once = view(split, list(range(64)), epoch=0, config=AugmentConfig(crop_padding=4, flip=True))
+    config = AugmentConfig(crop_padding=4, flip=True, vertical_flip=True)
+    both = view(split, list(range(64)), epoch=0, config=config)
+    turned = draw_table(config, view=0, rows=64, device=CPU).vertical_flip
+    assert 10 < turned.sum() < 54
+    assert torch.equal(both[~turned], once[~turned])
+    assert torch.equal(both[turned], once[turned].flip(2))
+
+
+def test_another_augment_over_the_same_canvas_shows_the_same(split: Split) -> None:
+    config, batch = (
+        AugmentConfig(crop_padding=4, flip=True, views=3),
+        take(split, ROWS, epoch=4, shard=0),
+    )
+    augment = Augment(config, split)
+    shown = augment(batch).images
+    assert torch.equal(augment.again()(batch).images, shown)
+    assert torch.equal(augment.again(number=1)(batch).images, shown)
+    assert not torch.equal(augment.again(number=0)(batch).images, shown)
+    assert augment.again().canvas is augment.canvas
 
 
 def test_cutout_covers_a_clipped_square_with_the_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,12 +14,18 @@ from typing import Any
 
 import accuracy
 import pytest
+import report
+import tables
+from around import pickles_of, until_a_loss
 from augmentations import AUGMENTATIONS, COLUMNS
 from augmentations import main as draw_augmentations
 from conftest import RecipeMaker
+from gpu import Gpu, floor_milliseconds
 from PIL import Image
 
+from cifar_dist.data.arrow import read_split
 from cifar_dist.errors import UserError
+from cifar_dist.nets.backbones import ModelConfig
 
 BENCHMARKS = Path(accuracy.__file__).parent
 SMALL = {"epochs": 1, "report_every_steps": 2}
@@ -171,8 +178,8 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
     numbers = json.loads(Path("input.json").read_text())
     assert numbers["threads"] == 1
     assert {"hardware", "cores", "torch", "date", "commit"} <= numbers.keys()
-    assert len(numbers["data_path"]) == 7
-    assert len(numbers["null_model_loop"]) == 5
+    assert len(numbers["data_path"]) == 11
+    assert len(numbers["null_model_loop"]) == 9
     for row in numbers["augmentations"]:
         assert row["name"] in done.stdout
         assert row["images_per_cpu_second"]["least"] > 0
@@ -186,3 +193,75 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
         for spread in (row["images_per_second"], row["times_the_tutorial"]["by_cpu"]):
             assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert numbers["step_milliseconds"]["ours"]["median"] > 0
+
+
+PAGE = "before\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nafter\n"
+
+
+def test_report_measures_and_writes_the_page(middle_data: Path) -> None:
+    """Every row that a target compares is measured, and the page says what the file has."""
+    Path("page.md").write_text(PAGE)
+    command: list[str | Path] = [sys.executable, BENCHMARKS / "report.py", "--data", middle_data]
+    command += ["--output", "speed_cpu.json", "--page", "page.md", "--backbone", "test_resnet"]
+    few = ["--rounds", "1", "--seconds", "0.01"]
+    quick = [name for name in report.MEASUREMENTS if name not in ("start_up", "loops_224")]
+    done = subprocess.run(
+        [*command, *few, "--only", *quick], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(Path("speed_cpu.json").read_text())
+    assert list(results["measurements"]) == quick
+    for measured in results["measurements"].values():
+        assert measured["threads"] == 1
+        assert {"hardware", "cores", "torch", "date", "commit", "load"} <= measured.keys()
+        for turns in measured["turns"].values():
+            (turn,) = turns
+            assert min(turn) > 0
+    assert results["measurements"]["ddp"]["facts"]["world_size"] == 2
+    for target in tables.TARGETS:
+        if target.device == "cpu":
+            assert target.value(results), target.what
+
+    page = Path("page.md").read_text()
+    assert page.startswith("before\n\n<!-- tables: begin -->")
+    assert page.endswith("<!-- tables: end -->\n\nafter\n")
+    assert "old" not in page.splitlines()
+    turns = results["measurements"]["data"]["turns"]
+    times = tables.shown(turns["ours"][0][1] / turns["pickle.load"][0][1])  # by CPU time
+    assert (
+        f"| data open and ready: ours / pickle.load | 10 | 50 | {times} ({times} - {times}) |  |"
+        in page
+    )
+
+    assert report.main(["--tables", "--output", "speed_cpu.json", "--page", "page.md"]) == 0
+    assert Path("page.md").read_text() == page
+    with pytest.raises(UserError, match="has backbone test_resnet"):
+        report.main(["--data", str(middle_data), "--output", "speed_cpu.json"])
+    Path("page.md").write_text("no marks")
+    with pytest.raises(UserError, match="needs the lines"):
+        report.main(["--tables", "--output", "speed_cpu.json", "--page", "page.md"])
+
+
+def test_a_start_ends_at_the_first_loss(recipe: RecipeMaker) -> None:
+    path = recipe("endless", run=LONG | {"report_every_steps": 1})
+    assert until_a_loss(Path.cwd(), "-m", "cifar_dist.train", path)() == 1
+    with pytest.raises(RuntimeError, match="all is well"):
+        until_a_loss(Path.cwd(), "-c", "print('all is well')")()
+
+
+def test_pickles_are_those_of_python_2(middle_data: Path, tmp_path: Path) -> None:
+    """As both peers read them: strings are bytes for the one, text for the other."""
+    raw = read_split(middle_data, "train")
+    file = pickles_of(middle_data, tmp_path) / "train"
+    for encoding, key in (("bytes", b"data"), ("latin1", "data")):
+        content = pickle.loads(file.read_bytes(), encoding=encoding)
+        assert (content[key] == raw.images).all()
+
+
+def test_the_floor_is_that_of_its_formula() -> None:
+    """ResNet-18 at 32 px: 37 million multiply-adds a picture, 11.2 million weights."""
+    config = ModelConfig(backbone="resnet18", image_size=32)
+    computing = floor_milliseconds(config, 250, Gpu(1e12, 1e30))
+    assert computing == pytest.approx(1000 * 3 * 2 * 37.1e6 * 250 / 1e12, rel=0.02)
+    updating = floor_milliseconds(config, 0, Gpu(1e30, 1e12))
+    assert updating == pytest.approx(1000 * 28 * 11.23e6 / 1e12, rel=0.01)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.batches import Batch, take
 from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.losses import (
     LOSSES,
@@ -289,11 +289,8 @@ class Says:
 def batch_of(rows: int) -> Batch:
     images = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(rows, dtype=torch.int64)
-    return Batch(images=images, labels=labels, rows=labels, epoch=0, shard=0)
-
-
-def split_of(batch: Batch) -> Split:
-    return Split(images=batch.images, labels=batch.labels)
+    split = Split(images=images, labels=labels)
+    return Batch(split=split, labels=labels, rows=torch.arange(rows), epoch=0, shard=0)
 
 
 def test_several_teachers_are_averaged_by_their_weights():
@@ -308,7 +305,7 @@ def test_several_teachers_are_averaged_by_their_weights():
 def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
     cosines, guide = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
     losses: dict[str, Loss] = {"arcface": ArcFace(scale=16), "distill": Distill()}
-    objective = Objective(Augment(AugmentConfig(), split_of(batch_of(2))), losses, Says(guide))
+    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(guide))
 
     def model(images: Tensor) -> Outputs:
         return outputs_of(cosines)
@@ -332,7 +329,7 @@ def test_a_warm_up_changes_the_sum_and_not_the_reported_term():
         "cross_entropy": CrossEntropy(weight=0.5),
         "dkd": DecoupledDistill(weight=3, warmup_epochs=20),
     }
-    objective = Objective(Augment(AugmentConfig(), split_of(batch_of(2))), losses, Says(guide))
+    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(guide))
     alone = apply(DecoupledDistill(), logits, guide, torch.zeros(2, dtype=torch.int64))
     for epoch, share in ((0, 1 / 20), (4, 1 / 4), (19, 1), (20, 1), (200, 1)):
         batch = replace(batch_of(2), epoch=epoch)
@@ -386,10 +383,10 @@ class SeesFirstLine:
 
 
 def test_teacher_and_student_see_the_same_view():
-    batch = batch_of(8)
     pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    batch = replace(batch, images=pictures, rows=torch.arange(8), epoch=3)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), split_of(batch))
+    split = Split(images=pictures, labels=torch.zeros(8, dtype=torch.int64))
+    batch = take(split, torch.arange(8), epoch=3, shard=0)
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), split)
     objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
 
     def student(images: Tensor) -> Outputs:

@@ -17,8 +17,9 @@ from ranks import Ranks, train
 from safetensors.torch import load_file
 from test_resume import EVERY_STEP, wait_for_step
 
+from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import View
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.batches import take
 from cifar_dist.engine.checkpoint import checkpoints
 from cifar_dist.engine.runtime import rank_mesh
 from cifar_dist.files import sha256
@@ -207,7 +208,7 @@ def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
     )
     assert built is not None
     pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
-    batch = Batch(images=pictures, labels=rows, rows=rows, epoch=0, shard=0)
+    batch = take(Split(images=pictures, labels=rows), rows, epoch=0, shard=0)
     view = View(images=pictures, labels=rows, numbers=rows)
     guide = built(view, batch)
     assert torch.equal(guide, 20 * model(pictures).logits)

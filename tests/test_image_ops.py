@@ -24,7 +24,6 @@ from cifar_dist.data.image_ops import (
     adjust_contrast,
     adjust_saturation,
     cover,
-    crop_flip,
     enhance,
     erase,
     in_box,
@@ -65,21 +64,6 @@ def distance(ours: Tensor, other: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- where pixels are
-
-
-def test_vertical_flip(images: Tensor) -> None:
-    still = torch.zeros(len(images), dtype=torch.int64)
-    where = torch.arange(len(images)) % 2 == 0
-    ours = crop_flip(images, still, still, ~where, where)
-    for row, picture in enumerate(images):
-        flip = vision.vertical_flip if where[row] else vision.horizontal_flip
-        assert torch.equal(ours[row], flip(picture))
-
-
-def test_the_crop_is_flipped_not_the_picture(images: Tensor) -> None:
-    shift, where = torch.full((len(images),), 3), torch.ones(len(images), dtype=torch.bool)
-    plain = crop_flip(images, shift, shift, ~where)
-    assert torch.equal(crop_flip(images, shift, shift, ~where, where), plain.flip(2))
 
 
 # In torchvision's words; angles turn clockwise in `affine`.

@@ -14,12 +14,12 @@ from compare import assert_same_bits, largest_difference
 from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import train
 from test_resume import kill_and_go_on
-from test_step import CPU, NOTHING, OBJECTIVE, model_of, shards_of
+from test_step import CPU, model_of, plainly, shards_of
 from torch import Tensor, nn
 
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine.step import Precision, Step, keyed, make_scaler, train_step
+from cifar_dist.engine.step import Precision, Step, leading, make_scaler, seed_draws, train_step
 from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.losses import CrossEntropy, Distill
 from cifar_dist.learn.objective import Objective
@@ -39,7 +39,7 @@ def step(
     shards: list[Batch],
     *,
     sam: SamConfig | None,
-    objective: Objective = OBJECTIVE,
+    objective: Objective | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
@@ -48,7 +48,7 @@ def step(
     return train_step(
         accelerator,
         model,
-        objective,
+        objective or plainly(shards[0].split),
         optimizer or torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
         scaler or make_scaler(precision, CPU),
         shards,
@@ -64,8 +64,9 @@ def step(
 def gradient(model: nn.Module, shard: Batch, precision: Precision = "fp32") -> dict[str, Tensor]:
     """Of the summed cross-entropy of one shard, by name; dropout is keyed, statistics move."""
     model.zero_grad()
+    seed_draws(CPU, seed=0, step=0, shard=shard.shard)
     with (
-        keyed(model, CPU, seed=0, step=0, shard=shard.shard),
+        leading(model, shard.shard == 0),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
         logits = model(shard.images).logits
@@ -157,7 +158,7 @@ def test_terms_are_those_at_the_weights(accelerator: Accelerator, data: Path) ->
     plain = step(accelerator, copy.deepcopy(model), parts, sam=None)
     made = step(accelerator, model, parts, sam=replace(SAM, rho=5.0))
     for (_, ours), (_, theirs) in zip(made.terms, plain.terms, strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in OBJECTIVE.names)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert not any(term.requires_grad for term in ours.values())
 
 
@@ -180,8 +181,9 @@ def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -
 
     teacher = Counts()
     losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "distill": Distill()}
-    objective = Objective(Augment(AugmentConfig(), NOTHING), losses, teacher)
-    step(accelerator, model_of(), shards_of(data, shards=3), sam=SAM, objective=objective)
+    shards = shards_of(data, shards=3)
+    objective = Objective(Augment(AugmentConfig(), shards[0].split), losses, teacher)
+    step(accelerator, model_of(), shards, sam=SAM, objective=objective)
     assert teacher.asked == 3
 
 

@@ -16,16 +16,24 @@ from torch import nn
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
-from cifar_dist.engine.step import Precision, Step, check_precision, keyed, make_scaler, train_step
+from cifar_dist.engine.step import (
+    Precision,
+    Step,
+    check_precision,
+    make_scaler,
+    seed_draws,
+    train_step,
+)
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
 CPU = torch.device("cpu")
-NOTHING = Split(
-    images=torch.zeros(0, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(0, dtype=torch.int64)
-)
-OBJECTIVE = Objective(Augment(AugmentConfig(), NOTHING), {"cross_entropy": CrossEntropy()})
+
+
+def plainly(split: Split) -> Objective:
+    """Cross-entropy on pictures as they are."""
+    return Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,7 @@ def step(
     return train_step(
         accelerator,
         model,
-        OBJECTIVE,
+        plainly(shards[0].split),
         optimizer,
         scaler or make_scaler(precision, CPU),
         shards,
@@ -125,8 +133,8 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
 
     def mask(**key: Any) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
-        with keyed(dropout, CPU, **key):
-            return dropout(ones)
+        seed_draws(CPU, **key)
+        return dropout(ones)
 
     base = mask(seed=0, step=5, shard=1)
     assert torch.equal(base, mask(seed=0, step=5, shard=1))
@@ -190,7 +198,7 @@ def test_terms_are_one_number_a_sample(accelerator: Accelerator, data: Path) -> 
     made = step(accelerator, model, optimizer, shards_of(data, shards=3))
     assert [shard for shard, _ in made.terms] == [0, 1, 2]
     for shard, terms in made.terms:
-        assert list(terms) == OBJECTIVE.names == ["cross_entropy", "loss", "top1"]
+        assert list(terms) == ["cross_entropy", "loss", "top1"]
         for term in terms.values():
             assert term.shape == (3 + (shard == 2),)
             assert term.dtype == torch.float32

@@ -6,8 +6,8 @@ What a sample looks like depends on (augment.seed, view, row), never on batch, r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy
@@ -17,6 +17,7 @@ from torch import Tensor
 from cifar_dist.config import Count, Fraction, Index, NonNegative, config
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.batches import Batch
+from cifar_dist.data.canvas import Canvas, canvas_of
 from cifar_dist.data.changes import (
     Affine,
     Change,
@@ -27,7 +28,7 @@ from cifar_dist.data.changes import (
 )
 from cifar_dist.data.host_pictures import HostPictures, Inline
 from cifar_dist.data.host_pipeline import check_names
-from cifar_dist.data.image_ops import SIDE, crop_flip, cutout, mix
+from cifar_dist.data.image_ops import SIDE, cutout, each, mix
 from cifar_dist.data.policies import RandAugment, TrivialAugment
 from cifar_dist.keys import Draws, key
 
@@ -89,10 +90,9 @@ class AugmentConfig:
         return dict(sorted(changes.items(), key=lambda named: named[0] == "erasing"))  # stays last
 
     @property
-    def needs_table(self) -> bool:
-        """Whether anything is drawn for a row, or its view is told from its row of the table."""
-        moves = self.crop_padding or self.flip or self.vertical_flip or self.views == "all"
-        return bool(moves or self.changes or self.cutout or self.mixes)
+    def moves(self) -> bool:
+        """Whether pictures are cropped or mirrored left to right."""
+        return bool(self.crop_padding or self.flip)
 
     @property
     def num_views(self) -> int | None:
@@ -132,17 +132,6 @@ class AugmentTable(NamedTuple):
     hole_x: Tensor
     vertical_flip: Tensor
     changes: dict[str, Tensor]  # [N, ...] for each of config.changes
-
-    def take(self, rows: Tensor) -> AugmentTable:
-        return AugmentTable(
-            shift_y=self.shift_y.index_select(0, rows),
-            shift_x=self.shift_x.index_select(0, rows),
-            flip=self.flip.index_select(0, rows),
-            hole_y=self.hole_y.index_select(0, rows),
-            hole_x=self.hole_x.index_select(0, rows),
-            vertical_flip=self.vertical_flip.index_select(0, rows),
-            changes={name: column.index_select(0, rows) for name, column in self.changes.items()},
-        )
 
 
 class MixTable(NamedTuple):
@@ -202,18 +191,6 @@ def numbered_table(
     )
 
 
-def stacked(tables: Sequence[AugmentTable]) -> AugmentTable:
-    """The tables of N rows each below one another: row r of table c becomes row c * N + r."""
-    names = [name for name in AugmentTable._fields if name != "changes"]
-    parts = [table._asdict() for table in tables]
-    return AugmentTable(
-        **{name: torch.cat([part[name] for part in parts]) for name in names},
-        changes={
-            name: torch.cat([table.changes[name] for table in tables]) for name in tables[0].changes
-        },
-    )
-
-
 def view_numbers(config: AugmentConfig, table: AugmentTable) -> Tensor:
     """Which of all views each row of the table shows, int64; the way back of `numbered_table`."""
     padding = config.crop_padding
@@ -261,10 +238,10 @@ def draw_mix_table(
 class Augment:
     """Turn a batch of training rows into what its epoch shows of them.
 
-    `split` has the pictures of partners, which are chosen among `rows` (int64, CPU), those that are
-    trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture instead.
-    Keeps the tables of one epoch, as drawing them costs milliseconds. Without a `host`
-    that has the configured pipeline's pictures ready it makes them itself.
+    `split` has the pictures, also those of partners, which are chosen among `rows` (int64, CPU), those
+    that are trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture
+    instead. Keeps the tables of one epoch, as drawing them costs milliseconds. Without a `host` that has
+    the configured pipeline's pictures ready it makes them itself.
     """
 
     def __init__(
@@ -276,43 +253,47 @@ class Augment:
         number: int | None = None,
         host: HostPictures | None = None,
     ) -> None:
-        self.config, self.split, self.number, self.host = config, split, number, host
-        if config.host is not None and host is None:
-            self.host = Inline(config.host, split, seed=config.seed)
+        self.config, self.split, self.number = config, split, number
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
-        self.views: list[int] = []  # whose tables lie here, N rows for each copy
-        self.numbers = torch.empty(0, dtype=torch.int64)
-        self.table: AugmentTable | None = None
+        self.host = host or (Inline(config.host, split, seed=config.seed) if config.host else None)
+        self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
+        self.numbers = torch.empty(0, dtype=torch.int64)  # which view each row of the tables is
+        self.columns: dict[str, Tensor] = {}  # all that is looked up for a picture
         self.mix_table: MixTable | None = None
+
+    def again(self, *, number: int | None = None) -> Augment:
+        """Another one over the same canvas, with tables and host pictures of its own."""
+        other = Augment(self.config, self.split, self.rows, number=number)
+        if self.config.moves and self.host is None:
+            other.canvas = self.canvas
+        return other
+
+    @cached_property
+    def canvas(self) -> Canvas:
+        """All training pictures, ready to be cropped and mirrored."""
+        config = self.config
+        return canvas_of(self.split.images, padding=config.crop_padding, mirrored=config.flip)
 
     def __call__(self, batch: Batch) -> View:
         views = self.config.shown(batch.epoch) if self.number is None else [self.number]
         if views != self.views:
             self.views = views
             self.draw(views)
-        if batch.copies is None:
-            numbers, above = torch.full_like(batch.rows, views[0]), None
-        else:
-            numbers = self.numbers.index_select(0, batch.copies)
-            above = batch.copies * len(self.split.labels)  # rows of other copies in the tables
-        own = self.table.take(below(batch.rows, above)) if self.table else None
-        if own and self.config.views == "all":
-            numbers = view_numbers(self.config, own)
-        images = self.host(views[0], batch.rows) if self.host else batch.images
-        images = self.change(images, own)
-        if self.table is None or self.mix_table is None:
-            return View(images=images, labels=batch.labels, numbers=numbers)
-        mixing = self.mix_table.take(below(batch.rows, above))
-        others = (
-            self.host(views[0], mixing.partner)
-            if self.host
-            else self.split.images.index_select(0, mixing.partner)
-        )
-        others = self.change(others, self.table.take(below(mixing.partner, above)))
-        return View(
-            images=mix(images, others, mixing.share, mixing.box, mixing.pasted),
+        size = len(self.split.labels)
+        at = batch.rows if batch.copies is None else batch.rows + batch.copies * size
+        own = View(
+            images=self.pictures(batch.rows, at),
             labels=batch.labels,
-            numbers=numbers,
+            numbers=self.numbers.index_select(0, at),
+        )
+        if self.mix_table is None:
+            return own
+        mixing = self.mix_table.take(at)
+        partners_at = mixing.partner + (at - batch.rows)  # in the tables of the same copy
+        others = self.pictures(mixing.partner, partners_at)
+        return replace(
+            own,
+            images=mix(own.images, others, mixing.share, mixing.box, mixing.pasted),
             partner_labels=self.split.labels.index_select(0, mixing.partner),
             share=mixing.share,
         )
@@ -321,32 +302,59 @@ class Augment:
         """Draw what the configuration needs for these views, one for each copy of a row."""
         config, size = self.config, len(self.split.labels)
         device = self.split.labels.device
-        self.numbers = torch.tensor(views, device=device)
-        if config.needs_table:
-            draw = draw_table if self.number is None else numbered_table
-            self.table = stacked([draw(config, view, rows=size, device=device) for view in views])
+        draw = draw_table if self.number is None else numbered_table
+        tables = [draw(config, view, rows=size, device=device) for view in views]
+        self.numbers = torch.cat(
+            [
+                view_numbers(config, table)
+                if config.views == "all"
+                else torch.full((size,), view, device=device)
+                for view, table in zip(views, tables, strict=True)
+            ]
+        )
+        columns = [self.columns_of(table) for table in tables]
+        self.columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
         if config.mixes:
             mixes = [
                 draw_mix_table(config, view, rows=size, partners=self.rows, device=device)
                 for view in views
             ]
-            self.mix_table = MixTable(*(torch.cat(columns) for columns in zip(*mixes, strict=True)))
+            self.mix_table = MixTable(*(torch.cat(parts) for parts in zip(*mixes, strict=True)))
 
-    def change(self, images: Tensor, table: AugmentTable | None) -> Tensor:
-        """Each picture under its row of the table."""
+    def columns_of(self, table: AugmentTable) -> dict[str, Tensor]:
+        """What is looked up for a picture, [N, ...] each; where its crop begins is known by now."""
         config = self.config
-        if table is None:
-            return images
-        if config.crop_padding or config.flip or config.vertical_flip:
-            upside_down = table.vertical_flip if config.vertical_flip else None
-            images = crop_flip(images, table.shift_y, table.shift_x, table.flip, upside_down)
+        names = ["vertical_flip"] if config.vertical_flip else []
+        names += ["hole_y", "hole_x"] if config.cutout else []
+        columns = table.changes | {name: getattr(table, name) for name in names}
+        moved = (table.shift_y, table.shift_x, table.flip)
+        if config.moves and self.host:  # whose pictures are known batch by batch
+            columns |= dict(zip(("shift_y", "shift_x", "flip"), moved, strict=True))
+        elif config.moves:
+            rows = torch.arange(len(table.flip), device=table.flip.device)
+            columns["place"] = self.canvas.places(rows, *moved)
+        return columns
+
+    def pictures(self, rows: Tensor, at: Tensor) -> Tensor:
+        """The rows (int64 [B]) under the parameters `at` (int64 [B]) their places in the tables."""
+        config = self.config
+        own = {name: column.index_select(0, at) for name, column in self.columns.items()}
+        if self.host:
+            images = self.host(self.views[0], rows)
+            if config.moves:
+                canvas = canvas_of(images, padding=config.crop_padding, mirrored=config.flip)
+                along = torch.arange(len(rows), device=rows.device)
+                images = canvas.cut(
+                    canvas.places(along, own["shift_y"], own["shift_x"], own["flip"])
+                )
+        elif config.moves:
+            images = self.canvas.cut(own["place"])
+        else:
+            images = self.split.images.index_select(0, rows)
+        if config.vertical_flip:
+            images = torch.where(each(own["vertical_flip"]), images.flip(2), images)
         for name, change in config.changes.items():
-            images = change(images, table.changes[name])
+            images = change(images, own[name])
         if config.cutout:
-            images = cutout(images, table.hole_y, table.hole_x, config.cutout)
+            images = cutout(images, own["hole_y"], own["hole_x"], config.cutout)
         return images
-
-
-def below(rows: Tensor, above: Tensor | None) -> Tensor:
-    """Where rows of a copy stand in stacked tables."""
-    return rows if above is None else rows + above

@@ -21,12 +21,17 @@ from cifar_dist.keys import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    images: Tensor  # uint8 [B, 3, 32, 32]
+    split: Split
     labels: Tensor  # int64 [B]
     rows: Tensor  # int64 [B]; a row's number in the split, whatever is held out
     epoch: int
     shard: int
     copies: Tensor | None = None  # int64 [B], which copy of its row each is; None: there is one
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [B, 3, 32, 32]: the rows' pictures as they are, by one gather on their device."""
+        return self.split.images.index_select(0, self.rows)
 
 
 def shard_bounds(batch_size: int, shards: int) -> list[tuple[int, int]]:
@@ -122,9 +127,9 @@ def eval_blocks(
 def take(
     split: Split, rows: Tensor, *, epoch: int, shard: int, copies: Tensor | None = None
 ) -> Batch:
-    """The rows of the split as a Batch, by one gather on the split's device."""
+    """The rows (int64 [B], on the split's device) as a Batch."""
     return Batch(
-        images=split.images.index_select(0, rows),
+        split=split,
         labels=split.labels.index_select(0, rows),
         rows=rows,
         epoch=epoch,

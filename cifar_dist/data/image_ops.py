@@ -31,29 +31,6 @@ def each(parameter: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- where pixels are
 
 
-def crop_flip(
-    images: Tensor,
-    shift_y: Tensor,
-    shift_x: Tensor,
-    flip: Tensor,
-    vertical_flip: Tensor | None = None,
-) -> Tensor:
-    """Shift each picture, black outside, then mirror it left to right where `flip`, and upside down.
-
-    Equal to padding, cropping at (padding + shift) and flipping, as one gather and one mask.
-    """
-    along = torch.arange(SIDE, device=images.device)
-    lines = along
-    if vertical_flip is not None:
-        lines = torch.where(vertical_flip[:, None], along.flip(0), along)
-    y = lines + shift_y[:, None]  # [B, 32], the source line of each line
-    x = torch.where(flip[:, None], along.flip(0), along) + shift_x[:, None]
-    source = y.clamp(0, SIDE - 1)[:, :, None] * SIDE + x.clamp(0, SIDE - 1)[:, None, :]
-    inside = (y == y.clamp(0, SIDE - 1))[:, :, None] & (x == x.clamp(0, SIDE - 1))[:, None, :]
-    pixels = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1))
-    return pixels.unflatten(2, (SIDE, SIDE)) * inside[:, None]
-
-
 def warp(images: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor:
     """Show at (x, y) what lies at (a x + b y + c, d x + e y + f) for `matrix` (a ... f), f32 [B, 6].
 

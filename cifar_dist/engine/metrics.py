@@ -39,7 +39,7 @@ class Window:
 
     def add(self, step: Step) -> None:
         for shard, terms in step.terms:
-            self.sums[shard] += torch.stack([terms[name].sum() for name in self.names])
+            self.sums[shard] += torch.stack([terms[name] for name in self.names]).sum(1)
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * step.skipped
         self.steps += 1
 

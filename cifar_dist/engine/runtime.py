@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from cifar_dist.engine import slurm
 from cifar_dist.errors import UserError, is_main_rank
 
 T = TypeVar("T")
+
+ReducePrecision = Literal["fp32", "bf16"]  # in which ranks send each other gradients
 
 log = logging.getLogger("cifar_dist")
 
@@ -99,6 +102,7 @@ def start_processes(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic  # shapes stay, so the fastest pays
     for name, what in REFUSED.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise UserError(
@@ -151,7 +155,13 @@ def end_processes(accelerator: Accelerator) -> None:
         dist.destroy_process_group()
 
 
-def wrap(accelerator: Accelerator, model: nn.Module, *, shards: int) -> nn.Module:
+def wrap(
+    accelerator: Accelerator,
+    model: nn.Module,
+    *,
+    shards: int,
+    reduce_precision: ReducePrecision = "fp32",
+) -> nn.Module:
     """The model under DDP, or itself where there is one process; call it anew when other parameters learn.
 
     Accelerate lets go of an earlier one here, and with it of its hooks and its buckets of gradients.
@@ -162,7 +172,18 @@ def wrap(accelerator: Accelerator, model: nn.Module, *, shards: int) -> nn.Modul
     accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
     with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
         warnings.filterwarnings("ignore", category=FutureWarning)
-        return accelerator.prepare_model(model)
+        wrapped = accelerator.prepare_model(model)
+    if reduce_precision == "bf16" and accelerator.num_processes > 1:
+        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    return wrapped
+
+
+def reduce_gradients(flat: Tensor, world_size: int, *, precision: ReducePrecision) -> None:
+    """Make f32 gradients, in place, their mean over all ranks, as DDP does: divided, then added up."""
+    sent = flat.bfloat16() if precision == "bf16" else flat
+    dist.all_reduce(sent.div_(world_size))
+    if sent is not flat:
+        flat.copy_(sent)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import Average
+from cifar_dist.learn.optim import saved_state
 
 VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
@@ -110,7 +111,7 @@ class State:
                 folder,
                 step=self.step,
                 tensors=tensors,
-                optimizer=self.optimizer.state_dict(),
+                optimizer=saved_state(self.optimizer),
                 progress=progress,
             )
             best = self.best["checkpoint"] if self.best else None

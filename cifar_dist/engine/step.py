@@ -68,25 +68,20 @@ def generator_of(device: torch.device) -> torch.Generator:
     raise UserError(f"{device.type}: train on cuda, mps or cpu")
 
 
-@contextmanager
-def keyed(
-    model: nn.Module,
-    device: torch.device,
-    *,
-    seed: int,
-    step: int,
-    shard: int,
-    again: bool = False,
-) -> Iterator[None]:
-    """Draw dropout from the key of this shard; only shard 0 moves BatchNorm's running statistics.
-
-    So they are the same whether one process runs all shards or each shard has its own. `again`: the
-    shard's second forward drops the same and moves no statistics.
-    """
+def seed_draws(device: torch.device, *, seed: int, step: int, shard: int) -> None:
+    """From here on dropout on `device` draws from the key of this shard of this step."""
     generator_of(device).manual_seed(key("step", seed, step, shard))
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    follows = again or shard > 0
-    followers = [module for module in norms if module.track_running_stats] if follows else []
+
+
+@contextmanager
+def leading(model: nn.Module, leads: bool) -> Iterator[None]:
+    """Within, BatchNorm's running statistics move only if `leads`.
+
+    They follow the first forward of shard 0, so they are the same whether one process runs all shards
+    or each shard has its own.
+    """
+    norms = () if leads else (m for m in model.modules() if isinstance(m, _BatchNorm))
+    followers = [module for module in norms if module.track_running_stats]
     for module in followers:
         module.track_running_stats = False
     try:
@@ -126,22 +121,26 @@ def train_step(
     scale = world_size / later / batch_size
     terms = []
     for shard in shards:
-        draws = partial(keyed, model, device, seed=seed, step=step, shard=shard.shard)
-        with draws(), autocast(precision, device):  # a teacher in train mode drops, too
+        draw = partial(seed_draws, device, seed=seed, step=step, shard=shard.shard)
+        draw()  # a teacher in train mode drops, too
+        with autocast(precision, device):
             shown = objective.show(shard)
+        draw()
         with nullcontext() if shard is final else accelerator.no_sync(model):
-            with draws(), autocast(precision, device):
+            with leading(model, shard.shard == 0), autocast(precision, device):
                 shard_terms = objective.judge(bare(model) if sam else model, shown)
             if sam is None:
                 scaler.scale(shard_terms["loss"].sum() * scale).backward()
             else:
                 first_loss = scaler.scale(shard_terms["loss"].sum() / batch_size)
                 with uphill(sam, model, first_loss) as sound:
-                    with draws(again=True), autocast(precision, device):
+                    draw()  # the second forward drops the same
+                    with leading(model, False), autocast(precision, device):
                         loss = objective.judge(model, shown)["loss"]
                     scaler.scale(loss.sum() * scale * sound).backward()
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
+    optimizer.zero_grad(set_to_none=True)
     return Step(terms, skipped)
 
 
@@ -191,5 +190,4 @@ def update(
         optimizer.step()
     elif finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return ~finite

@@ -104,5 +104,6 @@ def build_average(
 
 
 def copy_buffers(average: nn.Module, model: nn.Module) -> None:
-    for copied, buffer in zip(average.buffers(), model.buffers(), strict=True):
-        copied.copy_(buffer)
+    copies, buffers = list(average.buffers()), list(model.buffers())
+    if buffers:
+        torch._foreach_copy_(copies, buffers)

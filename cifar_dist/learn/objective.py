@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cifar_dist.data.augment import Augment, View
@@ -25,6 +26,18 @@ class Shown(NamedTuple):
     view: View
     guide: Tensor | None  # f32 [B, C]
     epoch: int
+
+    def tensors(self) -> list[Tensor]:
+        """All that the terms are computed from, in one order."""
+        view = self.view
+        every = (view.images, view.labels, view.partner_labels, view.share, self.guide)
+        return [tensor for tensor in every if tensor is not None]
+
+    def copy(self) -> Shown:
+        """The same in memory of its own."""
+        tensors = {name: t.clone() for name, t in vars(self.view).items() if t is not None}
+        guide = None if self.guide is None else self.guide.clone()
+        return Shown(replace(self.view, **tensors), guide, self.epoch)
 
 
 class Objective:
@@ -46,6 +59,10 @@ class Objective:
     def names(self) -> list[str]:
         """The terms that a call returns, in their order."""
         return [*self.losses, "loss", "top1"]
+
+    def weights(self, epoch: int) -> tuple[float, ...]:
+        """What each loss counts in an epoch, counted from 0."""
+        return tuple(loss.weight_in(epoch) for loss in self.losses.values())
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
         return self.judge(model, self.show(batch))
@@ -69,8 +86,9 @@ class Objective:
         for name, loss in self.losses.items():
             compared = scaled if loss.taught else outputs
             terms[name] = mixed(view, partial(loss, compared, guide=guide))
-        weighted = [loss.weight_in(epoch) * terms[name] for name, loss in self.losses.items()]
-        terms["loss"] = torch.stack(weighted).sum(0)
+        weights = self.weights(epoch)
+        weighted = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
+        terms["loss"] = reduce(add, weighted)
         found = outputs.logits.detach().argmax(1)
         terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
         return terms

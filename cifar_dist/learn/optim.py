@@ -166,3 +166,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(value)
         else:
             group["lr"] = value
+
+
+def keep_scalars_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Let what changes from step to step be tensors there, which a captured graph reads."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state dict, the same wherever it keeps its scalars."""
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:  # copies of the optimizer's own
+        group["lr"] = float(group["lr"])
+        if "capturable" in group:
+            group["capturable"] = False
+    return state

@@ -30,6 +30,7 @@ from cifar_dist.nets.freeze import FreezeConfig
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
 from cifar_dist.nets.resnet9 import resnet9
+from cifar_dist.nets.small_maps import use_taps
 from cifar_dist.nets.weights import (
     State,
     load_backbone,
@@ -37,6 +38,7 @@ from cifar_dist.nets.weights import (
     read_weights,
     shapes,
     split_state,
+    weight_names,
 )
 
 Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
@@ -180,6 +182,7 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
 
     if config.grad_checkpointing:
         checkpoint_blocks(backbone, config)
+    use_taps(backbone)
 
     from_weights = config.pretrained or config.weights is not None
     mean = config.mean or (cfg.mean if from_weights else CIFAR_MEAN)
@@ -381,12 +384,6 @@ def fetch_pretrained(config: ModelConfig) -> Path | None:
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # the hub's errors share no base class across its versions
         raise UserError(f"{problem} the download failed ({error}); {remedy}") from error
-
-
-def weight_names(name: str) -> tuple[str, ...]:
-    """The file names to try on the hub, safetensors before pickles, as timm does."""
-    safe = "model.safetensors" if name == "pytorch_model.bin" else f"{Path(name).stem}.safetensors"
-    return (safe, name) if name.endswith(".bin") else (name,)
 
 
 def is_reachable(address: str) -> bool:

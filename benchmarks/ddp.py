@@ -1,0 +1,132 @@
+"""What it costs to train together: two gloo processes under DDP against two that know nothing of each other.
+
+`together` and `apart` take turns in the same two processes, one thread each, on the CPU, so both have
+the same neighbours; a turn begins on both at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import Conditions, Measured, Turn
+from ours import CROP_FLIP, OPTIM, our_batches, our_step
+from torch import nn
+
+from cifar_dist.data.arrow import Split, load_split
+from cifar_dist.data.augment import Augment
+from cifar_dist.engine.runtime import Ranks, end_processes, start_processes, wrap
+from cifar_dist.files import write_json
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import build_optimizer
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+PROCESSES, STEPS = 2, 4  # a turn has as many steps
+TOGETHER, APART = "together: DDP", "apart: two independent trainings"
+
+
+def two_processes(conditions: Conditions) -> Measured:
+    """Images a second of both processes; a unit is an image."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "turns.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={PROCESSES}", __file__, f"--data={conditions.data}"]
+        command += [f"--rounds={conditions.rounds}", f"--output={output}"]
+        command.append(f"--backbone={conditions.backbone}")
+        environment = os.environ | {
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        subprocess.run(command, check=True, env=environment)
+        found = json.loads(output.read_text())
+    assert found["world_size"] == PROCESSES
+    turns = {row: [Turn(*turn) for turn in turns] for row, turns in found["turns"].items()}
+    facts = {name: found[name] for name in ("world_size", "batch_size")}
+    return Measured(unit="images", turns=turns, facts=facts)
+
+
+def take_turns_in_each(
+    split: Split, *, rounds: int, batch_size: int, backbone: str
+) -> dict[str, object] | None:
+    """In each process; rank 0 has the sums over both. `batch_size` is a process's."""
+    accelerator = start_processes(timeout_seconds=600, threads=1)
+    ranks = Ranks.of(accelerator)
+    assert ranks.world_size == PROCESSES, f"{ranks.world_size} processes, not {PROCESSES}"
+
+    def steps(model: nn.Module, wrapped: nn.Module, *, world_size: int) -> Callable[[], None]:
+        rank, total = (ranks.rank, world_size * batch_size) if world_size > 1 else (0, batch_size)
+        batches = our_batches(
+            split, batch_size=total, shards=world_size, rank=rank, world_size=world_size
+        )
+        objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
+        optimizer = build_optimizer(OPTIM, model)
+        update = our_step(
+            wrapped, objective, optimizer, accelerator, precision="bf16", batch_size=total
+        )
+
+        def run() -> None:
+            for number in range(STEPS):
+                update(next(batches), number)
+
+        return run
+
+    def net() -> nn.Module:
+        config = ModelConfig(backbone=backbone)
+        return build_model(config, 100).to(memory_format=torch.channels_last)
+
+    together, apart = net(), net()
+    wrapped = wrap(accelerator, together, shards=PROCESSES)
+    works = {
+        TOGETHER: steps(together, wrapped, world_size=PROCESSES),
+        APART: steps(apart, apart, world_size=1),
+    }
+    turns: dict[str, list[Turn]] = {name: [] for name in works}
+    for counted in range(-1, rounds):
+        for name, work in works.items():
+            ranks.largest([0.0])  # all begin at once
+            clock, cpu = time.perf_counter(), time.process_time()
+            work()
+            mine = (time.perf_counter() - clock, time.process_time() - cpu)
+            everyone = ranks.each(mine)
+            if counted >= 0:
+                images = STEPS * batch_size
+                by_clock = sum(images / elapsed for elapsed, _ in everyone)
+                used = sum(used for _, used in everyone)
+                turns[name].append(Turn(by_clock, PROCESSES * images / used))
+    end_processes(accelerator)
+    if not ranks.is_main:
+        return None
+    return {
+        "world_size": ranks.world_size,
+        "batch_size": batch_size,
+        "turns": {
+            name: [(turn.by_clock, turn.by_cpu) for turn in found] for name, found in turns.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One process of `report.py --only ddp`.")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--backbone", required=True)
+    options = parser.parse_args()
+    result = take_turns_in_each(
+        load_split(options.data, "train"),
+        rounds=options.rounds,
+        batch_size=250,
+        backbone=options.backbone,
+    )
+    if result is not None:
+        write_json(options.output, result)

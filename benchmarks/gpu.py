@@ -1,0 +1,72 @@
+"""What only a GPU can tell of a step: kernels, memory, and the least time that it could take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import Work
+from ours import BATCH_SIZE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from cifar_dist.engine.estimate import activation_bytes
+from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Of the data sheet: dense bf16 operations and bytes of memory traffic a second."""
+
+    flops: float
+    bandwidth: float
+
+
+GPUS = {  # a part of torch.cuda.get_device_name()
+    "H200": Gpu(989e12, 4.8e12),
+    "H100": Gpu(989e12, 3.35e12),
+    "A100-SXM4-80GB": Gpu(312e12, 2.04e12),
+    "A100": Gpu(312e12, 1.55e12),
+    "RTX 4090": Gpu(165e12, 1.01e12),
+}
+
+
+def floor_milliseconds(config: ModelConfig, batch_size: int, gpu: Gpu) -> float:
+    """The least time of a training step in bf16 with AdamW, were every kernel perfect.
+
+    Forward and backward: the longer of three times the forward's operations at the peak, and the
+    traffic of what is kept for the backward (2 bytes a value, written and read once, and as much for
+    its gradients). Then AdamW: gradient read, weight and two moments read and written, 28 bytes a
+    weight. No launches, no loader, no evaluation; kept values of 32-bit kernels count half.
+    """
+    with FakeTensorMode():
+        model = build_model(config, 100)
+        activations, flops = activation_bytes(model)  # float32, one picture
+    compute = 3 * flops * batch_size / gpu.flops
+    traffic = 4 * (activations / 2) * batch_size / gpu.bandwidth
+    update = 28 * num_parameters(model) / gpu.bandwidth
+    return 1000 * (max(compute, traffic) + update)
+
+
+def of_one_step(work: Work, config: ModelConfig | None) -> dict[str, Any]:
+    """Kernels (copies included) and peak memory of a step; for our nets also the floor."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        units = work()
+        torch.cuda.synchronize()
+    kernels = sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
+    found = {
+        "images_a_step": units,
+        "kernels": kernels,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+    }
+    name = torch.cuda.get_device_name()
+    gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
+    if config and gpu:
+        found["floor_milliseconds"] = floor_milliseconds(config, units or BATCH_SIZE, gpu)
+    return found

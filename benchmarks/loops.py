@@ -1,0 +1,188 @@
+"""Whole training loops and evaluations of real networks, ours beside the usual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from gpu import of_one_step
+from input import TUTORIAL, data_works, loop_works
+from measure import Conditions, Measured, Work
+from ours import BATCH_SIZE, CROP_FLIP, NullModel, constant_batch, our_loop, our_model
+from peer_loops import (
+    accelerate_loop,
+    null_net,
+    timm_loop,
+    timm_net,
+    torch_evaluation,
+    tutorial_loop,
+)
+from peers import (
+    TutorialDataset,
+    endless,
+    hugging_face_loader,
+    tensor_batches,
+    timm_loader,
+    tutorial_loader,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from cifar_dist.data.arrow import Split, load_split
+from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.engine.evaluation import evaluate
+from cifar_dist.engine.runtime import Ranks
+from cifar_dist.nets.backbones import ModelConfig
+
+BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
+EVALUATED = 2_500  # rows, where a CPU has to do it
+
+OURS, CONSTANT = "ours: bf16, crop and flip", "ours, on one constant batch"
+SMALL_STEM, RESNET50 = "ours, ResNet-18 with a 3x3 stem", "ours, ResNet-50"
+TIMM, TIMM_TUNED = "timm at its defaults", "timm, bf16 and channels_last"
+
+
+def input_pipelines(conditions: Conditions) -> Measured:
+    split = load_split(conditions.data, "train", conditions.device)
+    return Measured(unit="images", turns=conditions.turns(data_works(split)), facts={})
+
+
+def null_loops(conditions: Conditions) -> Measured:
+    split = load_split(conditions.data, "train", conditions.device)
+    works = loop_works(split, conditions.accelerator)
+    return Measured(unit="images", turns=conditions.turns(works), facts=of_steps(works, conditions))
+
+
+def loops_32(conditions: Conditions) -> Measured:
+    return whole_loops(conditions, image_size=32, batch_size=BATCH_SIZE)
+
+
+def loops_224(conditions: Conditions) -> Measured:
+    batch_size = BATCH_224[conditions.device.type]
+    return whole_loops(conditions, image_size=224, batch_size=batch_size)
+
+
+def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> Measured:
+    """Loops of one network, the peers' at their defaults and tuned; a unit is an image."""
+    device, accelerator = conditions.device, conditions.accelerator
+    split = load_split(conditions.data, "train", device)
+    config = ModelConfig(backbone=conditions.backbone, image_size=image_size)
+    nets = {OURS: config, CONSTANT: config}
+    if device.type == "cuda" and image_size == 32:
+        nets[SMALL_STEM] = replace(config, stem="small")
+    elif device.type == "cuda":
+        nets[RESNET50] = replace(config, backbone="resnet50")
+
+    def ours(name: str) -> Work:
+        constant = name == CONSTANT
+        return our_loop(
+            split,
+            our_model(device, nets[name]),
+            accelerator,
+            augment=AugmentConfig() if constant else CROP_FLIP,
+            precision="bf16",
+            batches=constant_batch(split, batch_size) if constant else None,
+            batch_size=batch_size,
+        )
+
+    works = peer_works(split, accelerator, config, batch_size) | {name: ours(name) for name in nets}
+    turns = conditions.turns(works, seconds=2 * conditions.seconds)
+    facts = {"batch_size": batch_size, **of_steps(works, conditions, nets)}
+    return Measured(unit="images", turns=turns, facts=facts)
+
+
+def peer_works(
+    split: Split, accelerator: Accelerator, config: ModelConfig, batch_size: int
+) -> dict[str, Work]:
+    device, size = accelerator.device, config.image_size
+
+    def net() -> nn.Module:
+        return timm_net(device, config.backbone)
+
+    def timm(*, augment: bool, tuned: bool) -> Work:
+        loader = timm_loader(split, batch_size, device, image_size=size, augment=augment)
+        return timm_loop(endless(loader), net(), tuned=tuned)
+
+    tutorial = endless(tutorial_loader(split, batch_size, image_size=size))
+    works = {
+        TUTORIAL: tutorial_loop(tutorial, net()),
+        TIMM: timm(augment=True, tuned=False),
+        TIMM_TUNED: timm(augment=True, tuned=True),
+        "timm, bf16, channels_last, --no-aug": timm(augment=False, tuned=True),
+        "Accelerate over tensors, bf16, channels_last, fused AdamW": accelerate_loop(
+            accelerator, tensor_batches(split, batch_size, image_size=size), net(), tuned=True
+        ),
+    }
+    if size == 32:  # it has no resize of its own
+        loader = accelerator.prepare(hugging_face_loader(split, batch_size, augment=True))
+        works["Accelerate, set_transform, crop and flip"] = accelerate_loop(
+            accelerator, endless(loader), net()
+        )
+    return works
+
+
+def of_steps(
+    works: Mapping[str, Work],
+    conditions: Conditions,
+    nets: Mapping[str, ModelConfig] | None = None,
+) -> dict[str, Any]:
+    """What a GPU tells of one step of each row; nothing on a CPU."""
+    if conditions.device.type != "cuda":
+        return {}
+    nets = nets or {}
+    return {"steps": {name: of_one_step(work, nets.get(name)) for name, work in works.items()}}
+
+
+def evaluations(conditions: Conditions) -> Measured:
+    """The test split through the network and through a null model; a unit is an image."""
+    device = conditions.device
+    split = load_split(conditions.data, "test", device)
+    rows = torch.arange(len(split.labels))
+    config = ModelConfig(backbone=conditions.backbone)
+    if device.type == "cpu":
+        few = rows[:EVALUATED]
+        part = Split(images=split.images[: len(few)], labels=split.labels[: len(few)])
+    else:
+        few, part = rows, split
+
+    def ours(model: nn.Module, over: torch.Tensor) -> Work:
+        def evaluation() -> int:
+            found = evaluate(
+                model,
+                split,
+                over,
+                precision="bf16",
+                logit_scale=1.0,
+                ranks=Ranks(0, 1, None),
+            )
+            return len(found.labels)
+
+        return evaluation
+
+    return Measured(
+        unit="images",
+        turns=conditions.turns(
+            {
+                "network, tutorial: DataLoader, fp32": torch_evaluation(
+                    every_row(part), timm_net(device, conditions.backbone)
+                ),
+                "network, DataLoader, bf16, channels_last": torch_evaluation(
+                    every_row(part), timm_net(device, conditions.backbone), tuned=True
+                ),
+                "network, ours": ours(our_model(device, config), few),
+                "null model, tutorial: DataLoader": torch_evaluation(
+                    every_row(split), null_net(device)
+                ),
+                "null model, ours": ours(NullModel().to(device), rows),
+            }
+        ),
+        facts={"rows": len(rows), "rows_through_network": len(few)},
+    )
+
+
+def every_row(split: Split) -> DataLoader[Any]:
+    """The tutorial's loader over all rows in their order, the last batch included."""
+    return DataLoader(TutorialDataset(split), batch_size=BATCH_SIZE)

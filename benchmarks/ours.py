@@ -1,0 +1,147 @@
+"""Our side of every comparison: the data, the loop and the step as train.py has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import torch
+from accelerate import Accelerator
+from measure import Work
+from torch import Tensor, nn
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.batches import Batch, take, train_batches
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.step import Precision, Step, make_scaler, train_step
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import (
+    OptimConfig,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.nets.heads import LinearHead, Outputs
+
+BATCH_SIZE = 250
+REPORT_STEPS = 50
+OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
+CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
+
+
+class FewPixels(nn.Module):
+    """float or uint8 [B, 3, 32, 32] -> the mean of 16 pixels, [B, 3]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :, ::8, ::8].float().mean((2, 3))
+
+
+class NullModel(nn.Module):
+    """What a very fast GPU leaves to see: hardly any pixels, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels = FewPixels()
+        self.head = LinearHead(3, 100)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return self.head(self.pixels(images))
+
+
+def our_model(device: torch.device, config: ModelConfig) -> nn.Module:
+    """A model as train.py makes it."""
+    return build_model(config, 100).to(device).to(memory_format=torch.channels_last)
+
+
+def our_batches(
+    split: Split,
+    *,
+    batch_size: int = BATCH_SIZE,
+    shards: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[list[Batch]]:
+    return train_batches(
+        split,
+        torch.arange(len(split.labels)),
+        seed=0,
+        shuffle=True,
+        batch_size=batch_size,
+        shards=shards,
+        start_step=0,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def constant_batch(split: Split, batch_size: int) -> Iterator[list[Batch]]:
+    """The first rows, again and again."""
+    rows = torch.arange(batch_size, device=split.labels.device)
+    batch = [take(split, rows, epoch=0, shard=0)]
+    while True:
+        yield batch
+
+
+def our_loop(
+    split: Split,
+    model: nn.Module,
+    accelerator: Accelerator,
+    *,
+    augment: AugmentConfig = CROP_FLIP,
+    precision: Precision = "fp32",
+    batches: Iterator[list[Batch]] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Work:
+    """What train.py does at each step, with a report every 50 steps; `batch_size` is global."""
+    steps, batches = count(), batches or our_batches(split, batch_size=batch_size)
+    optimizer = build_optimizer(OPTIM, model)
+    objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
+    update = our_step(
+        model, objective, optimizer, accelerator, precision=precision, batch_size=batch_size
+    )
+    world_size = accelerator.num_processes
+    window = Window(objective.names, shards=world_size, device=accelerator.device)
+
+    def step() -> int:
+        number = next(steps)
+        lr = learning_rate(OPTIM, number, total_steps=1_000_000, steps_per_epoch=200)
+        set_learning_rate(optimizer, lr)
+        window.add(update(next(batches), number))
+        if window.steps == REPORT_STEPS:
+            window.read()
+            window.clear()
+        return batch_size
+
+    return step
+
+
+def our_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int = BATCH_SIZE,
+) -> Callable[[list[Batch], int], Step]:
+    scaler = make_scaler(precision, accelerator.device)
+
+    def update(shards: list[Batch], step: int) -> Step:
+        return train_step(
+            accelerator,
+            model,
+            objective,
+            optimizer,
+            scaler,
+            shards,
+            precision=precision,
+            seed=0,
+            step=step,
+            batch_size=batch_size,
+            max_grad_norm=OPTIM.max_grad_norm,
+        )
+
+    return update

@@ -1,0 +1,279 @@
+"""Shards -> one update, as step.py has it, but recorded once on a GPU and replayed: `run.graph`.
+
+At 32 px a step is hundreds of kernels of microseconds each, and to launch them one by one takes longer
+than to run them. Replayed, each shard's forward and backward are one launch, the update another. What
+the model is shown (augmentation, teacher) comes before, launched while the step before still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from cifar_dist.data.batches import Batch
+from cifar_dist.engine.runtime import ReducePrecision, log, reduce_gradients, wrap
+from cifar_dist.engine.step import (
+    Precision,
+    Step,
+    autocast,
+    leading,
+    seed_draws,
+    train_step,
+    update,
+)
+from cifar_dist.learn.objective import Objective, Shown, Terms
+from cifar_dist.learn.optim import keep_scalars_on_device
+from cifar_dist.learn.sam import SamConfig
+
+T = TypeVar("T")
+
+WARM_UP = 3  # real steps before a recording: momenta come to be, libraries choose their algorithms
+ALIGNMENT = 64  # numbers; gradients begin where vectorised kernels like it
+
+
+class TakeStep(Protocol):
+    """One update with a rank's shards of a global batch."""
+
+    def __call__(self, shards: list[Batch], *, step: int) -> Step: ...
+
+
+class Recorder:
+    """Records device work on one stream into CUDA graphs that share their memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work that is to be recorded later runs on the stream of the recording before that."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """How to do `work` again, and where its results will be; nothing is done yet."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(
+            graph,
+            pool=self.pool,
+            stream=self.stream,
+            capture_error_mode="thread_local",  # other threads write checkpoints, beat hearts
+        ):
+            results = work()
+        return graph.replay, results
+
+
+class Piece(Generic[T]):
+    """Device work on tensors that stay where they are: done by hand at first, then recorded.
+
+    Without a recorder, and where a recording fails, it is done by hand for ever.
+    """
+
+    def __init__(self, work: Callable[[], T], recorder: Recorder | None) -> None:
+        self.work, self.recorder, self.calls = work, recorder, 0
+        self.replay: Callable[[], None] | None = None
+        self.results: T | None = None
+
+    def __call__(self) -> T:
+        self.calls += 1
+        if self.recorder and self.replay is None:
+            if self.calls <= WARM_UP:
+                with self.recorder.beside():
+                    return self.work()
+            try:
+                self.replay, self.results = self.recorder.record(self.work)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                log.warning(f"run.graph: the step cannot be recorded and goes on by hand: {reason}")
+                self.recorder = None
+        if self.replay is None or self.results is None:
+            return self.work()
+        self.replay()
+        return self.results
+
+
+class CapturedStep:
+    """`train_step` for what can be recorded; the same update, bit for bit where kernels are the same.
+
+    Gradients lie in one flat tensor, so that they stay where they are and ranks add theirs up at once;
+    DDP has no part in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        world_size: int,
+        precision: Precision,
+        seed: int,
+        batch_size: int,
+        max_grad_norm: float | None,
+        reduce_precision: ReducePrecision,
+        recorder: Recorder | None,
+    ) -> None:
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.device, self.world_size, self.precision, self.seed = (
+            device,
+            world_size,
+            precision,
+            seed,
+        )
+        self.scale, self.max_grad_norm = world_size / batch_size, max_grad_norm
+        self.reduce_precision, self.recorder = reduce_precision, recorder
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.gradients = flat_gradients(model)
+        if recorder:
+            keep_scalars_on_device(optimizer, device)
+        self.baked: object = None  # what a recording holds as plain numbers
+        self.shown: dict[int, Shown] = {}  # by place among this rank's shards
+        self.pieces: dict[int, Piece[Terms]] = {}
+        self.update: Piece[Tensor] = Piece(self.updated, recorder)
+
+    def __call__(self, shards: list[Batch], *, step: int) -> Step:
+        self.forget_what_changed(shards[0].epoch)
+        terms = []
+        for place, shard in enumerate(shards):
+            seed_draws(self.device, seed=self.seed, step=step, shard=shard.shard)
+            with autocast(self.precision, self.device):
+                self.show(place, self.objective.show(shard))
+            seed_draws(self.device, seed=self.seed, step=step, shard=shard.shard)
+            if place not in self.pieces:
+                self.pieces[place] = Piece(self.learning_from(place, shard.shard), self.recorder)
+            terms.append((shard.shard, self.pieces[place]()))
+        if self.world_size > 1:
+            reduce_gradients(self.gradients, self.world_size, precision=self.reduce_precision)
+        return Step(terms, self.update())
+
+    def forget_what_changed(self, epoch: int) -> None:
+        """Record anew where an epoch has another size of pictures or other weights of losses."""
+        now = (getattr(self.model, "train_size", None), self.objective.weights(epoch))
+        if now != self.baked:
+            self.baked = now
+            self.pieces.clear()
+
+    def show(self, place: int, shown: Shown) -> None:
+        """Put what is shown where the recording of this place reads it."""
+        if place not in self.shown:
+            self.shown[place] = shown.copy()
+        for kept, new in zip(self.shown[place].tensors(), shown.tensors(), strict=True):
+            kept.copy_(new)
+        self.shown[place] = self.shown[place]._replace(epoch=shown.epoch)
+
+    def learning_from(self, place: int, shard: int) -> Callable[[], Terms]:
+        """The forward and the backward of the shard at this place, which adds to the gradients."""
+
+        def learn() -> Terms:
+            if place == 0:
+                self.gradients.zero_()
+            with leading(self.model, shard == 0), autocast(self.precision, self.device):
+                terms = self.objective.judge(self.model, self.shown[place])
+            (terms["loss"].sum() * self.scale).backward()
+            return {name: term.detach() for name, term in terms.items()}
+
+        return learn
+
+    def updated(self) -> Tensor:
+        return update(
+            self.model, self.optimizer, self.scaler, times=1, max_grad_norm=self.max_grad_norm
+        )
+
+
+def build_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    graph: Literal["auto", "off"],
+    shards: int,
+    precision: Precision,
+    seed: int,
+    batch_size: int,
+    max_grad_norm: float | None,
+    sam: SamConfig | None,
+    reduce_precision: ReducePrecision,
+) -> TakeStep:
+    """How to take a step: recorded on a GPU where that can be, else `train_step` under DDP.
+
+    To be built anew when other parameters learn.
+    """
+    if graph == "auto" and accelerator.device.type == "cuda":
+        reason = why_by_hand(model, optimizer, precision=precision, sam=sam)
+        if reason is None:
+            log.info(f"run.graph: after {WARM_UP} steps the step is recorded, then replayed")
+            return CapturedStep(
+                model,
+                objective,
+                optimizer,
+                device=accelerator.device,
+                world_size=accelerator.num_processes,
+                precision=precision,
+                seed=seed,
+                batch_size=batch_size,
+                max_grad_norm=max_grad_norm,
+                reduce_precision=reduce_precision,
+                recorder=Recorder(accelerator.device),
+            )
+        log.info(f"run.graph: the step is not recorded: {reason}")
+    return partial(
+        train_step,
+        accelerator,
+        wrap(accelerator, model, shards=shards, reduce_precision=reduce_precision),
+        objective,
+        optimizer,
+        scaler,
+        precision=precision,
+        seed=seed,
+        batch_size=batch_size,
+        max_grad_norm=max_grad_norm,
+        sam=sam,
+    )
+
+
+def flat_gradients(model: nn.Module) -> Tensor:
+    """Make the gradient of each parameter that learns a view of one tensor, which is returned.
+
+    Each with its parameter's strides: torch's fused optimizers silently err where they differ.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in learning]
+    flat = torch.zeros(sum(sizes), device=learning[0].device)
+    for parameter in model.parameters():
+        parameter.grad = None
+    for parameter, part in zip(learning, flat.split(sizes), strict=True):
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+    return flat
+
+
+def why_by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: Precision,
+    sam: SamConfig | None,
+) -> str | None:
+    """Why a step cannot be recorded on a GPU, or None."""
+    if precision == "fp16":
+        return "the scaler of fp16 reads a number in each step"
+    if sam:
+        return "optim.sam changes the weights within a step"
+    if not optimizer.defaults.get("fused"):
+        return f"{type(optimizer).__name__} has no fused form, so a number is read in each step"
+    if getattr(model, "second_size", None):
+        return "model.second_size draws on the host"
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        return "model.grad_checkpointing keeps the state of generators"
+    return None

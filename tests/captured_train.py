@@ -1,0 +1,41 @@
+"""`cifar_dist.train` with the step that a GPU would record; here its pieces are done by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cifar_dist import train
+from cifar_dist.engine.capture import CapturedStep, TakeStep
+from cifar_dist.learn.objective import Objective
+
+
+def main(arguments: list[str]) -> int:
+    def captured(
+        accelerator: Accelerator,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        *,
+        graph: str,
+        shards: int,
+        sam: object,
+        **settings: Any,
+    ) -> TakeStep:
+        assert sam is None
+        return CapturedStep(
+            model,
+            objective,
+            optimizer,
+            device=accelerator.device,
+            world_size=accelerator.num_processes,
+            recorder=None,
+            **settings,
+        )
+
+    train.build_step = captured
+    return train.main(arguments)

@@ -1,0 +1,177 @@
+"""The step that a GPU records computes what `train_step` under DDP computes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from compare import assert_same_bits, largest_difference
+from conftest import RecipeMaker, TeacherMaker, taught
+from ranks import Ranks, train
+from test_speed import Waits, batches_of, model_of
+
+from cifar_dist.data.arrow import load_split
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.engine.capture import (
+    CapturedStep,
+    Recorder,
+    build_step,
+    flat_gradients,
+    why_by_hand,
+)
+from cifar_dist.engine.step import Precision, make_scaler
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import (
+    OptimConfig,
+    build_optimizer,
+    keep_scalars_on_device,
+    saved_state,
+    set_learning_rate,
+)
+from cifar_dist.learn.sam import SamConfig
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+CPU = torch.device("cpu")
+
+
+def captured(path: Path, *arguments: str, cwd: Path, world_size: int = 1) -> None:
+    ranks = Ranks("captured_train", [path, *arguments], cwd=cwd, world_size=world_size)
+    assert ranks.wait() == [0] * world_size, ranks.output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_has_the_same_bits_with_either_step(
+    tmp_path: Path, recipe: RecipeMaker, world_size: int, precision: str
+) -> None:
+    """Three shards of unlike size, partners, dropout, an average; two of three shards on rank 0."""
+    path = recipe(
+        run={"shards": 3, "precision": precision},
+        model={"drop_rate": 0.1, "growing": {"start": 32, "epochs": 2}, "image_size": 64},
+    )
+    train(path, "name=plain", cwd=tmp_path, world_size=world_size)
+    captured(path, "name=captured", cwd=tmp_path, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+
+
+def test_a_taught_and_partly_frozen_run_has_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """A loss that warms up and layers that learn later: both are other recordings."""
+    teacher("big", image_size=48)
+    sections: dict[str, Any] = taught("big")
+    sections["losses"]["distill"]["warmup_epochs"] = 3
+    path = recipe(
+        model={"freeze": [{"pattern": "backbone.*", "until_epoch": 2}]},
+        optim={"name": "sgd", "lr": 0.01},
+        **sections,
+    )
+    train(path, "name=plain", cwd=tmp_path)
+    captured(path, "name=captured", cwd=tmp_path)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+
+
+def test_gradients_in_bf16_are_reduced_alike_and_are_others(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    path = recipe(run={"reduce_precision": "bf16", "epochs": 1}, optim={"name": "sgd", "lr": 0.005})
+    train(path, "name=plain", cwd=tmp_path, world_size=2)
+    captured(path, "name=captured", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+    train(path, "name=exact", "run.reduce_precision=fp32", cwd=tmp_path, world_size=2)
+    assert 0 < largest_difference(tmp_path / "runs/plain", tmp_path / "runs/exact") < 0.05
+
+
+def test_gradients_lie_in_one_tensor_with_their_parameters_strides() -> None:
+    model = model_of(CrossEntropy()).to(memory_format=torch.channels_last)
+    frozen = next(model.parameters()).requires_grad_(False)
+    flat = flat_gradients(model)
+    assert frozen.grad is None
+    for parameter in model.parameters():
+        if parameter is not frozen:
+            assert parameter.grad is not None
+            assert parameter.grad.stride() == parameter.stride()
+            parameter.grad.fill_(1)
+    learning = sum(p.numel() for p in model.parameters() if p is not frozen)
+    assert int(flat.sum()) == learning, "no two of them share a number"
+
+
+def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
+    optimizer = build_optimizer(OptimConfig(name="adamw"), model_of(CrossEntropy()))
+    before = saved_state(optimizer)
+    keep_scalars_on_device(optimizer, CPU)
+    set_learning_rate(optimizer, 0.25)
+    assert all(torch.equal(g["lr"], torch.tensor(0.25)) for g in optimizer.param_groups)
+    after = saved_state(optimizer)
+    assert [group.keys() for group in after["param_groups"]] == [
+        group.keys() for group in before["param_groups"]
+    ]
+    assert after["param_groups"][0]["lr"] == 0.25
+    assert after["param_groups"][0]["capturable"] is before["param_groups"][0]["capturable"]
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor), "only the copy is plain"
+
+
+def test_what_cannot_be_recorded_says_why() -> None:
+    model = build_model(ModelConfig(backbone="test_resnet"), 100)
+    sgd = build_optimizer(OptimConfig(name="sgd"), model)
+    assert why_by_hand(model, sgd, precision="bf16", sam=None) is None
+    lamb = build_optimizer(OptimConfig(name="lamb"), model)
+    two_sizes = build_model(ModelConfig(backbone="test_resnet", second_size=48), 100)
+    slim = build_model(ModelConfig(backbone="test_vit", grad_checkpointing=True), 100)
+    assert "fp16" in str(why_by_hand(model, sgd, precision="fp16", sam=None))
+    assert "sam" in str(why_by_hand(model, sgd, precision="bf16", sam=SamConfig()))
+    assert "Lamb" in str(why_by_hand(model, lamb, precision="bf16", sam=None))
+    assert "second_size" in str(why_by_hand(two_sizes, sgd, precision="bf16", sam=None))
+    assert "checkpointing" in str(why_by_hand(slim, sgd, precision="bf16", sam=None))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU; there is none")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
+def test_a_recording_computes_what_the_step_computes(
+    data: Path, optimizer_name: str, precision: Precision
+) -> None:
+    """Ten steps with dropout, partners and another learning rate each, over an epoch's end."""
+    accelerator = Accelerator()
+    device = accelerator.device
+    split = load_split(data, "train", device)
+    config = AugmentConfig(crop_padding=4, flip=True, mixup=0.2, cutmix=1.0)
+    born = model_of(CrossEntropy()).to(device).to(memory_format=torch.channels_last)
+    results = {}
+    for graph in ("off", "auto"):
+        model = copy.deepcopy(born)
+        objective = Objective(Augment(config, split), {"cross_entropy": CrossEntropy()})
+        optimizer = build_optimizer(OptimConfig(name=optimizer_name), model)
+        take_step = build_step(
+            accelerator,
+            model,
+            objective,
+            optimizer,
+            make_scaler(precision, device),
+            graph=graph,
+            shards=2,
+            precision=precision,
+            seed=0,
+            batch_size=20,
+            max_grad_norm=1.0,
+            sam=None,
+            reduce_precision="fp32",
+        )
+        batches = batches_of(split)
+        with Waits() as waits:
+            for step in range(10):
+                set_learning_rate(optimizer, 0.01 / (1 + step))
+                made = take_step(next(batches), step=step)
+        assert not made.skipped
+        if graph == "auto":
+            assert isinstance(take_step, CapturedStep)
+            assert isinstance(take_step.recorder, Recorder), "the recording failed"
+            assert take_step.update.replay is not None
+            assert waits.count <= 10, "only an epoch's tables are copied to the device"
+        results[graph] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(results["auto"], results["off"], rtol=1e-3, atol=1e-4)
