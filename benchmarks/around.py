@@ -183,7 +183,7 @@ def checkpoints(conditions: Conditions) -> Measured:
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
     update = our_step(model, objective, optimizer, accelerator, precision="bf16")
-    update(next(our_batches(split)), 0)  # AdamW has its moments
+    update(next(our_batches(split)), step=0)  # AdamW has its moments
     state = State(
         model=model,
         optimizer=optimizer,
@@ -191,6 +191,7 @@ def checkpoints(conditions: Conditions) -> Measured:
         ema=None,
         window=Window(objective.names, shards=1, device=device),
     )
+    accelerator.free_memory()  # of what our step has shown it
     prepared = accelerator.prepare(nn.Sequential(model), optimizer)  # knows them by now
     turns: dict[str, list[Turn]] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -14,16 +14,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from measure import Conditions, Measured, Turn
 from ours import CROP_FLIP, OPTIM, our_batches, our_step
-from torch import nn
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
-from cifar_dist.engine.runtime import Ranks, end_processes, start_processes, wrap
+from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
+from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.files import write_json
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
@@ -63,33 +64,47 @@ def take_turns_in_each(
     ranks = Ranks.of(accelerator)
     assert ranks.world_size == PROCESSES, f"{ranks.world_size} processes, not {PROCESSES}"
 
-    def steps(model: nn.Module, wrapped: nn.Module, *, world_size: int) -> Callable[[], None]:
-        rank, total = (ranks.rank, world_size * batch_size) if world_size > 1 else (0, batch_size)
+    def steps(name: str) -> Callable[[], None]:
+        world_size, rank = (PROCESSES, ranks.rank) if name == TOGETHER else (1, 0)
+        total = world_size * batch_size
+        config = ModelConfig(backbone=backbone)
+        model = build_model(config, 100).to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(OPTIM, model)
+        objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
+        if name == TOGETHER:
+            update = our_step(
+                model,
+                objective,
+                optimizer,
+                accelerator,
+                precision="bf16",
+                batch_size=total,
+                shards=PROCESSES,
+            )
+        else:  # the same step without DDP around its model
+            update = partial(
+                train_step,
+                accelerator,
+                model,
+                objective,
+                optimizer,
+                make_scaler("bf16", accelerator.device),
+                precision="bf16",
+                seed=0,
+                batch_size=total,
+                max_grad_norm=OPTIM.max_grad_norm,
+            )
         batches = our_batches(
             split, batch_size=total, shards=world_size, rank=rank, world_size=world_size
-        )
-        objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
-        optimizer = build_optimizer(OPTIM, model)
-        update = our_step(
-            wrapped, objective, optimizer, accelerator, precision="bf16", batch_size=total
         )
 
         def run() -> None:
             for number in range(STEPS):
-                update(next(batches), number)
+                update(next(batches), step=number)
 
         return run
 
-    def net() -> nn.Module:
-        config = ModelConfig(backbone=backbone)
-        return build_model(config, 100).to(memory_format=torch.channels_last)
-
-    together, apart = net(), net()
-    wrapped = wrap(accelerator, together, shards=PROCESSES)
-    works = {
-        TOGETHER: steps(together, wrapped, world_size=PROCESSES),
-        APART: steps(apart, apart, world_size=1),
-    }
+    works = {name: steps(name) for name in (TOGETHER, APART)}
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, work in works.items():

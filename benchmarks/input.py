@@ -186,13 +186,13 @@ def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
     model, twin = NullModel(), NullModel()
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
-    update = our_step(model, objective, optimizer, accelerator)
+    update = our_step(model, objective, optimizer, accelerator, shards=2)
 
     parameters = list(twin.parameters())
     plain_optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, weight_decay=0.001, fused=True)
 
     def ours() -> int:
-        update(shards, 0)
+        update(shards, step=0)
         return 1
 
     def by_hand() -> int:

@@ -41,6 +41,7 @@ BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
 EVALUATED = 2_500  # rows, where a CPU has to do it
 
 OURS, CONSTANT = "ours: bf16, crop and flip", "ours, on one constant batch"
+EAGER = "ours, run.graph=off"
 SMALL_STEM, RESNET50 = "ours, ResNet-18 with a 3x3 stem", "ours, ResNet-50"
 TIMM, TIMM_TUNED = "timm at its defaults", "timm, bf16 and channels_last"
 
@@ -71,6 +72,8 @@ def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> 
     split = load_split(conditions.data, "train", device)
     config = ModelConfig(backbone=conditions.backbone, image_size=image_size)
     nets = {OURS: config, CONSTANT: config}
+    if device.type == "cuda":
+        nets[EAGER] = config
     if device.type == "cuda" and image_size == 32:
         nets[SMALL_STEM] = replace(config, stem="small")
     elif device.type == "cuda":
@@ -86,6 +89,7 @@ def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> 
             precision="bf16",
             batches=constant_batch(split, batch_size) if constant else None,
             batch_size=batch_size,
+            graph="off" if name == EAGER else "auto",
         )
 
     works = peer_works(split, accelerator, config, batch_size) | {name: ours(name) for name in nets}

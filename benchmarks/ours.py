@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
+from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.step import Precision, Step, make_scaler, train_step
+from cifar_dist.engine.step import Precision, make_scaler
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import (
@@ -94,22 +96,28 @@ def our_loop(
     precision: Precision = "fp32",
     batches: Iterator[list[Batch]] | None = None,
     batch_size: int = BATCH_SIZE,
+    graph: Literal["auto", "off"] = "auto",
 ) -> Work:
-    """What train.py does at each step, with a report every 50 steps; `batch_size` is global."""
+    """What train.py does at each step in one process, with a report every 50 steps."""
     steps, batches = count(), batches or our_batches(split, batch_size=batch_size)
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
     update = our_step(
-        model, objective, optimizer, accelerator, precision=precision, batch_size=batch_size
+        model,
+        objective,
+        optimizer,
+        accelerator,
+        precision=precision,
+        batch_size=batch_size,
+        graph=graph,
     )
-    world_size = accelerator.num_processes
-    window = Window(objective.names, shards=world_size, device=accelerator.device)
+    window = Window(objective.names, shards=1, device=accelerator.device)
 
     def step() -> int:
         number = next(steps)
         lr = learning_rate(OPTIM, number, total_steps=1_000_000, steps_per_epoch=200)
         set_learning_rate(optimizer, lr)
-        window.add(update(next(batches), number))
+        window.add(update(next(batches), step=number))
         if window.steps == REPORT_STEPS:
             window.read()
             window.clear()
@@ -126,22 +134,22 @@ def our_step(
     *,
     precision: Precision = "fp32",
     batch_size: int = BATCH_SIZE,
-) -> Callable[[list[Batch], int], Step]:
-    scaler = make_scaler(precision, accelerator.device)
-
-    def update(shards: list[Batch], step: int) -> Step:
-        return train_step(
-            accelerator,
-            model,
-            objective,
-            optimizer,
-            scaler,
-            shards,
-            precision=precision,
-            seed=0,
-            step=step,
-            batch_size=batch_size,
-            max_grad_norm=OPTIM.max_grad_norm,
-        )
-
-    return update
+    shards: int = 1,
+    graph: Literal["auto", "off"] = "auto",
+) -> TakeStep:
+    """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
+    return build_step(
+        accelerator,
+        model,
+        objective,
+        optimizer,
+        make_scaler(precision, accelerator.device),
+        graph=graph,
+        shards=shards,
+        precision=precision,
+        seed=0,
+        batch_size=batch_size,
+        max_grad_norm=OPTIM.max_grad_norm,
+        sam=None,
+        reduce_precision="fp32",
+    )
