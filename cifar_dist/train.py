@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from cifar_dist import __version__
 from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import Split, class_names, data_digest, load_split, read_digest
+from cifar_dist.data.arrow import Split, class_names, data_digest, open_splits, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
@@ -112,8 +112,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         check_world(recipe, shards=shards, world_size=ranks.world_size)
 
         # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
-        train_split = load_split(Path(data.path), "train", device)
-        test_split = load_split(Path(data.path), "test", device)
+        train_split, test_split, check_data = open_splits(Path(data.path), device)
         rows, held_rows = torch.arange(len(train_split.labels)), None
         if data.holdout:
             rows, held_rows = holdout_rows(train_split.labels, data.holdout)
@@ -206,6 +205,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             steps_per_epoch=steps_per_epoch,
         )
         evaluation, test_rows = None, torch.arange(len(test_split.labels))
+        check_data()  # has run beside
         take_step: TakeStep | None = None
         vote_step = state.step
         while True:
@@ -261,6 +261,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 with state.window.paused():
                     state.save(folder / "checkpoints", ranks, keep=keep, facts=facts)
             if stop or at_end:
+                state.finish_saving(ranks)
                 break
             new_epoch = step % steps_per_epoch == 0
             if host and (votes or new_epoch) and not host.show(epoch):

@@ -193,6 +193,34 @@ def test_what_breaks_a_promise_is_refused(name):
         build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "adam"])
+def test_a_first_update_that_is_left_out_leaves_no_trace(name):
+    """As under fp16, whose first scales are too high more often than not."""
+
+    def trained(broken: list[float]) -> nn.Linear:
+        torch.manual_seed(0)
+        model = nn.Linear(50, 50)
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.01, weight_decay=0.1), model)
+        for found_inf in broken:
+            junk = [torch.full((50, 50), torch.nan) for _ in range(100)]
+            del junk  # what memory happens to be
+            model(torch.ones(8, 50)).square().mean().backward()
+            optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return model
+
+    one, other = trained([1.0, 1.0, 0.0, 0.0]), trained([0.0, 0.0])
+    assert torch.equal(one.weight, other.weight)
+    assert torch.equal(one.bias, other.bias)
+
+
+@pytest.mark.parametrize("name", ["lookahead_sgd", "lookahead_adamw"])
+def test_lookahead_asks_before_it_steps(name):
+    optimizer = build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
+    assert not optimizer.defaults.get("fused")
+
+
 @pytest.mark.parametrize(
     "name",
     sorted(

@@ -116,11 +116,9 @@ def build_optimizer(
             )
     options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     options = {key: value for key, value in options.items() if value is not None}
-    if get_optimizer_class(name, bind_defaults=False) in (
-        torch.optim.SGD,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-    ):
+    kind = get_optimizer_class(name, bind_defaults=False)
+    # Lookahead's own part would not hear that the fused one left an update out
+    if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and name == config.name:
         options["fused"] = True
     if "lamb" in name:
         options["max_grad_norm"] = None
@@ -137,6 +135,11 @@ def build_optimizer(
         momentum=config.momentum,
         **options,
     )
+    if type(optimizer) is torch.optim.SGD and config.momentum:
+        # Fused SGD leaves a momentum as memory happens to be where its first update is left out.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     if begins:
         split_groups(optimizer, {id(p): begins[name] for name, p in model.named_parameters()})
     return optimizer
