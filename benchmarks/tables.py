@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from around import AT_HAND
 from ddp import APART, TOGETHER
 from input import TUTORIAL, TUTORIAL_AUGMENTED
 from loops import CONSTANT, EAGER, OURS, RESNET50, SMALL_STEM, TIMM, TIMM_TUNED
@@ -143,7 +144,7 @@ TARGETS = [
         "data open and ready: ours / pickle.load",
         "10",
         "50",
-        ratio("data", "ours", "pickle.load", by="by_clock"),
+        ratio("data", AT_HAND, "pickle.load", by="by_clock"),
     ),
     target(
         "ResNet-18@32, batch 250, augmented: ms a step",
