@@ -38,6 +38,9 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was written is complete", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except BrokenPipeError:  # who read our output, like `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         if "--traceback" in arguments:
             raise

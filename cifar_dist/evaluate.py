@@ -123,8 +123,11 @@ def evaluate_run(
     duplicates: Path | None,
     ranks: Ranks,
     device: torch.device,
-) -> tuple[Evaluation, dict[str, Any], Hierarchy]:
-    """Evaluate on `test`, `train` or `held-out` rows, exactly as training does it, and look closer."""
+) -> tuple[Evaluation, Evaluation | None, dict[str, Any], Hierarchy]:
+    """Evaluate on `test`, `train` or `held-out` rows, exactly as training does it, and look closer.
+
+    Beside the rows that were asked for, the held-out ones are evaluated if the run has some.
+    """
     hierarchy = read_hierarchy(data)
     trained = load_model(recipe, saved, len(hierarchy.fine)).to(device)
     model = trained.to(memory_format=torch.channels_last)
@@ -144,7 +147,8 @@ def evaluate_run(
         raise UserError("this run held nothing out (data.holdout is 0); use --split test")
     if split == "held-out":
         assert held is not None
-        return held, find(held, hierarchy, held_out=None, duplicates=None, cifair=None), hierarchy
+        found = find(held, hierarchy, held_out=None, duplicates=None, cifair=None)
+        return held, held, found, hierarchy
     loaded = load_split(data, "test" if split == "test" else "train", device)
     evaluation = look(loaded, torch.arange(len(loaded.labels)))
     other = None
@@ -153,7 +157,7 @@ def evaluate_run(
         other = look(fair, torch.arange(len(fair.labels)))
     known = read_list(data, duplicates) if split == "test" else None
     found = find(evaluation, hierarchy, held_out=held, duplicates=known, cifair=other)
-    return evaluation, found, hierarchy
+    return evaluation, held, found, hierarchy
 
 
 def main(arguments: list[str]) -> int:
@@ -201,7 +205,7 @@ def main(arguments: list[str]) -> int:
     )
     check_precision(recipe.run.precision, accelerator.device)
     ranks = Ranks.of(accelerator)
-    evaluation, found, hierarchy = evaluate_run(
+    evaluation, held, found, hierarchy = evaluate_run(
         recipe,
         saved,
         data=data,
@@ -233,6 +237,8 @@ def main(arguments: list[str]) -> int:
             findings.write_findings(
                 output, facts | found, evaluation.logits, evaluation.labels, hierarchy
             )
+            if held is not None:
+                findings.write_held_out(output, held.logits, held.labels)
             log.info(f"written to {output}")
     end_processes(accelerator)
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from cifar_dist.data.arrow import Hierarchy
@@ -123,6 +124,14 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
+
+
+HELD_OUT = "held_out.safetensors"
+
+
+def write_held_out(folder: Path, logits: Tensor, labels: Tensor) -> None:
+    """What the run says about its held-out rows, for those who choose by them (`ensemble`)."""
+    write_file(folder / HELD_OUT, save({"logits": logits.contiguous(), "labels": labels}))
 
 
 def read_findings(run: Path) -> dict[str, Any] | None:

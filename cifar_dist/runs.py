@@ -26,8 +26,9 @@ from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import TeacherConfig, Trained
 from cifar_dist.nets.backbones import Classifier, build_model
 from cifar_dist.prepare import prepare
-from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml
+from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml, validate
 
+OWN_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how to build the model
 SAMPLE_NOTE = (
     "This is the drawn sample, not CIFAR-100. The real thing: "
     "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
@@ -146,14 +147,34 @@ def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
     )
 
 
+def exported_teacher(folder: Path) -> Trained:
+    """What `export --to teacher` wrote."""
+    said, weights = results.read_json(folder / OWN_EXPORT), folder / "model.safetensors"
+    if (
+        not isinstance(said, dict)
+        or said.keys() != {"model", "logit_scale"}
+        or not weights.is_file()
+    ):
+        raise UserError(f"{folder} is damaged; export the teacher again")
+    recipe = validate({"name": "teacher", "model": said["model"]}, where=str(folder / OWN_EXPORT))
+    return Trained(
+        model=recipe.model,
+        weights=weights,
+        digest=sha256(weights),
+        logit_scale=float(said["logit_scale"]),
+    )
+
+
 def find_teacher(asked: TeacherConfig) -> Trained:
-    """The weights that a run is judged by, at its newest checkpoint, or a file; and how to build it."""
+    """The weights that a run is judged by, at its newest checkpoint, or those of an export or a file."""
     path = Path(asked.run)
     if asked.model is not None:
         if not path.is_file():
             raise UserError(f"teacher.run: there is no file {path}")
         scale = asked.logit_scale or 1.0
         return Trained(model=asked.model, weights=path, digest=sha256(path), logit_scale=scale)
+    if (path / OWN_EXPORT).exists():
+        return exported_teacher(path)
     recipe, saved = load_run(path)
     name = "ema.safetensors" if recipe.ema else "model.safetensors"
     return Trained(

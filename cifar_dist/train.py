@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from cifar_dist import __version__
 from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import class_names, data_digest, load_split, read_digest
+from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
@@ -111,8 +111,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         check_world(recipe, shards=shards, world_size=ranks.world_size)
 
         # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
-        train_split = load_split(Path(data.path), "train", device)
-        test_split = load_split(Path(data.path), "test", device)
+        train_split, test_split, check_data = open_splits(Path(data.path), device)
         rows, held_rows = torch.arange(len(train_split.labels)), None
         if data.holdout:
             rows, held_rows = holdout_rows(train_split.labels, data.holdout)
@@ -174,11 +173,12 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         bar = stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main))
 
         def tell(kind: str, values: dict[str, Any]) -> None:
-            line = {"kind": kind, "step": state.step, "epoch": state.step / steps_per_epoch}
-            if ranks.is_main:
-                metrics_file.append(line | values)
-                tracker.log(line | values)
-                log.info(results.sentence(line | values, epochs=run.epochs))
+            line = {
+                "kind": kind,
+                "step": state.step,
+                "epoch": state.step / steps_per_epoch,
+            } | values
+            ranks.main_does(lambda: results.publish(line, metrics_file, tracker, epochs=run.epochs))
 
         look = partial(
             evaluate,
@@ -205,6 +205,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             steps_per_epoch=steps_per_epoch,
         )
         evaluation, test_rows = None, torch.arange(len(test_split.labels))
+        check_data()  # has run beside
         take_step: TakeStep | None = None
         to_vote = 0  # steps; counted, so that a rank that lost count of its own votes all the same
         while True:
@@ -225,10 +226,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if report_due or look_due or save_due:
                 state.check_numbers(ranks, most_skips=run.most_skips, warn=bool(report_due))
             if report_due:
-                numbers = state.window.means(batch_size=run.batch_size)
-                numbers["lr"] = highest_learning_rate(state.optimizer)
-                numbers["images_per_second"] = state.window.pace() * run.batch_size
-                numbers |= {"skipped": state.window.skipped} if run.may_skip else {}
+                numbers = state.window.report(batch_size=run.batch_size, may_skip=run.may_skip)
+                numbers |= {"lr": highest_learning_rate(state.optimizer)}
                 tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
                 state.window.clear()
             if look_due:
@@ -260,6 +259,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 with state.window.paused():
                     state.save(folder / "checkpoints", ranks, keep=keep, facts=facts)
             if stop or at_end:
+                state.finish_saving(ranks)
                 break
             new_epoch = step % steps_per_epoch == 0
             if host and (votes or new_epoch) and not host.show(epoch):

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
         graph: str,
         shards: int,
         sam: object,
-        keep_buffers: bool,
+        keep_buffers: bool = False,
         **settings: Any,
     ) -> TakeStep:
         assert sam is None

@@ -45,7 +45,7 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("timm", {"nets/backbones.py", "learn/optim.py"}),
+        ("timm", {"nets/backbones.py", "nets/timm_folder.py", "learn/optim.py"}),
         ("accelerate", {"engine", "train.py"}),
         ("wandb", {"engine"}),
         ("datasets", {"data/arrow.py"}),

@@ -55,18 +55,16 @@ class Window:
         """All ranks' sums, [shards][terms]; each entry has one rank that contributes to it."""
         return summed(self.sums).tolist()
 
-    @property
-    def skipped(self) -> int:
-        """Steps of the window that were left out; waits for the device."""
-        return int(self.skips[1])
-
-    def means(self, *, batch_size: int) -> dict[str, float]:
-        """Each term's mean over the samples of the steps that were made; NaN where there are none."""
-        steps = self.steps - self.skipped
+    def report(self, *, batch_size: int, may_skip: bool) -> dict[str, float]:
+        """Each term's mean over the samples of the steps that were made (NaN: none was), and the pace."""
+        skipped = int(self.skips[1])
+        samples = (self.steps - skipped) * batch_size
         totals = [math.fsum(column) for column in zip(*self.read(), strict=True)]
+        means = [total / samples if samples else math.nan for total in totals]
         return {
-            name: total / (steps * batch_size) if steps else math.nan
-            for name, total in zip(self.names, totals, strict=True)
+            **dict(zip(self.names, means, strict=True)),
+            "images_per_second": self.steps * batch_size / self.elapsed(),
+            **({"skipped": skipped} if may_skip else {}),
         }
 
     def what_broke(self, ranks: Ranks) -> str:
@@ -110,10 +108,6 @@ class Window:
     def elapsed(self) -> float:
         """Seconds of training in the window, those before a restart included."""
         return self.seconds + time.perf_counter() - self.started
-
-    def pace(self) -> float:
-        """Steps a second."""
-        return self.steps / self.elapsed()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,0 +1,86 @@
+"""Floor 5. A trained run as something to use: its judged weights, its classes' names, its calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cifar_dist.data.arrow import Hierarchy, read_hierarchy
+from cifar_dist.engine.step import autocast
+from cifar_dist.errors import UserError
+from cifar_dist.findings import read_findings
+from cifar_dist.learn.losses import logit_scale
+from cifar_dist.nets.backbones import Classifier
+from cifar_dist.recipe import Recipe
+from cifar_dist.runs import load_model, load_run
+
+BLOCK_SIZE = 250  # pictures at once; as an evaluation has them, for the same bits
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Usable:
+    """A model in evaluation mode, and what its outputs mean."""
+
+    recipe: Recipe
+    checkpoint: Path
+    model: Classifier
+    fine: tuple[str, ...]
+    superclass: tuple[str, ...]  # of each fine class; "" where the data do not say
+    temperature: float | None  # fitted on held-out rows by `evaluate`; None where it was not
+
+    @property
+    def logit_scale(self) -> float:
+        return logit_scale(self.recipe.losses.values())
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """f32 [N, C] on the CPU of uint8 [N, 3, 32, 32], as an evaluation computes them."""
+        device = next(self.model.parameters()).device
+        parts = []
+        for block in images.split(BLOCK_SIZE):
+            with autocast(self.recipe.run.precision, device):
+                outputs = self.model(block.to(device))
+            parts.append(outputs.logits.float().cpu() * self.logit_scale)
+        return torch.cat(parts)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """f64 [N, C], calibrated where a temperature is known."""
+        return (logits.double() / (self.temperature or 1.0)).softmax(1)
+
+
+def load_usable(run: Path, checkpoint: str | None = None, data: Path | None = None) -> Usable:
+    """A run's newest checkpoint, or one by name, on this machine's accelerator where it has one."""
+    recipe, saved = load_run(run, checkpoint)
+    fine, superclass = class_names_of(run, data or Path(recipe.data.path))
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = load_model(recipe, saved, len(fine)).eval().requires_grad_(False)
+    fitted = (read_findings(run) or {}).get("temperature") if checkpoint is None else None
+    return Usable(
+        recipe=recipe,
+        checkpoint=saved,
+        model=model.to(device).to(memory_format=torch.channels_last),
+        fine=fine,
+        superclass=superclass,
+        temperature=fitted["value"] if fitted else None,
+    )
+
+
+def class_names_of(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Fine classes and the superclass of each: from the data, or else from the run's evaluation."""
+    if (data / "digest.json").exists():
+        return names_of(read_hierarchy(data))
+    found = read_findings(run)
+    if found is None:
+        raise UserError(
+            f"{data} has no data, so the classes have no names; give its place with --data"
+        )
+    rows = found["classes"]
+    return tuple(row["class"] for row in rows), tuple(row["superclass"] or "" for row in rows)
+
+
+def names_of(hierarchy: Hierarchy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    places = hierarchy.coarse_of_fine.tolist()
+    return hierarchy.fine, tuple("" if place < 0 else hierarchy.coarse[place] for place in places)

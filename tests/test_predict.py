@@ -1,0 +1,111 @@
+"""`predict`: files of any kind and size, folders, rows of a split; calibrated where that is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from conftest import RecipeMaker
+from PIL import Image
+from ranks import Ranks, train
+from safetensors.torch import load_file
+
+from cifar_dist.data.arrow import load_split
+from cifar_dist.engine.scores import fit_temperature
+from cifar_dist.errors import UserError
+from cifar_dist.predict import find_pictures, main, read_picture
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: RecipeMaker, middle_data: Path) -> Path:
+    sections = {"data": {"path": str(middle_data), "holdout": 100}, "run": {"epochs": 1}}
+    train(recipe(**sections), cwd=tmp_path)
+    return tmp_path / "runs/tiny"
+
+
+def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
+    output = run / "p.json"
+    assert main([str(run), *arguments, "--json", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_rows_agree_with_the_runs_own_predictions(run: Path, tmp_path: Path) -> None:
+    stored = load_file(run / "predictions.safetensors")
+    plain = predictions(run, "--dataset", "test", "--picture", str(tmp_path / "p.png"))
+    best = stored["logits"].double().softmax(1).topk(5)
+    for row, one in enumerate(plain):
+        assert one["picture"] == f"test:{row}"
+        values = [guess["probability"] for guess in one["guesses"]]
+        assert values == pytest.approx(best.values[row].tolist(), abs=1e-5)
+    assert Image.open(tmp_path / "p.png").size[0] > 900
+
+    ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path)
+    assert ranks.wait() == [0], ranks.output
+    held = load_file(run / "evaluation/held_out.safetensors")
+    temperature = fit_temperature(held["logits"], held["labels"])
+    (one,) = predictions(run, "--dataset", "test:7")
+    calibrated = (stored["logits"][7].double() / temperature).softmax(0).max()
+    assert one["guesses"][0]["probability"] == pytest.approx(float(calibrated), abs=1e-5)
+    assert len(predictions(run, "--dataset", "train:5-9")) == 5
+
+
+def test_files_are_seen_as_the_rows_they_were_made_of(run: Path, middle_data: Path) -> None:
+    images = load_split(middle_data, "test").images
+    folder = run / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    for row in range(3):
+        Image.fromarray(images[row].permute(1, 2, 0).numpy()).save(folder / f"inner/{row}.png")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "broken.png").write_bytes(b"\x89PNG no")
+    seen = predictions(run, str(folder))
+    rows = predictions(run, "--dataset", "test:0-2")
+    assert [Path(one["picture"]).name for one in seen] == ["0.png", "1.png", "2.png"]
+    for one, same in zip(seen, rows, strict=True):
+        assert [guess["label"] for guess in one["guesses"]] == [
+            guess["label"] for guess in same["guesses"]
+        ]
+
+
+def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
+    red = (200, 10, 10)
+    for name, image in {
+        "wide.jpg": Image.new("RGB", (900, 31), red),
+        "one.png": Image.new("RGB", (1, 1), red),
+        "grey.png": Image.new("L", (50, 50), 100),
+        "palette.gif": Image.new("RGB", (40, 60), red).convert("P"),
+        "deep.png": Image.fromarray(numpy.full((20, 20), 40000, numpy.uint16)),
+    }.items():
+        image.save(tmp_path / name)
+        assert read_picture(tmp_path / name).shape == (3, 32, 32)
+    Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_picture(tmp_path / "clear.png") == 255).all()  # on white
+    sideways = Image.new("RGB", (64, 64), "white")
+    sideways.paste((0, 0, 0), (0, 0, 64, 32))  # upper half black
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right by 90 degrees
+    sideways.save(tmp_path / "turned.png", exif=exif)
+    turned = read_picture(tmp_path / "turned.png").float().mean((0, 1))
+    assert turned[:10].mean() > 200 > 50 > turned[-10:].mean()
+
+
+def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
+    for arguments, said in {
+        (): "give pictures or --dataset",
+        ("a.png", "--dataset", "test"): "give pictures or --dataset",
+        ("absent.png",): "no picture that can be read",
+        ("--dataset", "test:5-3"): "has the rows 0 to",
+        ("--dataset", "valid:0"): "write test:0-99",
+        ("--dataset", "test:300"): "has the rows 0 to 299",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            main([str(run), *arguments])
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (14_000, 14_000)).save(bomb)
+    with pytest.raises(UserError, match="no picture that can be read"):
+        read_picture(bomb)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no picture in these folders"):
+        find_pictures([tmp_path / "empty"])
