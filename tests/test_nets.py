@@ -302,6 +302,32 @@ def test_a_vits_position_embedding_is_resized_by_timms_converter(tmp_path):
     assert backbone.pos_embed.shape[1] == 16 + state["cls_token"].shape[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("deit_tiny_patch16_224", 96),
+        ("eva02_tiny_patch14_224", 98),
+        ("convnext_atto", 48),
+        ("efficientnet_lite0", 48),
+    ],
+)
+def test_weights_of_another_size_compute_what_timm_computes(tmp_path, name, size):
+    torch.manual_seed(0)
+    whole = timm.create_model(name)
+    for parameter in whole.parameters():  # some are born as zeros
+        nn.init.normal_(parameter, std=0.02)
+    path = save(whole.state_dict(), tmp_path / "whole.safetensors")
+    ours = build_model(ModelConfig(backbone=name, image_size=size, weights=path), 100).eval()
+    sizes = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    overlay = {"file": path}
+    theirs = timm.create_model(name, True, num_classes=0, pretrained_cfg_overlay=overlay, **sizes)
+    with torch.no_grad():
+        pixels = ours.pixels(IMAGES)
+        found = ours.backbone(pixels)
+        assert torch.equal(found, theirs.eval()(pixels))
+    assert found.std() > 0
+
+
 def test_vectors_of_a_norm_that_changed_places_are_never_loaded_in_order(tmp_path):
     state = timm.create_model("test_resnet").state_dict()
     renamed = {f"x{name}": value for name, value in state.items()}
