@@ -288,7 +288,7 @@ def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
 
     take(0)
     take(1)
-    with torch._dynamo.config.patch(error_on_recompile=True):  # type: ignore[attr-defined]
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for step in range(2, 6):
             take(step)
 
