@@ -9,17 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from measure import Conditions, Measured, Turn, Work, cpu_seconds
+from measure import Conditions, Measured, Turn, Work, cpu_seconds, settle
 from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 from torch import nn
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
-from cifar_dist.data.arrow import class_names, load_split, read_split
+from cifar_dist.data.arrow import class_names, load_split, open_splits, read_split
 from cifar_dist.data.augment import Augment
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
@@ -29,12 +29,15 @@ from cifar_dist.files import write_json
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import ModelConfig
+from cifar_dist.nets.backbones import ModelConfig, num_parameters
 
 PEER_START = Path(__file__).with_name("peer_start.py")
 HEAVY = ("albumentations", "cv2", "datasets", "pandas", "wandb", "pydantic")
 IMPORTS = ("torch", "torch, timm", "accelerate", "datasets", "albumentations", "cifar_dist.train")
-STANDS_STILL = ", the loop stands still"
+AT_HAND = "ours, at hand while the digests are computed"
+STANDS_STILL = "ours, until the loop goes on"
+
+Stages = Callable[[], float | None]  # work in two stages: when the first was done; None: it has one
 
 
 class AnyCifar100(CIFAR100):
@@ -75,32 +78,56 @@ def pickles_of(data: Path, folder: Path) -> Path:
     return pickles
 
 
+def in_stages(
+    works: Mapping[str, Stages], *, rounds: int, ours: str, first: str
+) -> dict[str, list[Turn]]:
+    """One call a turn by turns, as take_turns has it; row `first` is the first stage of row `ours`."""
+    turns: dict[str, list[Turn]] = {name: [] for name in (*works, first)}
+    for counted in range(-1, rounds):
+        for name, work in works.items():
+            clock, cpu = time.perf_counter(), cpu_seconds()
+            first_done = work()
+            elapsed, used = time.perf_counter() - clock, cpu_seconds() - cpu
+            if counted >= 0:
+                turns[name].append(Turn(1 / elapsed, 1 / used))
+            if counted >= 0 and name == ours:
+                assert first_done is not None
+                turns[first].append(Turn(1 / (first_done - clock), 1 / used))
+    return turns
+
+
 def data_ready(conditions: Conditions) -> Measured:
     """Both splits from files in the page cache to arrays in memory; a unit is an opening."""
     data = conditions.data
 
-    def ours() -> int:
-        for name in ("train", "test"):
-            load_split(data, name, conditions.device)
-        return 1
+    def ours() -> float:
+        _, _, check = open_splits(data, conditions.device)
+        settle(conditions.device)
+        at_hand = time.perf_counter()
+        check()
+        return at_hand
 
     with tempfile.TemporaryDirectory() as folder:
         pickles = pickles_of(data, Path(folder))
 
-        def tutorial() -> int:
+        def tutorial() -> None:
             for name in ("train", "test"):
                 with (pickles / name).open("rb") as file:
                     content = pickle.load(file, encoding="bytes")
                 content[b"data"].reshape(-1, 3, 32, 32)
-            return 1
 
-        def torchvision() -> int:
+        def torchvision() -> None:
             for train in (True, False):
                 AnyCifar100(folder, train=train)
-            return 1
 
-        works = {"pickle.load": tutorial, "torchvision CIFAR100": torchvision, "ours": ours}
-        return Measured(unit="openings", turns=conditions.turns(works), facts={})
+        works = {
+            "pickle.load": tutorial,
+            "torchvision CIFAR100": torchvision,
+            "ours, checked": ours,
+        }
+        rounds = 5 * conditions.rounds  # they are short
+        turns = in_stages(works, rounds=rounds, ours="ours, checked", first=AT_HAND)
+    return Measured(unit="openings", turns=turns, facts={})
 
 
 def start_up(conditions: Conditions) -> Measured:
@@ -173,11 +200,8 @@ def until_a_loss(folder: Path, *words: object) -> Work:
 
 
 def checkpoints(conditions: Conditions) -> Measured:
-    """A network and AdamW to disk, by the clock until all is there; a unit is a checkpoint.
-
-    Rows "the loop stands still" count until the next step could begin. Ours are hashed and synced.
-    """
-    accelerator, device = conditions.accelerator, conditions.device
+    """A network and AdamW to disk; a unit is a checkpoint. Ours are hashed and synced."""
+    accelerator, device, alone = conditions.accelerator, conditions.device, Ranks(0, 1, None)
     split = load_split(conditions.data, "train", device)
     model = our_model(device, ModelConfig(backbone=conditions.backbone))
     optimizer = build_optimizer(OPTIM, model)
@@ -192,44 +216,25 @@ def checkpoints(conditions: Conditions) -> Measured:
         window=Window(objective.names, shards=1, device=device),
     )
     accelerator.free_memory()  # of what our step has shown it
-    prepared = accelerator.prepare(nn.Sequential(model), optimizer)  # knows them by now
-    turns: dict[str, list[Turn]] = {}
+    accelerator.prepare(nn.Sequential(model), optimizer)  # it saves what it has prepared
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
         def ours() -> float:
             state.step += 1
-            state.save(folder / "ours", Ranks(0, 1, None), keep=2, facts={})
-            still = time.perf_counter()
-            final = folder / "ours" / f"step_{state.step:08d}"
-            while not final.exists():  # complete or absent
-                time.sleep(0.001)
-            return still
+            state.save(folder / "ours", alone, keep=2, facts={})
+            goes_on = time.perf_counter()
+            state.finish_saving(alone)
+            return goes_on
 
-        def accelerate() -> float:
+        def accelerate() -> None:
             accelerator.save_state(str(folder / "accelerate"))
-            return time.perf_counter()
 
-        def torch_save() -> float:
+        def torch_save() -> None:
             content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(content, folder / "checkpoint.pt")
-            return time.perf_counter()
 
-        saves: dict[str, Callable[[], float]] = {
-            "torch.save": torch_save,
-            "accelerator.save_state": accelerate,
-            "ours": ours,
-        }
-        for counted in range(-1, conditions.rounds):
-            for row, save in saves.items():
-                clock, cpu = time.perf_counter(), cpu_seconds()
-                still = save()
-                elapsed, used = time.perf_counter() - clock, cpu_seconds() - cpu
-                if counted >= 0:
-                    turns.setdefault(row, []).append(Turn(1 / elapsed, 1 / used))
-                    stands = 1 / (still - clock)
-                    turns.setdefault(row + STANDS_STILL, []).append(Turn(stands, 1 / used))
-    assert prepared is not None
+        works = {"torch.save": torch_save, "accelerator.save_state": accelerate, "ours": ours}
+        turns = in_stages(works, rounds=conditions.rounds, ours="ours", first=STANDS_STILL)
     accelerator.free_memory()
-    parameters: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    return Measured(unit="checkpoints", turns=turns, facts=parameters)
+    return Measured(unit="checkpoints", turns=turns, facts={"parameters": num_parameters(model)})

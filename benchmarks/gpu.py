@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from measure import Work
-from ours import BATCH_SIZE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from cifar_dist.engine.capture import WARM_UP
 from cifar_dist.engine.estimate import activation_bytes
 from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
 
@@ -50,23 +52,29 @@ def floor_milliseconds(config: ModelConfig, batch_size: int, gpu: Gpu) -> float:
     return 1000 * (max(compute, traffic) + update)
 
 
-def of_one_step(work: Work, config: ModelConfig | None) -> dict[str, Any]:
-    """Kernels (copies included) and peak memory of a step; for our nets also the floor."""
-    for _ in range(3):
+def of_one_step(
+    make: Callable[[], Work], config: ModelConfig | None, batch_size: int
+) -> dict[str, Any]:
+    """Kernels (copies included) of a step and memory of all but the data; for our nets the floor.
+
+    The loop that `make` returns is made for this alone, and recorded where it records its step.
+    """
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work = make()
+    for _ in range(WARM_UP + 2):
         work()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
+    memory = torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        units = work()
+        work()
         torch.cuda.synchronize()
     kernels = sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
-    found = {
-        "images_a_step": units,
-        "kernels": kernels,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-    }
+    found: dict[str, Any] = {"batch_size": batch_size, "kernels": kernels, "memory_bytes": memory}
     name = torch.cuda.get_device_name()
     gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
     if config and gpu:
-        found["floor_milliseconds"] = floor_milliseconds(config, units or BATCH_SIZE, gpu)
+        found["floor_milliseconds"] = floor_milliseconds(config, batch_size, gpu)
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def input_pipelines(conditions: Conditions) -> Measured:
 def null_loops(conditions: Conditions) -> Measured:
     split = load_split(conditions.data, "train", conditions.device)
     works = loop_works(split, conditions.accelerator)
-    return Measured(unit="images", turns=conditions.turns(works), facts=of_steps(works, conditions))
+    return Measured(unit="images", turns=conditions.turns(works), facts={})
 
 
 def loops_32(conditions: Conditions) -> Measured:
@@ -92,52 +93,51 @@ def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> 
             graph="off" if name == EAGER else "auto",
         )
 
-    works = peer_works(split, accelerator, config, batch_size) | {name: ours(name) for name in nets}
+    makers = peer_makers(split, accelerator, config, batch_size)
+    makers |= {name: partial(ours, name) for name in nets}
+    facts: dict[str, Any] = {"batch_size": batch_size}
+    if device.type == "cuda":
+        facts["steps"] = {
+            name: of_one_step(make, nets.get(name), batch_size) for name, make in makers.items()
+        }
+    works = {name: make() for name, make in makers.items()}
     turns = conditions.turns(works, seconds=2 * conditions.seconds)
-    facts = {"batch_size": batch_size, **of_steps(works, conditions, nets)}
     return Measured(unit="images", turns=turns, facts=facts)
 
 
-def peer_works(
+def peer_makers(
     split: Split, accelerator: Accelerator, config: ModelConfig, batch_size: int
-) -> dict[str, Work]:
+) -> dict[str, Callable[[], Work]]:
     device, size = accelerator.device, config.image_size
 
     def net() -> nn.Module:
         return timm_net(device, config.backbone)
 
+    def tutorial() -> Work:
+        return tutorial_loop(endless(tutorial_loader(split, batch_size, image_size=size)), net())
+
     def timm(*, augment: bool, tuned: bool) -> Work:
         loader = timm_loader(split, batch_size, device, image_size=size, augment=augment)
         return timm_loop(endless(loader), net(), tuned=tuned)
 
-    tutorial = endless(tutorial_loader(split, batch_size, image_size=size))
-    works = {
-        TUTORIAL: tutorial_loop(tutorial, net()),
-        TIMM: timm(augment=True, tuned=False),
-        TIMM_TUNED: timm(augment=True, tuned=True),
-        "timm, bf16, channels_last, --no-aug": timm(augment=False, tuned=True),
-        "Accelerate over tensors, bf16, channels_last, fused AdamW": accelerate_loop(
-            accelerator, tensor_batches(split, batch_size, image_size=size), net(), tuned=True
-        ),
+    def over_tensors() -> Work:
+        batches = tensor_batches(split, batch_size, image_size=size)
+        return accelerate_loop(accelerator, batches, net(), tuned=True)
+
+    def over_datasets() -> Work:
+        loader = accelerator.prepare(hugging_face_loader(split, batch_size, augment=True))
+        return accelerate_loop(accelerator, endless(loader), net())
+
+    makers: dict[str, Callable[[], Work]] = {
+        TUTORIAL: tutorial,
+        TIMM: partial(timm, augment=True, tuned=False),
+        TIMM_TUNED: partial(timm, augment=True, tuned=True),
+        "timm, bf16, channels_last, --no-aug": partial(timm, augment=False, tuned=True),
+        "Accelerate over tensors, bf16, channels_last, fused AdamW": over_tensors,
     }
     if size == 32:  # it has no resize of its own
-        loader = accelerator.prepare(hugging_face_loader(split, batch_size, augment=True))
-        works["Accelerate, set_transform, crop and flip"] = accelerate_loop(
-            accelerator, endless(loader), net()
-        )
-    return works
-
-
-def of_steps(
-    works: Mapping[str, Work],
-    conditions: Conditions,
-    nets: Mapping[str, ModelConfig] | None = None,
-) -> dict[str, Any]:
-    """What a GPU tells of one step of each row; nothing on a CPU."""
-    if conditions.device.type != "cuda":
-        return {}
-    nets = nets or {}
-    return {"steps": {name: of_one_step(work, nets.get(name)) for name, work in works.items()}}
+        makers["Accelerate, set_transform, crop and flip"] = over_datasets
+    return makers
 
 
 def evaluations(conditions: Conditions) -> Measured:

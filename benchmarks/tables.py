@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from around import AT_HAND
 from ddp import APART, TOGETHER
 from input import TUTORIAL, TUTORIAL_AUGMENTED
 from loops import CONSTANT, EAGER, OURS, RESNET50, SMALL_STEM, TIMM, TIMM_TUNED
@@ -64,11 +65,11 @@ def milliseconds(measurement: str, row: str) -> Callable[[Results], Spread | Non
     """Of a step, by the clock."""
 
     def value(results: Results) -> Spread | None:
-        images = rate(measurement, row)(results)
-        if images is None:
+        turns = turns_of(results, measurement).get(row)
+        if not turns:
             return None
         batch_size = results["measurements"][measurement]["facts"]["batch_size"]
-        return spread([1000 * batch_size / number for number in images.values()])
+        return spread([1000 * batch_size / turn.by_clock for turn in turns])
 
     return value
 
@@ -140,7 +141,10 @@ TARGETS = [
         ratio("ddp", TOGETHER, APART, by="by_clock"),
     ),
     target(
-        "data open and ready: ours / pickle.load", "10", "50", ratio("data", "ours", "pickle.load")
+        "data open and ready: ours / pickle.load",
+        "10",
+        "50",
+        ratio("data", AT_HAND, "pickle.load", by="by_clock"),
     ),
     target(
         "ResNet-18@32, batch 250, augmented: ms a step",
@@ -229,7 +233,7 @@ def measurement_table(name: str, measured: dict[str, Any], device: str) -> str:
     measures = "ms by the clock" if slow else f"{unit}/s by the clock"
     head = [name, measures, "ms of CPU" if slow else f"{unit} a CPU s"]
     if steps:
-        head += ["ms a step", "floor, ms", "share of it", "kernels", "peak MiB"]
+        head += ["ms a step", "floor, ms", "share of it", "kernels", "MiB"]
     rows = [head]
     for row, found in turns.items():
         clock, cpu = ([getattr(turn, of) for turn in found] for of in ("by_clock", "by_cpu"))
@@ -237,22 +241,22 @@ def measurement_table(name: str, measured: dict[str, Any], device: str) -> str:
             clock, cpu = ([1000 / value for value in values] for values in (clock, cpu))
         line = [row, with_spread(spread(clock)), shown(spread(cpu)["median"])]
         if steps:
-            line += step_cells(steps.get(row), spread(clock)["median"])
+            line += step_cells(steps.get(row), clock)
         rows.append(line)
     return markdown(rows)
 
 
-def step_cells(step: dict[str, Any] | None, images_per_second: float) -> list[str]:
+def step_cells(step: dict[str, Any] | None, images_per_second: Sequence[float]) -> list[str]:
     if step is None:
         return [""] * 5
-    took = 1000 * step["images_a_step"] / images_per_second
+    took = spread([1000 * step["batch_size"] / images for images in images_per_second])["median"]
     floor = step.get("floor_milliseconds")
     return [
         shown(took),
         shown(floor) if floor else "",
         f"{100 * floor / took:.0f} %" if floor else "",
         str(step["kernels"]),
-        f"{step['peak_memory_bytes'] / 2**20:,.0f}",
+        f"{step['memory_bytes'] / 2**20:,.0f}",
     ]
 
 

@@ -24,6 +24,7 @@ from cifar_dist.data.arrow import (
     content_digest,
     data_digest,
     load_split,
+    open_splits,
     read_digest,
     read_split,
     write_dataset,
@@ -156,6 +157,22 @@ def test_a_flipped_bit_of_any_column_is_found(root: Path) -> None:
         damaged[place] ^= 1
         table(root).write_bytes(damaged)
         refused(root, "differs from what was written")
+
+
+def test_splits_are_open_before_they_are_verified_and_damage_is_found_all_the_same(
+    root: Path,
+) -> None:
+    train, test, check = open_splits(root, "cpu")
+    check()
+    for split, name in (train, "train"), (test, "test"):
+        assert torch.equal(split.images, load_split(root, name).images)  # type: ignore[arg-type]
+        assert torch.equal(split.labels, load_split(root, name).labels)  # type: ignore[arg-type]
+    damaged = bytearray(table(root).read_bytes())
+    damaged[damaged.index(TRAIN.images.tobytes()) + 5] ^= 1
+    table(root).write_bytes(damaged)
+    _, _, check = open_splits(root, "cpu")
+    with pytest.raises(UserError, match="differs from what was written"):
+        check()
 
 
 def test_flipped_bits_anywhere_are_found_or_change_nothing(root: Path) -> None:

@@ -76,7 +76,11 @@ def test_predictions_have_the_same_bits_in_any_world(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     """The training itself evaluates on two ranks, where only rank 0's statistics are the right ones."""
-    path = recipe(run={"batch_size": 50, "epochs": 1}, data={"path": str(middle_data)})
+    path = recipe(
+        run={"batch_size": 50, "epochs": 1},
+        data={"path": str(middle_data)},
+        model={"image_size": 80},  # 300 rows are two blocks of an evaluation
+    )
     train(path, cwd=tmp_path, world_size=2)
     for world_size in (1, 2, 3):
         ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path, world_size=world_size)

@@ -62,10 +62,17 @@ def test_bilinear_upscaling_is_torchvisions():
     torch.testing.assert_close(PixelInput(64)(IMAGES), oracle)
 
 
-def test_pixels_stay_float32_under_autocast_and_out_of_the_state():
-    layer = PixelInput(64, "bicubic", CIFAR_MEAN, CIFAR_STD)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(IMAGES), PixelInput(64, "bicubic", CIFAR_MEAN, CIFAR_STD)(IMAGES))
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pixels_are_what_autocast_computes_in(interpolation, size, dtype):
+    layer = PixelInput(size, interpolation, CIFAR_MEAN, CIFAR_STD)
+    with torch.autocast("cpu", dtype):
+        pixels = layer(IMAGES)
+    assert pixels.dtype == dtype
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    error = (pixels.float() - layer(IMAGES)).abs().max()
+    assert error < 3 * torch.finfo(dtype).eps  # numbers up to 2.5, rounded before and after
     assert not layer.state_dict()
 
 
@@ -293,6 +300,32 @@ def test_a_vits_position_embedding_is_resized_by_timms_converter(tmp_path):
     path = save(state, tmp_path / "vit.safetensors")
     backbone = backbone_of(ModelConfig(backbone="test_vit", image_size=64, weights=path))
     assert backbone.pos_embed.shape[1] == 16 + state["cls_token"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("deit_tiny_patch16_224", 96),
+        ("eva02_tiny_patch14_224", 98),
+        ("convnext_atto", 48),
+        ("efficientnet_lite0", 48),
+    ],
+)
+def test_weights_of_another_size_compute_what_timm_computes(tmp_path, name, size):
+    torch.manual_seed(0)
+    whole = timm.create_model(name)
+    for parameter in whole.parameters():  # some are born as zeros
+        nn.init.normal_(parameter, std=0.02)
+    path = save(whole.state_dict(), tmp_path / "whole.safetensors")
+    ours = build_model(ModelConfig(backbone=name, image_size=size, weights=path), 100).eval()
+    sizes = {"img_size": size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    overlay = {"file": path}
+    theirs = timm.create_model(name, True, num_classes=0, pretrained_cfg_overlay=overlay, **sizes)
+    with torch.no_grad():
+        pixels = ours.pixels(IMAGES)
+        found = ours.backbone(pixels)
+        assert torch.equal(found, theirs.eval()(pixels))
+    assert found.std() > 0
 
 
 def test_vectors_of_a_norm_that_changed_places_are_never_loaded_in_order(tmp_path):

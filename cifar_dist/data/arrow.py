@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,48 +150,101 @@ def load_split(
 
     The 50,000 rows of CIFAR-100 take 0.1 s on one core, nearly all of it for their SHA-256.
     """
-    raw = read_split(root, name)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        images = torch.from_numpy(raw.images).view(-1, 3, 32, 32)
-        labels = torch.from_numpy(raw.fine_labels)
-    return Split(images=images.to(device), labels=labels.to(device))
+    table = _open_table(root, name)
+    _verify(root, name, table)
+    return _pictures(table, device)
+
+
+def open_splits(root: Path, device: torch.device | str) -> tuple[Split, Split, Callable[[], None]]:
+    """Train and test at once, and what to call before their numbers count.
+
+    Threads compute the digests meanwhile; the call waits for them and raises the UserError of a
+    damage. What would not even be pictures and labels of the right ranges is refused here.
+    """
+    tables = {name: _open_table(root, name) for name in SPLITS}
+    pool = ThreadPoolExecutor(len(tables), "digest")
+    verifying = [pool.submit(_verify, root, name, table) for name, table in tables.items()]
+    pool.shutdown(wait=False)
+
+    def check() -> None:
+        for verified in verifying:
+            verified.result()
+
+    return _pictures(tables["train"], device), _pictures(tables["test"], device), check
 
 
 def read_split(root: Path, name: Literal["train", "test"]) -> RawSplit:
     """All columns of a split as views of the memory map, verified; UserError for damage of any kind."""
+    return _verify(root, name, _open_table(root, name))
+
+
+def _open_table(root: Path, name: str) -> Any:
+    """The split's one record batch as a view of the memory map: its types, sizes and labels are right."""
     path = root / name / TABLE
-    expected, meta = read_digest(root)[name], _read_meta(root, name)
-    try:
+    rows = read_digest(root)[name]["rows"]
+    with _naming_damage(root, path):
         with pa.memory_map(str(path)) as file:
             batches = list(pa.ipc.open_stream(file))
         if len(batches) != 1:
             raise ValueError(f"has {len(batches)} record batches instead of one")
         (batch,) = batches
         batch.validate(full=True)
-        if batch.num_rows != expected["rows"]:
-            raise ValueError(f"has {batch.num_rows:,} rows instead of {expected['rows']:,}")
+        if batch.num_rows != rows:
+            raise ValueError(f"has {batch.num_rows:,} rows instead of {rows:,}")
         if any(column.null_count for column in batch.columns):
             raise ValueError("has empty cells")
         image = batch.column("image")
         if image.type != pa.list_(pa.uint8(), PIXELS):
             raise ValueError(f"has images of type {image.type}")
+        for column, classes in ("fine_label", FINE_CLASSES), ("coarse_label", COARSE_CLASSES):
+            labels = _labels(batch, column)
+            if not (labels.min() >= 0 and labels.max() < classes):
+                raise ValueError(f"has labels outside 0..{classes - 1}")
+    return batch
+
+
+def _verify(root: Path, name: str, table: Any) -> RawSplit:
+    """All columns of an open split, compared with its digest."""
+    expected, meta = read_digest(root)[name], _read_meta(root, name)
+    with _naming_damage(root, root / name / TABLE):
         raw = RawSplit(
-            images=image.flatten().to_numpy(zero_copy_only=True).reshape(-1, PIXELS),
-            fine_labels=batch.column("fine_label").cast(pa.int64()).to_numpy(),
-            coarse_labels=batch.column("coarse_label").cast(pa.int64()).to_numpy(),
-            filenames=batch.column("filename").to_pylist(),
+            images=_images(table),
+            fine_labels=_labels(table, "fine_label"),
+            coarse_labels=_labels(table, "coarse_label"),
+            filenames=table.column("filename").to_pylist(),
         )
         if content_digest(raw, meta) != expected["sha256"]:
             raise ValueError("differs from what was written (its digest is another)")
-        for labels, classes in (raw.fine_labels, FINE_CLASSES), (raw.coarse_labels, COARSE_CLASSES):
-            if not (labels.min() >= 0 and labels.max() < classes):
-                raise ValueError(f"has labels outside 0..{classes - 1}")
+    return raw
+
+
+def _pictures(table: Any, device: torch.device | str) -> Split:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        images = torch.from_numpy(_images(table)).view(-1, 3, 32, 32)
+        labels = torch.from_numpy(_labels(table, "fine_label"))
+    return Split(images=images.to(device), labels=labels.to(device))
+
+
+def _images(table: Any) -> np.ndarray:
+    """uint8 [N, 3072]"""
+    return table.column("image").flatten().to_numpy(zero_copy_only=True).reshape(-1, PIXELS)
+
+
+def _labels(table: Any, name: str) -> np.ndarray:
+    """int64 [N]"""
+    return table.column(name).cast(pa.int64()).to_numpy()
+
+
+@contextmanager
+def _naming_damage(root: Path, path: Path) -> Iterator[None]:
+    """What goes wrong within is the file's damage."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise _damage(root, path, "is missing") from error
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
         raise _damage(root, path, str(error).splitlines()[0]) from error
-    return raw
 
 
 def _read_meta(root: Path, name: str) -> RawMeta:

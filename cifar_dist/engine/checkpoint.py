@@ -33,17 +33,33 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     progress: Progress,
 ) -> Path:
-    """Write `folder/step_00000600` with one safetensors file for each entry of `tensors`."""
+    """Write `folder/step_00000600` with one safetensors file for each entry of `tensors`.
+
+    All tensors on the CPU.
+    """
     final = folder / f"step_{step:08d}"
     with folder_aside(final) as aside:
         for name, state in tensors.items():
-            contiguous = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            contiguous = {key: value.contiguous() for key, value in state.items()}
             save_file(contiguous, aside / f"{name}.safetensors")
         torch.save(dict(optimizer), aside / "optimizer.pt")
         (aside / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
         digests = {path.name: sha256(path) for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
     return final
+
+
+def on_host(value: Any) -> Any:
+    """Plain data and tensors, nested, with copies of all tensors on the CPU."""
+    match value:
+        case Tensor():
+            return value.detach().to("cpu", copy=True)
+        case dict():
+            return {key: on_host(inner) for key, inner in value.items()}
+        case list():
+            return [on_host(inner) for inner in value]
+        case _:
+            return value
 
 
 def damage(checkpoint: Path) -> str | None:

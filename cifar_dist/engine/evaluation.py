@@ -17,6 +17,7 @@ from cifar_dist.engine.runtime import Ranks, gather_blocks, share_buffers
 from cifar_dist.engine.step import Precision, autocast
 
 BLOCK_SIZE = 250  # rows; part of the result's identity, so a constant
+SMALL_BLOCK_SIZE, SMALL = 1000, 64  # up to so many pixels a side, where a GPU waits for launches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +97,29 @@ def evaluate(
         (module, module.training) for module in model.modules()
     ]  # not all: frozen norms
     model.eval()
-    blocks = -(-len(rows) // BLOCK_SIZE)
+    size = block_size(model)
+    blocks = -(-len(rows) // size)
     mine = -(-blocks // ranks.world_size)  # as many places on each rank; the last may stay empty
     logits: Tensor | None = None
     for place, batch in enumerate(
-        eval_blocks(
-            split, rows, block_size=BLOCK_SIZE, rank=ranks.rank, world_size=ranks.world_size
-        )
+        eval_blocks(split, rows, block_size=size, rank=ranks.rank, world_size=ranks.world_size)
     ):
         with autocast(precision, device):
             outputs = model(batch.images)
         if logits is None:
-            logits = torch.zeros(mine, BLOCK_SIZE, outputs.logits.shape[1], device=device)
+            logits = torch.zeros(mine, size, outputs.logits.shape[1], device=device)
         logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
     for module, training in was_training:
         module.training = training
     classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]
     if logits is None:  # fewer blocks than ranks
-        logits = torch.zeros(mine, BLOCK_SIZE, int(classes), device=device)
+        logits = torch.zeros(mine, size, int(classes), device=device)
     gathered = gather_blocks(logits, ranks).flatten(0, 1)[: len(rows)].cpu()
     labels = split.labels.index_select(0, rows.to(device)).cpu()
     return Evaluation(metrics=accuracy(gathered, labels), logits=gathered, labels=labels)
+
+
+def block_size(model: nn.Module) -> int:
+    """How many rows an evaluation gives this model at once."""
+    image_size = getattr(getattr(model, "pixels", None), "image_size", SMALL + 1)
+    return SMALL_BLOCK_SIZE if image_size <= SMALL else BLOCK_SIZE

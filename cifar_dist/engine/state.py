@@ -5,8 +5,11 @@ No random state, no sampler, no loader: those are functions of the step.
 
 from __future__ import annotations
 
+import copy
 import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,8 @@ class State:
     seconds_before: float = 0.0  # of earlier starts
     started: float = field(default_factory=time.perf_counter)
     last_save: float = field(default_factory=time.perf_counter)
+    writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    writing: Future[None] | None = None  # the newest checkpoint, on rank 0
 
     @property
     def seconds(self) -> float:
@@ -83,12 +88,16 @@ class State:
             )
 
     def save(self, folder: Path, ranks: Ranks, *, keep: int, facts: dict[str, Any]) -> None:
-        """Rank 0 writes the checkpoint of this step; all ranks wait until it is complete.
+        """Copy the state of this step; rank 0 writes it as a checkpoint while training goes on.
 
-        `facts` (shards, digest of the data) are kept beside, to be compared on the next start.
+        One is written at a time, so this waits for the one before. `facts` (shards, digest of the
+        data) are kept beside, to be compared on the next start.
         """
+        self.finish_saving(ranks)
         sums = self.window.read()  # all ranks take part
         self.saved_step, self.last_save = self.step, time.perf_counter()
+        if not ranks.is_main:
+            return
         progress = {
             **facts,
             "seconds": self.seconds,
@@ -105,19 +114,31 @@ class State:
         tensors = {"model": self.model.state_dict()}
         if self.ema:
             tensors["ema"] = self.ema.model.state_dict()
+        write = partial(
+            checkpoint.save_checkpoint,
+            folder,
+            step=self.step,
+            tensors=checkpoint.on_host(tensors),
+            optimizer=checkpoint.on_host(saved_state(self.optimizer)),
+            progress=copy.deepcopy(progress),
+        )
+        best = self.best["checkpoint"] if self.best else None
 
-        def write() -> None:
-            checkpoint.save_checkpoint(
-                folder,
-                step=self.step,
-                tensors=tensors,
-                optimizer=saved_state(self.optimizer),
-                progress=progress,
-            )
-            best = self.best["checkpoint"] if self.best else None
+        def write_and_prune() -> None:
+            write()
             checkpoint.prune(folder, keep=keep, best=best)
 
-        ranks.main_does(write)
+        self.writing = self.writer.submit(write_and_prune)
+
+    def finish_saving(self, ranks: Ranks) -> None:
+        """Wait until the last checkpoint is complete; all ranks raise the error that it met."""
+        ranks.main_does(lambda: self.writing.result() if self.writing else None)
+
+    @property
+    def cannot_write(self) -> bool:
+        """Whether the last checkpoint met an error already (on rank 0, which writes)."""
+        writing = self.writing
+        return bool(writing and writing.done() and writing.exception())
 
     def restore(self, saved: Path, ranks: Ranks) -> None:
         """Become the state that `saved` (checked before) holds, on every rank."""
@@ -144,7 +165,7 @@ def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[int,
     stop, save, slowest, latest, earliest = ranks.largest(
         [
             float(signals.received()),
-            float(ranks.is_main and minutes >= save_every_minutes),
+            float(ranks.is_main and (minutes >= save_every_minutes or state.cannot_write)),
             state.window.elapsed() / steps if steps else VOTE_SECONDS,
             float(state.step),
             float(-state.step),
