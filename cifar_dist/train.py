@@ -64,6 +64,7 @@ from cifar_dist.learn.optim import (
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
 from cifar_dist.nets.freeze import first_epochs, freeze
+from cifar_dist.nets.pixels import patch_filters
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
 from cifar_dist.runs import (
     SAMPLE_NOTE,
@@ -91,11 +92,9 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         digest = data_digest(Path(data.path))
         ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
         ranks.same("data set", digest[:12])
-        trained_teachers = ranks.main_does(
-            lambda: [find_teacher(teacher) for teacher in recipe.taught_by]
-        )
-        ranks.main_does(lambda: check_caches(recipe, trained_teachers))
-        teachers = [teacher.digest for teacher in trained_teachers]
+        trained = ranks.main_does(lambda: [find_teacher(one) for one in recipe.taught_by])
+        ranks.main_does(lambda: check_caches(recipe, trained))
+        teachers = [teacher.digest for teacher in trained]
         saved, shards = ranks.main_does(
             lambda: open_run(recipe, data=digest, teachers=teachers, force=force)
         )
@@ -125,12 +124,14 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             ranks.main_does(lambda: fetch_pretrained(recipe.model))
         torch.manual_seed(key("weights", run.seed))
         classes = len(class_names(Path(data.path)))
-        trained = load_tensors(saved, "model") if saved else None
-        model = build_model(recipe.model, classes, trained)
+        model = build_model(recipe.model, classes, load_tensors(saved, "model") if saved else None)
+        if saved is None and recipe.model.whiten:
+            whiten = partial(patch_filters, model.pixels, train_split.images[rows[:2000]].cpu())
+            model.pixels.filters.copy_(ranks.main_does(whiten))
         model.to(device).to(memory_format=torch.channels_last)
         teacher = build_teacher(
             recipe.taught_by,
-            trained_teachers,
+            trained,
             num_classes=classes,
             device=device,
             mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
@@ -142,11 +143,10 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         augment = Augment(recipe.augment, train_split, rows, host=host)
         objective = Objective(augment, recipe.losses, teacher)
         freeze(model, recipe.model.freeze, epoch=run.epochs - 1)  # for all that ever learns
+        begins = first_epochs(model, recipe.model.freeze)
         state = State(
             model=model,
-            optimizer=build_optimizer(
-                recipe.optim, model, first_epochs(model, recipe.model.freeze)
-            ),
+            optimizer=build_optimizer(recipe.optim, model, begins),
             scaler=make_scaler(run.precision, device),
             ema=build_average(recipe.ema, model, steps_per_epoch=steps_per_epoch),
             window=Window(objective.names, shards=shards, device=device),

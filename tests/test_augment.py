@@ -73,6 +73,21 @@ def test_the_picture_is_turned_upside_down_after_the_crop(split: Split) -> None:
     assert torch.equal(both[turned], once[turned].flip(2))
 
 
+def test_alternating_flips_show_both_sides_in_two_epochs(split: Split) -> None:
+    config = AugmentConfig(flip="alternate")
+    shown = [view(split, list(range(64)), epoch=epoch, config=config) for epoch in range(4)]
+    mirrored = (shown[0] == split.images.flip(3)).flatten(1).all(1)
+    assert 16 < int(mirrored.sum()) < 48
+    assert torch.equal(shown[0][~mirrored], split.images[~mirrored])
+    assert torch.equal(shown[1], shown[0].flip(3))
+    assert torch.equal(shown[2], shown[0])
+    assert torch.equal(shown[3], shown[1])
+    by_lot = view(split, list(range(64)), epoch=0, config=AugmentConfig(flip=True))
+    assert torch.equal(by_lot, shown[0]), "the first epoch's lot is that of plain flips"
+    with pytest.raises(ValueError, match="flip: true"):
+        AugmentConfig(flip="alternate", views="all")
+
+
 def test_another_augment_over_the_same_canvas_shows_the_same(split: Split) -> None:
     config, batch = (
         AugmentConfig(crop_padding=4, flip=True, views=3),

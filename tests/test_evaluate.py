@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from conftest import RecipeMaker
 from ranks import Ranks, train
 from safetensors.torch import load_file
-from small_data import cut
+from small_data import cut, quick_recipe
 
 from cifar_dist.data.arrow import data_digest, read_hierarchy
 from cifar_dist.data.sample import draw_sample, write_pickles
@@ -32,10 +33,17 @@ def table(path: Path) -> list[list[str]]:
     return list(csv.reader(path.read_text().splitlines()))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    train(quick_recipe(folder, "tiny", middle_data, data={"holdout": 100}), cwd=folder)
+    return folder / "runs"
+
+
 @pytest.fixture
-def run(tmp_path: Path, recipe: RecipeMaker, middle_data: Path) -> Path:
-    sections = {"data": {"path": str(middle_data), "holdout": 100}, "run": {"epochs": 1}}
-    train(recipe(**sections), cwd=tmp_path)
+def run(tmp_path: Path, trained: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(trained, tmp_path / "runs")
     return tmp_path / "runs/tiny"
 
 

@@ -8,11 +8,12 @@ import shutil
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 from ranks import Ranks, train
 from safetensors.torch import load_file, save_file
+from small_data import quick_recipe
 
 from cifar_dist.data.arrow import write_dataset
 from cifar_dist.data.pickles import RawMeta
@@ -79,16 +80,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, hostile_data: Path) -> Pat
     """Two seeds of one recipe, one run of another, and one that was stopped before its end."""
     folder = tmp_path_factory.mktemp("report")
     for name, seed, lr in (("tiny_s0", 0, 0.003), ("tiny_s1", 1, 0.003), ("other", 0, 0.01)):
-        recipe = {
-            "name": name,
-            "run": {"epochs": 1, "batch_size": 20, "precision": "fp32", "threads": 1, "seed": seed},
-            "data": {"path": str(hostile_data)},
-            "model": {"backbone": "test_resnet"},
-            "augment": {"flip": True, "crop_padding": 2},
-            "optim": {"lr": lr},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        train(folder / f"{name}.yaml", cwd=folder)
+        seeded: dict[str, Any] = {"run": {"seed": seed}, "optim": {"lr": lr}}
+        train(quick_recipe(folder, name, hostile_data, **seeded), cwd=folder)
     unfinished = folder / "runs/unfinished"
     unfinished.mkdir()
     text = (folder / "runs/other/recipe.yaml").read_text()

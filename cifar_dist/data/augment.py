@@ -49,7 +49,9 @@ class AugmentConfig:
     host: tuple[dict[str, dict[str, Any]], ...] | None = None
     host_workers: Index = 2  # a process; 0: the training process makes its own pictures
     crop_padding: Index = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
-    flip: bool = False  # left to right, one picture in two
+    # left to right, one picture in two; `alternate`: by lot at first, then every other epoch, so that two
+    # epochs in a row show both sides of each picture (Jordan 2024, arXiv 2404.00498, section 3.6)
+    flip: bool | Literal["alternate"] = False
     vertical_flip: bool = False  # upside down, one picture in two
     affine: Affine | None = None
     color_jitter: ColorJitter | None = None
@@ -70,6 +72,8 @@ class AugmentConfig:
             check_names(self.host)
             if self.repeats > 1:
                 raise ValueError("host makes one view an epoch, repeats wants more: remove one")
+        if self.views == "all" and self.flip == "alternate":
+            raise ValueError("views: all draws flips of its own: write flip: true")
         others = ("host", "vertical_flip", "one_of", "cutout", "mixup", "cutmix")
         uncounted = [*named_changes(self), *(name for name in others if vars(self)[name])]
         if self.views == "all" and uncounted:
@@ -98,7 +102,7 @@ class AugmentConfig:
     def num_views(self) -> int | None:
         """How many different views a picture has; None without an end."""
         if self.views == "all":
-            return (2 * self.crop_padding + 1) ** 2 * (1 + self.flip)
+            return (2 * self.crop_padding + 1) ** 2 * (1 + bool(self.flip))
         return self.views
 
     def shown(self, epoch: int) -> list[int]:
@@ -155,7 +159,7 @@ def draw_table(
     return AugmentTable(
         shift_y=draws.integers("shift_y", -padding, padding + 1).to(device),
         shift_x=draws.integers("shift_x", -padding, padding + 1).to(device),
-        flip=draws.integers("flip", 0, 1 + config.flip).bool().to(device),
+        flip=draw_flips(config, draws).to(device),
         hole_y=draws.integers("hole_y", 0, SIDE).to(device),
         hole_x=draws.integers("hole_x", 0, SIDE).to(device),
         vertical_flip=draws.integers("vertical_flip", 0, 1 + config.vertical_flip)
@@ -163,6 +167,14 @@ def draw_table(
         .to(device),
         changes={name: column.to(device) for name, column in draw_changes(config, draws).items()},
     )
+
+
+def draw_flips(config: AugmentConfig, draws: Draws) -> Tensor:
+    """Which pictures are mirrored, bool [N]."""
+    if config.flip == "alternate":
+        first = replace(draws, view=0).integers("flip", 0, 2)
+        return (first + draws.view) % 2 == 1
+    return draws.integers("flip", 0, 1 + config.flip).bool()
 
 
 def draw_changes(config: AugmentConfig, draws: Draws) -> dict[str, Tensor]:
@@ -182,7 +194,7 @@ def numbered_table(
     table = draw_table(config, number, rows=rows, device=device)
     if config.views != "all":
         return table
-    shifts, flip = divmod(number, 1 + config.flip)
+    shifts, flip = divmod(number, 1 + bool(config.flip))
     shift_y, shift_x = divmod(shifts, 2 * config.crop_padding + 1)
     return table._replace(
         shift_y=torch.full_like(table.shift_y, shift_y - config.crop_padding),
@@ -195,7 +207,7 @@ def view_numbers(config: AugmentConfig, table: AugmentTable) -> Tensor:
     """Which of all views each row of the table shows, int64; the way back of `numbered_table`."""
     padding = config.crop_padding
     shifts = (table.shift_y + padding) * (2 * padding + 1) + table.shift_x + padding
-    return shifts * (1 + config.flip) + table.flip
+    return shifts * (1 + bool(config.flip)) + table.flip
 
 
 def draw_mix_table(
@@ -272,7 +284,7 @@ class Augment:
     def canvas(self) -> Canvas:
         """All training pictures, ready to be cropped and mirrored."""
         config = self.config
-        return canvas_of(self.split.images, padding=config.crop_padding, mirrored=config.flip)
+        return canvas_of(self.split.images, padding=config.crop_padding, mirrored=bool(config.flip))
 
     def __call__(self, batch: Batch) -> View:
         views = self.config.shown(batch.epoch) if self.number is None else [self.number]
@@ -342,7 +354,7 @@ class Augment:
         if self.host:
             images = self.host(self.views[0], rows)
             if config.moves:
-                canvas = canvas_of(images, padding=config.crop_padding, mirrored=config.flip)
+                canvas = canvas_of(images, padding=config.crop_padding, mirrored=bool(config.flip))
                 along = torch.arange(len(rows), device=rows.device)
                 images = canvas.cut(
                     canvas.places(along, own["shift_y"], own["shift_x"], own["flip"])

@@ -6,19 +6,13 @@ The only file that knows timm's models. A name is timm's, or else one of cifar_r
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.error import HTTPError
-from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
-import huggingface_hub
 import timm
 import torch
-from huggingface_hub import constants
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,7 +22,8 @@ from cifar_dist.errors import UserError
 from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
 from cifar_dist.nets.freeze import FreezeConfig
 from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.nets.hub import fetch_weights
+from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, WHITENED, PixelInput
 from cifar_dist.nets.resnet9 import resnet9
 from cifar_dist.nets.small_maps import use_taps
 from cifar_dist.nets.weights import (
@@ -38,7 +33,6 @@ from cifar_dist.nets.weights import (
     read_weights,
     shapes,
     split_state,
-    weight_names,
 )
 
 Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
@@ -70,6 +64,9 @@ class ModelConfig:
     normalize: bool = True
     mean: Colour | None = None  # None: of the weights in use, or CIFAR-100's from scratch
     std: Colour | None = None
+    whiten: bool = (
+        False  # a fixed first layer that decorrelates 3x3 patches; for training from scratch
+    )
     head: Literal["linear", "cosine"] = "linear"
     embedding_size: Count = 512  # of the cosine head
     pretrained: bool = False
@@ -90,10 +87,19 @@ class ModelConfig:
             raise ValueError(
                 "pretrained and weights both say where the weights come from: remove one of them"
             )
+        if self.whiten and (self.pretrained or self.weights is not None):
+            raise ValueError(
+                "whiten gives the backbone 27 channels, its weights were made for 3: remove one"
+            )
         if not self.normalize and (self.mean or self.std):
             raise ValueError("mean and std need normalize: true; remove them or set it")
         if self.std and min(self.std) <= 0:
             raise ValueError("std: give three numbers above 0")
+
+    @property
+    def channels(self) -> int:
+        """How many the backbone sees."""
+        return WHITENED if self.whiten else 3
 
     def train_size(self, epoch: int) -> int:
         """The pictures' side in pixels in an epoch of training; an evaluation has image_size."""
@@ -189,7 +195,9 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
     std = config.std or (cfg.std if from_weights else CIFAR_STD)
     if not config.normalize:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    pixels = PixelInput(config.image_size, config.interpolation, mean, std)
+    pixels = PixelInput(config.image_size, config.interpolation, mean, std, config.whiten)
+    if config.whiten and state is not None and not state["pixels.filters"].is_meta:
+        pixels.filters.copy_(state["pixels.filters"])
 
     matrix = head_state.get({"linear": "linear.weight", "cosine": "project.weight"}[config.head])
     if matrix is not None and matrix.is_meta:  # a backbone without numbers cannot be asked
@@ -244,6 +252,8 @@ def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {}
     if pretrained_cfg(config.backbone).fixed_input_size:
         options["img_size"] = config.image_size
+    if config.whiten:
+        options["in_chans"] = config.channels
     if config.drop_rate:
         options["drop_rate"] = config.drop_rate
     if config.drop_path_rate:
@@ -321,7 +331,7 @@ def count_features(backbone: nn.Module, config: ModelConfig) -> int:
     size = config.image_size
     try:
         with torch.no_grad():
-            features = backbone.eval()(torch.zeros(1, 3, size, size))
+            features = backbone.eval()(torch.zeros(1, config.channels, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -334,64 +344,11 @@ def count_features(backbone: nn.Module, config: ModelConfig) -> int:
     return features.shape[1]
 
 
-# ----------------------------------------------------------------------------- weights from timm
-
-
 def fetch_pretrained(config: ModelConfig) -> Path | None:
     """The local file of timm's weights, downloaded if need be; None unless `config.pretrained`.
 
-    Cheap, and silent on the network, when the file is in the cache. Before many processes build a
-    model, call it on one. UserError within seconds, not half a minute, when there is no network.
+    Before many processes build a model, call it on one. UserError as `fetch_weights` has it.
     """
     if not config.pretrained:
         return None
-    cfg = pretrained_cfg(config.backbone)
-    remedy = (
-        "build this model once on a machine with network and copy its cache "
-        f"({constants.HF_HUB_CACHE}), or set model.weights=PATH, or model.pretrained=false"
-    )
-    if cfg.hf_hub_id:
-        repository, _, revision = cfg.hf_hub_id.partition("@")
-        names = weight_names(cfg.hf_hub_filename or "pytorch_model.bin")
-        for name in names:
-            cached = huggingface_hub.try_to_load_from_cache(
-                repository, name, revision=revision or None
-            )
-            if isinstance(cached, str):
-                return Path(cached)
-        address = constants.ENDPOINT
-    elif cfg.url:
-        file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(cfg.url).path))
-        if file.is_file():
-            return file
-        address = cfg.url
-    else:
-        raise UserError(
-            f"model.pretrained: timm has no weights for {config.backbone}; set model.weights=PATH "
-            "or model.pretrained=false"
-        )
-
-    problem = f"model.pretrained: the weights of {config.backbone} are not in the cache and"
-    if constants.HF_HUB_OFFLINE or not is_reachable(address):
-        raise UserError(f"{problem} {urlparse(address).netloc} cannot be reached; {remedy}")
-    try:
-        if not cfg.hf_hub_id:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(cfg.url, str(file), progress=False)
-            return file
-        listed = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
-        name = next(name for name in names if name in listed)
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
-    except Exception as error:  # the hub's errors share no base class across its versions
-        raise UserError(f"{problem} the download failed ({error}); {remedy}") from error
-
-
-def is_reachable(address: str) -> bool:
-    """Whether the server of an address answers within 3 seconds, through the proxy if one is set."""
-    try:
-        urlopen(Request(address, method="HEAD"), timeout=3).close()
-    except HTTPError:  # a refusal is an answer
-        return True
-    except OSError:
-        return False
-    return True
+    return fetch_weights(pretrained_cfg(config.backbone), config.backbone)

@@ -49,7 +49,7 @@ def find_cifar_resnet(name: str) -> Callable[..., nn.Module] | None:
     return None
 
 
-def resnet(blocks: int, width: int) -> nn.Module:
+def resnet(blocks: int, width: int, in_chans: int = 3) -> nn.Module:
     """6 * blocks + 2 layers; stages of 16, 32 and 64 channels, times `width`.
 
     The stem has 16 channels up to width 2, and half of the first stage's from there on, as in
@@ -58,17 +58,17 @@ def resnet(blocks: int, width: int) -> nn.Module:
     """
     stem = max(16, 8 * width)
     return drawn(
-        stem=conv(3, 3, stem),
+        stem=conv(3, in_chans, stem),
         norm=nn.BatchNorm2d(stem),
         relu=nn.ReLU(),
         stages=three_stages(BasicBlock, stem, blocks, width),
     )
 
 
-def wide_resnet(blocks: int, width: int, drop_rate: float = 0.0) -> nn.Module:
+def wide_resnet(blocks: int, width: int, drop_rate: float = 0.0, in_chans: int = 3) -> nn.Module:
     """6 * blocks + 4 layers; a stem of 16 channels, stages of 16, 32 and 64, times `width`."""
     return drawn(
-        stem=conv(3, 3, 16),
+        stem=conv(3, in_chans, 16),
         stages=three_stages(partial(WideBlock, drop_rate=drop_rate), 16, blocks, width),
         norm=nn.BatchNorm2d(64 * width),
         relu=nn.ReLU(),

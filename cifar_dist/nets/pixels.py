@@ -14,6 +14,8 @@ RGB = tuple[float, float, float]
 CIFAR_MEAN: RGB = (0.5071, 0.4865, 0.4409)
 CIFAR_STD: RGB = (0.2673, 0.2564, 0.2762)
 
+WHITENED = 27  # the numbers of a 3x3 patch
+
 
 class PixelInput(nn.Module):
     """uint8 [B,3,H,W] -> [B,3,S,S], channels_last: (x / 255 - mean) / std, then resized.
@@ -21,10 +23,15 @@ class PixelInput(nn.Module):
     Float32, or what autocast would have the backbone compute in: at 224 px half the memory to write
     and to read. Resizing is `F.interpolate` with align_corners=False, without anti-aliasing; bicubic may
     overshoot 0 to 255. It is linear and its weights add up to 1, so the order of the two is free.
+
+    With `whiten` the result has WHITENED channels: 3x3 patches through filters that `patch_filters` finds
+    in training pictures before anything is learnt, so that the first layer to learn meets features
+    without correlation (Page 2019, "How to Train Your ResNet 8"; Jordan 2024, arXiv 2404.00498).
     """
 
     scale: Tensor
     shift: Tensor
+    filters: Tensor
 
     def __init__(
         self,
@@ -32,6 +39,7 @@ class PixelInput(nn.Module):
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         mean: RGB = (0.0, 0.0, 0.0),
         std: RGB = (1.0, 1.0, 1.0),
+        whiten: bool = False,
     ) -> None:
         super().__init__()
         self.image_size, self.interpolation = image_size, interpolation
@@ -39,6 +47,7 @@ class PixelInput(nn.Module):
         spread = torch.tensor(std).view(1, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * spread), persistent=False)
         self.register_buffer("shift", -center / spread, persistent=False)
+        self.register_buffer("filters", torch.zeros(WHITENED, 3, 3, 3) if whiten else None)
 
     def forward(self, images: Tensor, image_size: int | None = None) -> Tensor:
         """`image_size`: another S than its own, for this call."""
@@ -51,4 +60,20 @@ class PixelInput(nn.Module):
             size = (side, side)
             with torch.autocast(device, enabled=False):  # on a CPU it would make float32 of it
                 pixels = F.interpolate(pixels, size, mode=self.interpolation, align_corners=False)
+        if self.filters is not None:
+            pixels = F.conv2d(pixels, self.filters.to(dtype), padding=1)
         return pixels.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def patch_filters(pixels: PixelInput, images: Tensor, epsilon: float = 0.01) -> Tensor:
+    """Filters, f32 [27, 3, 3, 3], whose answers to 3x3 patches of `images` have unit variance, uncorrelated.
+
+    Eigenvectors of the patches' covariance over the root of their eigenvalues + `epsilon`, which keeps
+    the weakest from being mostly noise.
+    """
+    plain = torch.addcmul(pixels.shift, images.float(), pixels.scale)
+    patches = F.unfold(plain, 3).transpose(0, 1).flatten(1)  # [27, patches]
+    values, vectors = torch.linalg.eigh(patches.double().cov())
+    whitened = vectors.T / (values.clamp(min=0) + epsilon).sqrt()[:, None]
+    return whitened.float().view(WHITENED, 3, 3, 3)

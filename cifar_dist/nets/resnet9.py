@@ -13,10 +13,10 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 
-def resnet9() -> nn.Module:
+def resnet9(in_chans: int = 3) -> nn.Module:
     return nn.Sequential(
         OrderedDict(
-            stem=conv_norm(3, 64),
+            stem=conv_norm(in_chans, 64),
             stage1=nn.Sequential(conv_norm(64, 128), nn.MaxPool2d(2), Residual(128)),
             stage2=nn.Sequential(conv_norm(128, 256), nn.MaxPool2d(2)),
             stage3=nn.Sequential(conv_norm(256, 512), nn.MaxPool2d(2), Residual(512)),

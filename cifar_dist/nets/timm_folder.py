@@ -20,6 +20,8 @@ def why_timm_cannot(config: ModelConfig) -> str | None:
         return f"{config.backbone} is cifar_dist's own"
     if config.stem == "small":
         return "timm has no argument for stem: small"
+    if config.whiten:
+        return "timm has no layer that whitens"
     if not isinstance(pretrained_cfg(config.backbone).classifier, str):
         return f"{config.backbone} has no single classifier in timm"
     return None

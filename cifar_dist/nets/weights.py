@@ -132,9 +132,3 @@ def counts(name: str) -> bool:
 
 def shapes(state: State) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
-
-
-def weight_names(name: str) -> tuple[str, ...]:
-    """The file names to try on the hub, safetensors before pickles, as timm does."""
-    safe = "model.safetensors" if name == "pytorch_model.bin" else f"{Path(name).stem}.safetensors"
-    return (safe, name) if name.endswith(".bin") else (name,)

@@ -69,13 +69,12 @@ def read_run(folder: Path) -> Run:
         lines=MetricsFile(folder / "metrics.jsonl").read(),
         environment=results.read_json(folder / "environment.json") or {},
         evaluation=read_findings(folder),
-        predictions=read_predictions(folder),
+        predictions=read_logits(folder / "predictions.safetensors"),
     )
 
 
-def read_predictions(folder: Path) -> tuple[Tensor, Tensor] | None:
-    """The final logits and labels of the test split; None where the run has not finished."""
-    path = folder / "predictions.safetensors"
+def read_logits(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Stored logits f32 [N, C] and labels int64 [N]; None where there is no such file."""
     if not path.exists():
         return None
     try:
@@ -83,7 +82,7 @@ def read_predictions(folder: Path) -> tuple[Tensor, Tensor] | None:
         return tensors["logits"], tensors["labels"]
     except (SafetensorError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); remove it and start the training again to write it anew"
+            f"{path} is damaged ({error}); remove it, then train or evaluate again to write it anew"
         ) from None
 
 
