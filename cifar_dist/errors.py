@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class LonelyError(UserError):
+    """One that other ranks do not know of, so this one says it, whichever it is."""
+
+
 def is_main_rank() -> bool:
     """Whether this process speaks for its group, told by the launcher's environment alone."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -40,12 +44,13 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     except UserError as error:
         if "--traceback" in arguments:
             raise
-        sentence = str(error)
+        sentence, known_to_all = str(error), not isinstance(error, LonelyError)
     except OSError as error:
         mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
         if error.errno not in mendable or "--traceback" in arguments:
             raise
         sentence = f"{error.filename or 'a file'}: {error.strerror}; free or choose another place"
-    if is_main_rank():
+        known_to_all = True
+    if is_main_rank() or not known_to_all:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
     return 2

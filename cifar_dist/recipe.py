@@ -52,6 +52,7 @@ NOT_THE_RECIPE = (
     "run.compile",
     "run.graph",
     "run.timeout_seconds",
+    "run.on_nonfinite",
     "data.path",
     "data.source",
     "augment.host_workers",
@@ -101,12 +102,22 @@ class RunConfig:
         "auto"  # record the step on a GPU and replay it, where it can be
     )
     reduce_precision: ReducePrecision = "fp32"  # in which ranks send each other gradients
-    timeout_seconds: Count = 600  # how long a collective may wait for a rank
+    timeout_seconds: Count = 600  # how long a rank may keep the others waiting
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite
     deterministic: bool = False  # the same bits twice on a GPU, at a price
 
     def __post_init__(self) -> None:
         if self.shards is not None and self.shards > self.batch_size:
             raise ValueError(f"shards={self.shards} is more than batch_size={self.batch_size} rows")
+
+    @property
+    def most_skips(self) -> int:
+        """Steps in a row that may be left out; fp16's scaler leaves some out when it grows."""
+        return 20 if self.may_skip else 1
+
+    @property
+    def may_skip(self) -> bool:
+        return self.on_nonfinite == "skip" or self.precision == "fp16"
 
 
 @config

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 
 from cifar_dist import __version__
 from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import Split, class_names, data_digest, open_splits, read_digest
+from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
@@ -32,9 +32,9 @@ from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.checkpoint import load_tensors
-from cifar_dist.engine.evaluation import Evaluation, evaluate, refresh_statistics
+from cifar_dist.engine.evaluation import evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
-from cifar_dist.engine.metrics import MetricsFile, Window, means, peak_memory_bytes
+from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
@@ -48,6 +48,7 @@ from cifar_dist.engine.runtime import (
 from cifar_dist.engine.state import State, vote
 from cifar_dist.engine.step import check_precision, make_scaler
 from cifar_dist.engine.tracking import Tracker
+from cifar_dist.engine.watchdog import watched
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file, write_json
 from cifar_dist.keys import key
@@ -75,8 +76,6 @@ from cifar_dist.runs import (
     say_finished,
     wait_for_data,
 )
-
-MOST_SKIPS = {"bf16": 1, "fp32": 1, "fp16": 20}  # in a row; fp16's scaler skips now and then
 
 
 def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> dict[str, Any]:
@@ -138,8 +137,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
         )
         if teacher and teacher.parameters_here:
-            held = ranks.each(f"{teacher.parameters_here:,}")
-            log.info(f"the teacher's parameters on each rank: {' '.join(held)}")
+            held = " ".join(ranks.each(f"{teacher.parameters_here:,}"))
+            log.info(f"the teacher's parameters on each rank: {held}")
         host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, run.epochs))
         augment = Augment(recipe.augment, train_split, rows, host=host)
         objective = Objective(augment, recipe.losses, teacher)
@@ -168,25 +167,26 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"
             + (f"; goes on at step {state.step} of {total_steps}" if state.step else "")
         )
+        unwatch = stack.enter_context(
+            watched(ranks, lambda: state.step, seconds=run.timeout_seconds, shards=shards)
+        )
         bar = stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main))
 
         def tell(kind: str, values: dict[str, Any]) -> None:
-            line = {"kind": kind, "step": state.step, "epoch": state.step / steps_per_epoch}
-            if ranks.is_main:
-                metrics_file.append(line | values)
-                tracker.log(line | values)
-                log.info(results.sentence(line | values, epochs=run.epochs))
+            line = {
+                "kind": kind,
+                "step": state.step,
+                "epoch": state.step / steps_per_epoch,
+            } | values
+            ranks.main_does(lambda: results.publish(line, metrics_file, tracker, epochs=run.epochs))
 
-        def look(split: Split, split_rows: torch.Tensor) -> Evaluation:
-            return evaluate(
-                state.evaluated_model,
-                split,
-                split_rows,
-                precision=run.precision,
-                logit_scale=logit_scale(recipe.losses.values()),
-                ranks=ranks,
-            )
-
+        look = partial(
+            evaluate,
+            state.evaluated_model,
+            precision=run.precision,
+            logit_scale=logit_scale(recipe.losses.values()),
+            ranks=ranks,
+        )
         batches = train_batches(
             train_split,
             rows,
@@ -207,29 +207,27 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         evaluation, test_rows = None, torch.arange(len(test_split.labels))
         check_data()  # has run beside
         take_step: TakeStep | None = None
-        vote_step = state.step
+        to_vote = 0  # steps; counted, so that a rank that lost count of its own votes all the same
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
             step, epoch = state.step, state.step // steps_per_epoch
             ended_early = step < total_steps and why_no_more()
             at_end = step == total_steps or bool(ended_early)
-            stop, save_now, votes = 0, False, step >= vote_step
+            stop, save_now, votes = 0, False, to_vote == 0
             if votes:
-                stop, save_now, steps_to_next = vote(
+                stop, save_now, to_vote = vote(
                     state, ranks, save_every_minutes=run.save_every_minutes
                 )
-                vote_step, stop = step + steps_to_next, 0 if at_end else stop
+                stop = 0 if at_end else stop
             report_due = state.window.steps and (at_end or step % run.report_every_steps == 0)
             look_due = step > state.evaluated_step and not stop
             look_due &= at_end or step % (run.eval_every_epochs * steps_per_epoch) == 0
             save_due = step > state.saved_step and (at_end or stop or save_now)
             if report_due or look_due or save_due:
-                state.refuse_broken_numbers(most_skips=MOST_SKIPS[run.precision])
+                state.check_numbers(ranks, most_skips=run.most_skips, warn=bool(report_due))
             if report_due:
-                images = state.window.steps * run.batch_size
-                numbers = means(state.window.read(), state.window.names, samples=images)
-                numbers["lr"] = highest_learning_rate(state.optimizer)
-                numbers["images_per_second"] = images / state.window.elapsed()
+                numbers = state.window.report(batch_size=run.batch_size, may_skip=run.may_skip)
+                numbers |= {"lr": highest_learning_rate(state.optimizer)}
                 tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
                 state.window.clear()
             if look_due:
@@ -265,7 +263,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 break
             new_epoch = step % steps_per_epoch == 0
             if host and (votes or new_epoch) and not host.show(epoch):
-                vote_step = step  # a signal came before the epoch's pictures
+                to_vote = 0  # a signal came before the epoch's pictures
                 continue
 
             # DDP reduces what learned when it was made, so the step is made anew where that changes.
@@ -286,6 +284,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                         max_grad_norm=recipe.optim.max_grad_norm,
                         sam=recipe.optim.sam,
                         reduce_precision=run.reduce_precision,
+                        keep_buffers=run.may_skip,
                     )
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
@@ -296,12 +295,13 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             model.train_size = recipe.model.train_size(epoch)
             made = take_step(next(batches), step=step)
             state.window.add(made)
-            state.step += 1
+            state.step, to_vote = state.step + 1, to_vote - 1
             if state.ema:
                 state.ema.update(model, state.step)
             bar.update()
 
         # The last numbers are the headline, whatever an earlier epoch had.
+        unwatch()
         peaks = ranks.each(peak_memory_bytes(device))
         log.info(f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}")
         facts = {

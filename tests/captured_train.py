@@ -24,9 +24,11 @@ def main(arguments: list[str]) -> int:
         graph: str,
         shards: int,
         sam: object,
+        keep_buffers: bool = False,
         **settings: Any,
     ) -> TakeStep:
         assert sam is None
+        assert not keep_buffers
         return CapturedStep(
             model,
             objective,

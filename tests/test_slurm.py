@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from compare import assert_same_bits
 from conftest import RecipeMaker
-from ranks import train
+from ranks import Ranks
 from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, wait_until, why_not
 
 from cifar_dist.engine import slurm
@@ -79,7 +79,8 @@ class Job:
 
 def straight(path: Path, cwd: Path) -> Path:
     """The same recipe without Slurm and undisturbed."""
-    train(path, "name=straight", cwd=cwd, world_size=2)
+    ranks = Ranks("train", [path, "name=straight"], cwd=cwd, world_size=2)
+    assert ranks.wait(600) == [0, 0], ranks.output
     return cwd / "runs/straight"
 
 

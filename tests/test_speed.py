@@ -21,6 +21,7 @@ from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
 from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
 from cifar_dist.data.policies import RandAugment, TrivialAugment
+from cifar_dist.engine.capture import CapturedStep
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.step import Precision, Step, make_scaler, train_step, update
 from cifar_dist.learn.ema import Ema, EmaConfig
@@ -47,6 +48,7 @@ ALL_OPS = AugmentConfig(
     cutmix=1.0,
 )
 BATCH_SIZE = 20
+CPU = torch.device("cpu")
 PRETENDED, GPU = FakeTensorMode(), torch.device("cuda", 7)  # one mode: constants may be kept
 
 
@@ -185,6 +187,110 @@ def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConf
             counts.append(waits.count)
     assert counts[0] > 0, "the order and the table of the epoch go to the device"
     assert counts[1] == 0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would be a kernel on a GPU, roughly: all operations but views and fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        fresh = "empty" in str(function) or "detach" in str(function)
+        if not function.is_view and not fresh:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (AugmentConfig(), 2),  # pictures, which view each is
+        (CROP_FLIP, 3),  # where a crop begins, the crop
+        (AugmentConfig(crop_padding=4, flip="alternate", cutout=8), 28),
+        (AugmentConfig(crop_padding=4, flip=True, mixup=0.2), 28),  # and its partner
+    ],
+    ids=["nothing", "crop and flip", "and cutout", "and mixup"],
+)
+def test_a_view_takes_few_operations(data: Path, config: AugmentConfig, most: int) -> None:
+    split = load_split(data, "train")
+    augment, batches = Augment(config, split), batches_of(split, shards=1)
+    augment(next(batches)[0])  # draws the epoch's tables
+    (batch,) = next(batches)
+    with Operations() as operations:
+        augment(batch)
+    assert len(operations.names) <= most, operations.names
+
+
+def test_the_captured_step_reads_no_number_and_adds_few_operations(data: Path) -> None:
+    """Around the model, what is launched one by one on a GPU: the view, its copy, the sums."""
+    split = load_split(data, "train")
+    model = model_of(CrossEntropy())
+    objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
+    optimizer = build_optimizer(OptimConfig(name="sgd", max_grad_norm=1.0), model)
+    step = CapturedStep(
+        model,
+        objective,
+        optimizer,
+        device=CPU,
+        world_size=1,
+        precision="bf16",
+        seed=0,
+        batch_size=BATCH_SIZE,
+        max_grad_norm=1.0,
+        reduce_precision="fp32",
+        recorder=None,
+    )
+    batches, window = batches_of(split, shards=1), Window(objective.names, shards=1, device=CPU)
+    window.add(step(next(batches), step=0))
+    with Waits() as waits:
+        window.add(step(next(batches), step=1))
+    assert waits.count == 0
+    with Operations() as inside:
+        step.pieces[0].work()
+        step.update.work()
+    with Operations() as whole:
+        window.add(step(next(batches), step=2))
+    assert len(whole.names) - len(inside.names) <= 14, whole.names
+
+
+def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
+    """Shards of two sizes, another learning rate each step, over an epoch's end."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    accelerator = Accelerator(cpu=True)
+    split = load_split(data, "train")
+    model = model_of(CrossEntropy())
+    model.compile(backend="eager")  # what is compiled, and when, does not depend on by what
+    objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
+    optimizer = build_optimizer(OptimConfig(), model)
+    scaler, batches = make_scaler("bf16", accelerator.device), batches_of(split, shards=3)
+
+    def take(step: int) -> None:
+        set_learning_rate(optimizer, 0.01 / (1 + step))
+        train_step(
+            accelerator,
+            model,
+            objective,
+            optimizer,
+            scaler,
+            next(batches),
+            precision="bf16",
+            seed=0,
+            step=step,
+            batch_size=BATCH_SIZE,
+            max_grad_norm=None,
+        )
+
+    take(0)
+    take(1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(2, 6):
+            take(step)
 
 
 def test_fused_adamw_reads_nothing_where_foreach_reads_all_steps() -> None:

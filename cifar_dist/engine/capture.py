@@ -22,6 +22,7 @@ from cifar_dist.engine.step import (
     Precision,
     Step,
     autocast,
+    backward,
     leading,
     seed_draws,
     train_step,
@@ -179,7 +180,7 @@ class CapturedStep:
                 self.gradients.zero_()
             with leading(self.model, shard == 0), autocast(self.precision, self.device):
                 terms = self.objective.judge(self.model, self.shown[place])
-            (terms["loss"].sum() * self.scale).backward()
+            backward(self.scaler, terms["loss"].sum() * self.scale)
             return {name: term.detach() for name, term in terms.items()}
 
         return learn
@@ -205,16 +206,19 @@ def build_step(
     max_grad_norm: float | None,
     sam: SamConfig | None,
     reduce_precision: ReducePrecision,
+    keep_buffers: bool = False,
 ) -> TakeStep:
     """How to take a step: recorded on a GPU where that can be, else `train_step` under DDP.
 
-    To be built anew when other parameters learn.
+    To be built anew when other parameters learn. `keep_buffers`: one that is left out because a
+    number was not finite leaves no trace in running statistics.
     """
+    keeping = partial(keeping_buffers, model) if keep_buffers else lambda take_step: take_step
     if graph == "auto" and accelerator.device.type == "cuda":
         reason = why_by_hand(model, optimizer, precision=precision, sam=sam)
         if reason is None:
             log.info(f"run.graph: after {WARM_UP} steps the step is recorded, then replayed")
-            return CapturedStep(
+            captured = CapturedStep(
                 model,
                 objective,
                 optimizer,
@@ -227,8 +231,9 @@ def build_step(
                 reduce_precision=reduce_precision,
                 recorder=Recorder(accelerator.device),
             )
+            return keeping(captured)
         log.info(f"run.graph: the step is not recorded: {reason}")
-    return partial(
+    by_hand = partial(
         train_step,
         accelerator,
         wrap(accelerator, model, shards=shards, reduce_precision=reduce_precision),
@@ -241,6 +246,20 @@ def build_step(
         max_grad_norm=max_grad_norm,
         sam=sam,
     )
+    return keeping(by_hand)
+
+
+def keeping_buffers(model: nn.Module, take_step: TakeStep) -> TakeStep:
+    """Puts the model's buffers back where a step was left out, on the device; no number is read."""
+
+    def take(shards: list[Batch], *, step: int) -> Step:
+        before = [buffer.clone() for buffer in model.buffers()]
+        made = take_step(shards, step=step)
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(torch.where(made.skipped, value, buffer))
+        return made
+
+    return take
 
 
 def flat_gradients(model: nn.Module) -> Tensor:

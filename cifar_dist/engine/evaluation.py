@@ -67,6 +67,7 @@ def refresh_statistics(
         with autocast(precision, device):
             model(augment(replace(batch, epoch=epoch)).images)
         seen[place] = torch.cat(statistics)
+        ranks.pulse.beat()
     means = gather_blocks(seen, ranks).flatten(0, -2)[:blocks].mean(0)
     for buffer, mean in zip(statistics, means.split(widths), strict=True):
         buffer.copy_(mean)
@@ -109,6 +110,7 @@ def evaluate(
         if logits is None:
             logits = torch.zeros(mine, size, outputs.logits.shape[1], device=device)
         logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
+        ranks.pulse.beat()
     for module, training in was_training:
         module.training = training
     classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]

@@ -33,6 +33,7 @@ class HostWorkers:
         False: some process is asked to stop, so vote first. UserError on all ranks for a dead worker.
         """
         while True:
+            self.ranks.pulse.beat()
             seen = self.ranks.together(lambda: (self.pictures.show(epoch), signals.received()))
             if all(shown for shown, _ in seen):
                 return True

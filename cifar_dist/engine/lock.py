@@ -109,7 +109,7 @@ def _me() -> dict[str, Any]:
     return {
         "machine": machine(),
         "pid": os.getpid(),
-        "start": _process_start(os.getpid()),
+        "start": process_start(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
@@ -140,13 +140,13 @@ def _holder(file: Path, *, than: Path) -> str | None:
         return None  # Slurm ends all of a job before it starts it again
     pid, start = lock["pid"], lock["start"]
     if lock["machine"] == me["machine"]:
-        alive = _pid_exists(pid) if start is None else _process_start(pid) == start
+        alive = _pid_exists(pid) if start is None else process_start(pid) == start
         return f"process {pid} on this machine" if alive else None
     host = str(lock["machine"]).partition(",")[0]
     return f"{host}, process {pid}" if age < STALE_SECONDS else None
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process of this machine started, in the kernel's own terms; None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

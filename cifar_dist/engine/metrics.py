@@ -25,30 +25,58 @@ Line = dict[str, Any]
 class Window:
     """The sums since the last report, one row a shard, so that they are the same at any world size.
 
-    `sums` is f32 [shards, terms], zero for other ranks' shards. Nothing here waits for the device
-    until `read` is called.
+    `sums` is f32 [shards, terms], zero for other ranks' shards. A step that was left out counts in
+    no sum. Nothing here waits for the device until it is read.
     """
 
     def __init__(self, names: list[str], *, shards: int, device: torch.device) -> None:
         self.names = names
         self.sums = torch.zeros(shards, len(names), device=device)
-        self.skipped_in_a_row = torch.zeros((), dtype=torch.int32, device=device)
+        self.broken = torch.zeros(shards, len(names), dtype=torch.uint8, device=device)
+        # int32: steps left out in a row, left out in the window, made before its first of these
+        self.skips = torch.zeros(3, dtype=torch.int32, device=device)
         self.steps = 0
         self.seconds = 0.0
         self.started = time.perf_counter()
 
     def add(self, step: Step) -> None:
         for shard, terms in step.terms:
-            self.sums[shard] += torch.stack([terms[name] for name in self.names]).sum(1)
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * step.skipped
+            sums = torch.stack([terms[name] for name in self.names]).sum(1)
+            self.broken[shard] |= ~sums.isfinite()
+            self.sums[shard] += sums.masked_fill(step.skipped, 0.0)
+        in_a_row, skipped, before = self.skips
+        skipped = skipped + step.skipped
+        self.skips = torch.stack(
+            [(in_a_row + 1) * step.skipped, skipped, before + (skipped == 0)]
+        ).int()
         self.steps += 1
 
     def read(self) -> list[list[float]]:
         """All ranks' sums, [shards][terms]; each entry has one rank that contributes to it."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        return sums.tolist()
+        return summed(self.sums).tolist()
+
+    def report(self, *, batch_size: int, may_skip: bool) -> dict[str, float]:
+        """Each term's mean over the samples of the steps that were made (NaN: none was), and the pace."""
+        skipped = int(self.skips[1])
+        samples = (self.steps - skipped) * batch_size
+        totals = [math.fsum(column) for column in zip(*self.read(), strict=True)]
+        means = [total / samples if samples else math.nan for total in totals]
+        return {
+            **dict(zip(self.names, means, strict=True)),
+            "images_per_second": self.steps * batch_size / self.elapsed(),
+            **({"skipped": skipped} if may_skip else {}),
+        }
+
+    def what_broke(self, ranks: Ranks) -> str:
+        """Which terms were not finite, and on which rank; all ranks call it together."""
+        found = summed(self.broken).tolist()
+        places = [
+            f"{name} on rank {shard % ranks.world_size}"
+            for shard, row in enumerate(found)
+            for name, broken in zip(self.names, row, strict=True)
+            if broken and (name != "loss" or sum(row) == 1)  # it is the sum of the others
+        ]
+        return ", ".join(places) or "the gradient, though no loss was"
 
     def restore(
         self,
@@ -56,7 +84,7 @@ class Window:
         sums: list[list[float]],
         steps: int,
         seconds: float,
-        skipped_in_a_row: int,
+        skips: list[int],
         ranks: Ranks,
     ) -> None:
         """Go on with the window that a checkpoint left open.
@@ -67,11 +95,13 @@ class Window:
         self.clear()
         mine = slice(ranks.rank, None, ranks.world_size)
         self.sums[mine] = torch.tensor(sums, device=self.sums.device)[mine]
-        self.skipped_in_a_row.fill_(skipped_in_a_row)
+        self.skips = torch.tensor(skips, dtype=torch.int32, device=self.sums.device)
         self.steps, self.seconds = steps, seconds
 
     def clear(self) -> None:
         self.sums.zero_()
+        self.broken.zero_()
+        self.skips[1:] = 0
         self.steps, self.seconds = 0, 0.0
         self.started = time.perf_counter()
 
@@ -87,10 +117,12 @@ class Window:
         self.seconds -= time.perf_counter() - begun
 
 
-def means(sums: list[list[float]], names: list[str], *, samples: int) -> dict[str, float]:
-    """Sum over the shards in their order, divide once, by the count of samples."""
-    totals = [math.fsum(column) for column in zip(*sums, strict=True)]
-    return {name: total / samples for name, total in zip(names, totals, strict=True)}
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    total = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
 
 
 class MetricsFile:

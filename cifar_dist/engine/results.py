@@ -10,8 +10,17 @@ from typing import Any
 from safetensors.torch import save
 
 from cifar_dist.engine.evaluation import Evaluation
-from cifar_dist.engine.metrics import Line
+from cifar_dist.engine.metrics import Line, MetricsFile
+from cifar_dist.engine.runtime import log
+from cifar_dist.engine.tracking import Tracker
 from cifar_dist.files import write_file, write_json
+
+
+def publish(line: Line, metrics_file: MetricsFile, tracker: Tracker, *, epochs: int) -> None:
+    """One line of metrics.jsonl to the file, to W&B and to people."""
+    metrics_file.append(line)
+    tracker.log(line)
+    log.info(sentence(line, epochs=epochs))
 
 
 def sentence(line: Line, *, epochs: int) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -32,6 +32,8 @@ T = TypeVar("T")
 ReducePrecision = Literal["fp32", "bf16"]  # in which ranks send each other gradients
 
 log = logging.getLogger("cifar_dist")
+
+LATER_SECONDS = 10  # collectives give up later than the watchdog, which knows rank and step
 
 # What launchers put into the environment and the recipe decides: variable -> (neutral, remedy).
 OVERRIDDEN = {
@@ -120,7 +122,7 @@ def start_processes(
         mixed_precision="no",  # autocast and scaler are the step's, one mechanism on all devices
         cpu=on_cpu or not torch.accelerator.is_available(),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + LATER_SECONDS)),
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,  # statistics are shard 0's, shared before an evaluation
                 gradient_as_bucket_view=True,
@@ -186,6 +188,16 @@ def reduce_gradients(flat: Tensor, world_size: int, *, precision: ReducePrecisio
         flat.copy_(sent)
 
 
+class Pulse:
+    """Counts what shows that a rank does not hang while its step stays the same."""
+
+    def __init__(self) -> None:
+        self.beats = 0
+
+    def beat(self) -> None:
+        self.beats += 1
+
+
 @dataclass(frozen=True)
 class Ranks:
     """How ranks agree: over a group of their own on the CPU, so that no vote waits for a device."""
@@ -193,6 +205,7 @@ class Ranks:
     rank: int
     world_size: int
     group: dist.ProcessGroup | None
+    pulse: Pulse = field(default_factory=Pulse)
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> Ranks:

@@ -19,7 +19,7 @@ from torch import nn
 from cifar_dist import signals
 from cifar_dist.engine import checkpoint
 from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks
+from cifar_dist.engine.runtime import Ranks, log
 from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import Average
 from cifar_dist.learn.optim import saved_state
@@ -77,15 +77,25 @@ class State:
             f"{self.best['val_top1']:.2f} % after epoch {self.best['step'] / steps_per_epoch:g}"
         )
 
-    def refuse_broken_numbers(self, *, most_skips: int) -> None:
-        """Stop when the gradient stays not finite; the weights are those of the last good step."""
-        skips = int(self.window.skipped_in_a_row)  # the one host read of a report
-        if skips >= most_skips:
-            raise UserError(
-                f"the gradient was not finite in the last {skips} step(s) before step {self.step}; "
-                "nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, or try "
-                "run.precision=fp32"
-            )
+    def check_numbers(self, ranks: Ranks, *, most_skips: int, warn: bool) -> None:
+        """Stop when `most_skips` steps in a row were not finite; the weights are those before them.
+
+        `warn`: name what was left out since the last report. All ranks find the same.
+        """
+        in_a_row, skipped, before = self.window.skips.tolist()  # the one host read of a report
+        stops = in_a_row >= most_skips or (skipped and most_skips == 1)
+        if not stops and not (warn and skipped):
+            return
+        first = self.step - self.window.steps + before + 1
+        what = f"step {first}: not finite: {self.window.what_broke(ranks)}"
+        if not stops:
+            log.warning(f"{what}; {skipped} step(s) left out since the last report")
+            return
+        raise UserError(
+            f"{what}; {skipped} step(s) since then changed no weight and nothing of it was saved. "
+            "Lower optim.lr, set optim.max_grad_norm, try run.precision=fp32, or leave single steps "
+            "out with run.on_nonfinite=skip"
+        )
 
     def save(self, folder: Path, ranks: Ranks, *, keep: int, facts: dict[str, Any]) -> None:
         """Copy the state of this step; rank 0 writes it as a checkpoint while training goes on.
@@ -108,7 +118,7 @@ class State:
                 "sums": sums,
                 "steps": self.window.steps,
                 "seconds": self.window.elapsed(),
-                "skipped_in_a_row": int(self.window.skipped_in_a_row),
+                "skips": self.window.skips.tolist(),
             },
         }
         tensors = {"model": self.model.state_dict()}
@@ -171,6 +181,8 @@ def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[int,
             float(-state.step),
         ]
     )
-    assert latest == -earliest, f"ranks are at steps {-earliest:.0f} to {latest:.0f}"
+    if latest != -earliest:
+        done = ", ".join(f"{rank}: {step}" for rank, step in enumerate(ranks.each(state.step)))
+        raise RuntimeError(f"ranks have lost each other; steps they have done: {done}")
     until_next = 1 if ranks.world_size == 1 else int(VOTE_SECONDS / max(slowest, 1e-6))
     return int(stop), save > 0, min(max(until_next, 1), 1000)

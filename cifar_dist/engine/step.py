@@ -109,7 +109,8 @@ def train_step(
     """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
 
     Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
-    it the mean over the global batch. A gradient that is not finite changes nothing.
+    it the mean over the global batch. A loss or a gradient that is not finite changes no weight on
+    any rank.
 
     Under fp16 world_size is multiplied in after the backward, which must see the same magnitudes in
     any world, or it would overflow and underflow elsewhere. With `sam` each shard's gradient is that
@@ -130,18 +131,23 @@ def train_step(
             with leading(model, shard.shard == 0), autocast(precision, device):
                 shard_terms = objective.judge(bare(model) if sam else model, shown)
             if sam is None:
-                scaler.scale(shard_terms["loss"].sum() * scale).backward()
+                backward(scaler, shard_terms["loss"].sum() * scale)
             else:
                 first_loss = scaler.scale(shard_terms["loss"].sum() / batch_size)
                 with uphill(sam, model, first_loss) as sound:
                     draw()  # the second forward drops the same
                     with leading(model, False), autocast(precision, device):
                         loss = objective.judge(model, shown)["loss"]
-                    scaler.scale(loss.sum() * scale * sound).backward()
+                    backward(scaler, loss.sum() * scale * sound)
         terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return Step(terms, skipped)
+
+
+def backward(scaler: torch.amp.GradScaler, loss: Tensor) -> None:
+    """Gradients of a loss, f32 []; all are NaN where it is not finite, so that every rank finds it."""
+    scaler.scale(loss).backward(gradient=1 + 0 * loss.detach())
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -1,0 +1,131 @@
+"""One rank fails, hangs, loses count or runs out of memory: the run ends in time and says which."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_same_bits, lines, tensors
+from conftest import RecipeMaker
+from ranks import Ranks, train
+
+from cifar_dist.engine.checkpoint import checkpoints
+
+ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "report_every_steps": 100_000}
+TIMEOUT = 4  # run.timeout_seconds
+
+
+def faulty(
+    path: Path, *faults: str, cwd: Path, world_size: int = 2, arguments: tuple[str, ...] = ()
+) -> Ranks:
+    """Ranks that meet faults like "killed:1:7": which, on which rank, before which step."""
+    return Ranks(
+        "faulty_rank",
+        [path, *arguments],
+        cwd=cwd,
+        world_size=world_size,
+        environment={"FAULT": ",".join(faults)},
+    )
+
+
+def end(ranks: Ranks, *, who: int) -> float:
+    """Wait for rank `who`; seconds from the fault to its end."""
+    ranks.processes[who].join(120)
+    ended = time.time()
+    ranks.kill()
+    assert ranks.processes[who].exitcode not in (0, None), ranks.output
+    assert "FAULT" in ranks.output, ranks.output
+    return ended - float(ranks.output.split("FAULT ")[1].split()[0])
+
+
+@pytest.mark.parametrize("kind", ["killed", "leaving", "raising"])
+def test_a_dead_rank_ends_the_others_and_is_named(
+    tmp_path: Path, recipe: RecipeMaker, kind: str
+) -> None:
+    ranks = faulty(recipe(run=ENDLESS), f"{kind}:1:7", cwd=tmp_path)
+    assert end(ranks, who=0) < 5
+    if kind == "raising":
+        assert "process " in ranks.output
+        assert "after step 7" in ranks.output
+        assert "KeyError: 'injected'" in ranks.output
+        assert "This is rank 1" in ranks.output
+    else:
+        assert "rank 1 is gone, last heard of after step" in ranks.output
+    assert checkpoints(tmp_path / "runs/tiny/checkpoints") == []
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("kind", ["stopped", "asleep"])
+def test_a_hung_rank_ends_the_others_in_the_recipes_time(
+    tmp_path: Path, recipe: RecipeMaker, kind: str, who: int
+) -> None:
+    path = recipe(run=ENDLESS | {"timeout_seconds": TIMEOUT})
+    ranks = faulty(path, f"{kind}:{who}:7", cwd=tmp_path)
+    seconds = end(ranks, who=1 - who)
+    assert TIMEOUT <= seconds < TIMEOUT + 5, ranks.output
+    assert f"nothing has happened for run.timeout_seconds={TIMEOUT}" in ranks.output
+    assert "Current thread" in ranks.output  # the stacks of this rank
+    if kind == "stopped":
+        assert f"rank {who} does not answer" in ranks.output
+
+
+def test_a_rank_that_lost_count_is_found(tmp_path: Path, recipe: RecipeMaker) -> None:
+    ranks = faulty(recipe(run=ENDLESS), "ahead:1:7", cwd=tmp_path)
+    assert end(ranks, who=0) < 5
+    assert "ranks have lost each other; steps they have done: 0: " in ranks.output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_out_of_memory_is_one_sentence_of_its_rank(
+    tmp_path: Path, recipe: RecipeMaker, world_size: int
+) -> None:
+    """A real limit: the step's own pictures at 224 px no longer fit."""
+    path = recipe(run=ENDLESS | {"batch_size": 60}, model={"image_size": 256})
+    last = world_size - 1
+    ranks = faulty(path, f"short of memory:{last}:2", cwd=tmp_path, world_size=world_size)
+    assert end(ranks, who=0) < 15
+    assert ranks.output.count("out of memory; cut the batch finer: run.shards=4 --force") == 1
+    assert f"error: rank {last} (" in ranks.output
+    assert ranks.processes[last].exitcode == 2
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    ranks = faulty(recipe(), "nan:1:12", cwd=tmp_path)
+    assert ranks.wait() == [2, 2], ranks.output
+    assert ranks.output.count("error:") == 1
+    assert "step 13: not finite: cross_entropy on rank 1;" in ranks.output
+    assert "run.on_nonfinite=skip" in ranks.output
+    assert checkpoints(tmp_path / "runs/tiny/checkpoints") == []
+    assert not (tmp_path / "runs/tiny/summary.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_is_left_out_everywhere(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    """Rank 0's NaN reaches the running statistics of shard 0, which are the run's."""
+    skip = recipe(run={"on_nonfinite": "skip", "precision": precision})
+    for world_size in (1, 2):
+        ranks = faulty(
+            skip,
+            "nan:0:12",
+            cwd=tmp_path,
+            world_size=world_size,
+            arguments=(f"name=w{world_size}",),
+        )
+        assert ranks.wait() == [0] * world_size, ranks.output
+        assert "step 13: not finite: cross_entropy on rank 0" in ranks.output
+        assert "1 step(s) left out since the last report" in ranks.output
+        found = tensors(tmp_path / f"runs/w{world_size}")
+        assert all(torch.isfinite(value.double()).all() for value in found.values())
+    train(skip, "name=sound", cwd=tmp_path)
+    sound, spoilt = lines(tmp_path / "runs/sound"), lines(tmp_path / "runs/w2")
+    assert [line["step"] for line in spoilt] == [line["step"] for line in sound]
+    assert spoilt[:3] == sound[:3]  # up to step 10
+    assert [line["skipped"] for line in spoilt if line["kind"] == "train"] == [0, 0, 1, 0, 0]
+    assert all(line["loss"] is not None for line in spoilt)
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
