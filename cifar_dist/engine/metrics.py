@@ -44,11 +44,10 @@ class Window:
             sums = torch.stack([terms[name] for name in self.names]).sum(1)
             self.broken[shard] |= ~sums.isfinite()
             self.sums[shard] += sums.masked_fill(step.skipped, 0.0)
-        in_a_row, skipped, before = self.skips
-        skipped = skipped + step.skipped
-        self.skips = torch.stack(
-            [(in_a_row + 1) * step.skipped, skipped, before + (skipped == 0)]
-        ).int()
+        in_a_row, skipped, before = self.skips  # views
+        in_a_row.add_(1).mul_(step.skipped)
+        skipped.add_(step.skipped)
+        before.add_(skipped == 0)
         self.steps += 1
 
     def read(self) -> list[list[float]]:

@@ -17,11 +17,14 @@ class TapConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.permute(
+            0, 2, 3, 1
+        )  # as channels_last has it, so no gradient is copied
         match tuple(input.shape[-2:]), self.stride:
             case (1, 1), _:
-                taps = self.weight[:, :, 1, 1]  # [out, in]
+                taps = weight[:, 1, 1]  # [out, in]
             case (2, 2), (2, 2):
-                taps = self.weight[:, :, 1:, 1:].permute(0, 2, 3, 1).flatten(1)  # [out, 4 in]
+                taps = weight[:, 1:, 1:].flatten(1)  # [out, 4 in]
             case _:
                 return super().forward(input)
         pixels = input.permute(0, 2, 3, 1).flatten(1)  # [B, in] or [B, 4 in]
