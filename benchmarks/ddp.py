@@ -1,7 +1,7 @@
 """What it costs to train together: two gloo processes under DDP against two that know nothing of each other.
 
-`together` and `apart` take turns in the same two processes, one thread each, on the CPU, so both have
-the same neighbours; a turn begins on both at once.
+They take turns in the same two processes, one thread each, on the CPU, so both have the same
+neighbours; a turn begins on both at once. The CPU time is that of both, gloo's threads included.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_step
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
+from cifar_dist.engine.capture import TakeStep
 from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
 from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.files import write_json
@@ -33,6 +34,7 @@ from cifar_dist.nets.backbones import ModelConfig, build_model
 
 PROCESSES, STEPS = 2, 4  # a turn has as many steps
 TOGETHER, APART = "together: DDP", "apart: two independent trainings"
+TOGETHER_BF16 = "together: DDP, run.reduce_precision=bf16"
 
 
 def two_processes(conditions: Conditions) -> Measured:
@@ -41,7 +43,7 @@ def two_processes(conditions: Conditions) -> Measured:
         output = Path(folder) / "turns.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={PROCESSES}", __file__, f"--data={conditions.data}"]
-        command += [f"--rounds={conditions.rounds}", f"--output={output}"]
+        command += [f"--rounds={3 * conditions.rounds}", f"--output={output}"]
         command.append(f"--backbone={conditions.backbone}")
         environment = os.environ | {
             "ACCELERATE_USE_CPU": "true",
@@ -65,14 +67,14 @@ def take_turns_in_each(
     assert ranks.world_size == PROCESSES, f"{ranks.world_size} processes, not {PROCESSES}"
 
     def steps(name: str) -> Callable[[], None]:
-        world_size, rank = (PROCESSES, ranks.rank) if name == TOGETHER else (1, 0)
+        world_size, rank = (1, 0) if name == APART else (PROCESSES, ranks.rank)
         total = world_size * batch_size
         config = ModelConfig(backbone=backbone)
         model = build_model(config, 100).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(OPTIM, model)
         objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
-        if name == TOGETHER:
-            update = our_step(
+        if name != APART:
+            update: TakeStep = our_step(
                 model,
                 objective,
                 optimizer,
@@ -80,6 +82,7 @@ def take_turns_in_each(
                 precision="bf16",
                 batch_size=total,
                 shards=PROCESSES,
+                reduce_precision="bf16" if name == TOGETHER_BF16 else "fp32",
             )
         else:  # the same step without DDP around its model
             update = partial(
@@ -104,7 +107,7 @@ def take_turns_in_each(
 
         return run
 
-    works = {name: steps(name) for name in (TOGETHER, APART)}
+    works = {name: steps(name) for name in (TOGETHER, APART, TOGETHER_BF16)}
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, work in works.items():

@@ -16,6 +16,7 @@ from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
 from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision, make_scaler
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
@@ -136,6 +137,7 @@ def our_step(
     batch_size: int = BATCH_SIZE,
     shards: int = 1,
     graph: Literal["auto", "off"] = "auto",
+    reduce_precision: ReducePrecision = "fp32",
 ) -> TakeStep:
     """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
     return build_step(
@@ -151,5 +153,5 @@ def our_step(
         batch_size=batch_size,
         max_grad_norm=OPTIM.max_grad_norm,
         sam=None,
-        reduce_precision="fp32",
+        reduce_precision=reduce_precision,
     )

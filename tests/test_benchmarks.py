@@ -20,8 +20,8 @@ from around import pickles_of, until_a_loss
 from augmentations import AUGMENTATIONS, COLUMNS
 from augmentations import main as draw_augmentations
 from conftest import RecipeMaker
-from ddp import APART, TOGETHER
 from gpu import Gpu, floor_milliseconds
+from input import TUTORIAL
 from loops import EAGER, OURS
 from PIL import Image
 
@@ -228,11 +228,9 @@ def test_report_measures_and_writes_the_page(middle_data: Path) -> None:
     assert page.startswith("before\n\n<!-- tables: begin -->")
     assert page.endswith("<!-- tables: end -->\n\nafter\n")
     assert "old" not in page.splitlines()
-    turns = results["measurements"]["ddp"]["turns"]
-    share = tables.shown(turns[TOGETHER][0][0] / turns[APART][0][0])  # by the clock, one round
-    assert (
-        f"2 processes together / 2 apart | 0.95 | 0.99 | {share} ({share} - {share}) |  |" in page
-    )
+    turns = results["measurements"]["null_loop"]["turns"]
+    times = tables.shown(turns["ours"][0][1] / turns[TUTORIAL][0][1])  # by CPU time, one round
+    assert f"null-model loop: ours / tutorial | 4 | 8 | {times} ({times} - {times}) |  |" in page
 
     assert report.main(["--tables", "--output", "speed_cpu.json", "--page", "page.md"]) == 0
     assert Path("page.md").read_text() == page
