@@ -191,7 +191,9 @@ def main(arguments: list[str]) -> int:
         "runs", nargs="+", type=Path, metavar="RUN", help="two finished runs or more"
     )
     parser.add_argument("--equal", action="store_true", help="equal weights, nothing chosen")
-    parser.add_argument("--output", type=Path, default=Path("ensemble"), metavar="FOLDER")
+    parser.add_argument(
+        "--output", type=Path, default=Path("ensemble"), metavar="FOLDER", help="default: ensemble"
+    )
     options = parser.parse_args(arguments)
 
     log_to_terminal()

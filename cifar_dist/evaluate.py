@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from cifar_dist import findings
 from cifar_dist.command_line import command_parser
@@ -19,7 +18,7 @@ from cifar_dist.data.batches import holdout_rows
 from cifar_dist.data.members import read_members
 from cifar_dist.data.pickles import read_pickle
 from cifar_dist.engine import results
-from cifar_dist.engine.evaluation import Evaluation, evaluate
+from cifar_dist.engine.evaluation import Evaluation, WithFlips, evaluate
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
@@ -32,21 +31,8 @@ from cifar_dist.engine.step import check_precision
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.near_duplicates import read_list
-from cifar_dist.nets.heads import Outputs
 from cifar_dist.recipe import Recipe
 from cifar_dist.runs import load_model, load_run
-
-
-class WithFlips(nn.Module):
-    """A model that looks at each picture and at its mirror image, and gives the mean logits."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Outputs:
-        plain, mirrored = self.model(images), self.model(images.flip(3))
-        return plain._replace(logits=(plain.logits + mirrored.logits) / 2)
 
 
 def cifair_split(source: Path, data: Path, device: torch.device) -> Split:
@@ -173,7 +159,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="like step_00000600; default: the newest"
     )
-    parser.add_argument("--split", choices=("test", "train", "held-out"), default="test")
+    parser.add_argument(
+        "--split", choices=("test", "train", "held-out"), default="test", help="default: test"
+    )
     parser.add_argument(
         "--flips",
         action="store_true",

@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.export runs/r50_224 --to teacher    # teacher.run=exported/r50_224_teacher",
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/r18_32")
-    parser.add_argument("--to", choices=("timm", "onnx", "pt2", "teacher"), required=True)
+    parser.add_argument(
+        "--to", choices=("timm", "onnx", "pt2", "teacher"), required=True, help="the folder's kind"
+    )
     parser.add_argument(
         "--uint8",
         action="store_true",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,13 +13,45 @@ from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the storage within names the file; a failed write or fsync itself does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
 def sync(path: Path) -> None:
     """Ask the file system to put a file or a folder's entries on disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some have no fsync of folders
+            raise
     finally:
         os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """os.rename that knows network file systems: when the answer is lost, the second try finds nothing."""
+    try:
+        os.rename(old, new)
+    except FileNotFoundError:
+        if old.exists() or not new.exists():
+            raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Make a folder disappear at once, then delete it, as far as open files of others allow."""
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+    try:
+        rename(folder, aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -27,7 +60,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with aside.open("wb") as file:
+        with naming(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -60,8 +93,8 @@ def folder_aside(final: Path) -> Iterator[Path]:
             sync(path)
         sync(aside)
         if final.exists():
-            os.rename(final, old)
-        os.rename(aside, final)
+            rename(final, old)
+        rename(aside, final)
         sync(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.near_duplicates --data data/cifar100 --output duplicates.json",
     )
     parser.add_argument(
-        "--data", type=Path, default=Path("data/cifar100"), help="a prepared data set"
+        "--data", type=Path, default=Path("data/cifar100"), help="default: data/cifar100"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a JSON file")
     options = parser.parse_args(arguments)

@@ -23,14 +23,20 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.report runs/* --tutorial --output tutorial.html",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html",
+    )
     parser.add_argument(
         "--latex", type=Path, metavar="FILE", help="the comparison as a LaTeX table"
     )
     parser.add_argument(
         "--tutorial", action="store_true", help="put the tutorial's published numbers beside ours"
     )
-    parser.add_argument("--title", default="cifar_dist: runs compared")
+    parser.add_argument("--title", default="cifar_dist: runs compared", help="of the page")
     parser.add_argument("--data", type=Path, help="another place of the runs' data")
     options = parser.parse_args(arguments)
 

@@ -176,7 +176,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         tracker = Tracker()
         if ranks.is_main:
             metrics_file.truncate(state.step)
-            tracker.start(recipe.tracking, folder=folder, name=recipe.name, recipe=resolved(recipe))
+            tracker.start(recipe.tracking, folder, resolved(recipe), surroundings)
         log.info(
             f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {run.epochs} epochs of "
             f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"
@@ -328,7 +328,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             results.write_summary(folder, summary)
             if stop:  # slurm/train.sh reads it to know whether to queue the job again
                 write_file(folder / "stopped", f"{signal.Signals(stop).name}\n")
-            tracker.finish(summary)
+            tracker.finish(summary, evaluation if at_end else None)
             return summary
 
         return ranks.main_does(conclude)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from test_speed import Waits, batches_of, model_of
 from cifar_dist.data.arrow import load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.engine.capture import (
+    WARM_UP,
     CapturedStep,
+    Piece,
     Recorder,
     build_step,
     flat_gradients,
     why_by_hand,
 )
+from cifar_dist.engine.runtime import log
 from cifar_dist.engine.step import Precision, make_scaler
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
@@ -128,6 +133,48 @@ def test_what_cannot_be_recorded_says_why() -> None:
     assert "Lamb" in str(why_by_hand(model, lamb, precision="bf16", sam=None))
     assert "second_size" in str(why_by_hand(two_sizes, sgd, precision="bf16", sam=None))
     assert "checkpointing" in str(why_by_hand(slim, sgd, precision="bf16", sam=None))
+
+
+class Pretender:
+    """Records without a GPU: does the work again at each replay, into the results of the first time."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.warm_ups, self.replays = fails, 0, 0
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        self.warm_ups += 1
+        yield
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.fails:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        results = torch.zeros(())
+
+        def replay() -> None:
+            self.replays += 1
+            results.copy_(work())
+
+        return replay, results
+
+
+def test_a_piece_is_done_by_hand_then_recorded_once_then_replayed() -> None:
+    counter, pretender = torch.zeros(()), Pretender()
+    piece = Piece(lambda: counter.add_(1), pretender)  # type: ignore[arg-type]
+    assert [float(piece()) for _ in range(6)] == [1, 2, 3, 4, 5, 6], "no call does it twice"
+    assert (pretender.warm_ups, pretender.replays) == (WARM_UP, 3)
+
+
+def test_what_cannot_be_recorded_goes_on_by_hand_and_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log.propagate = True
+    counter = torch.zeros(())
+    piece = Piece(lambda: counter.add_(1), Pretender(fails=True))  # type: ignore[arg-type]
+    assert [float(piece()) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("run.graph: the step cannot be recorded and goes on by hand: CUDA error")
+    assert "more" not in said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU; there is none")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, wait_until, why_not
 
 from cifar_dist.engine import slurm
 from cifar_dist.engine.checkpoint import checkpoints
+from cifar_dist.engine.lock import process_start
 
 LONG = {"epochs": 100, "eval_every_epochs": 50, "save_every_minutes": 0.01}
 
@@ -206,14 +209,15 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
 def test_a_killed_rank_ends_the_step_and_the_job_goes_on(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
-    """A crash after something new was saved is no reason to stop; the same without it is."""
+    """A crash after something new was saved is no reason to stop."""
     path = recipe(run=LONG | {"epochs": 150})
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     for crash in (1, 2):
         job.wait("RUNNING")
         job.wait_for_step(run, newest_step(run) + 1)
-        kill_a_task(job, random.Random(crash))
+        signal_a_task(job, signal.SIGKILL, random.Random(crash))
+        wait_until(lambda: "queued again" in job.output, seconds=60)
         job.wait("PENDING")
         assert job.restarts == crash, job.output
     straight(path, tmp_path)
@@ -222,8 +226,8 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on(
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
-def kill_a_task(job: Job, choice: random.Random) -> None:
-    """kill -9 one of the job's two ranks."""
+def signal_a_task(job: Job, number: signal.Signals, choice: random.Random) -> list[int]:
+    """Send a signal to one of the job's two ranks; the processes of both."""
     pids = []
     for process in Path("/proc").iterdir():
         try:
@@ -235,7 +239,32 @@ def kill_a_task(job: Job, choice: random.Random) -> None:
         if mine and command.startswith(b"python\0-m\0cifar_dist.train"):
             pids.append(int(process.name))
     assert len(pids) == 2
-    subprocess.run(["kill", "-9", str(choice.choice(pids))], check=True)
+    os.kill(choice.choice(pids), number)
+    return pids
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("number", "limit"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 10)], ids=["killed", "hung"]
+)
+def test_a_lost_rank_ends_all_tasks_in_time(
+    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster, number: signal.Signals, limit: int
+) -> None:
+    """At once, or after run.timeout_seconds=5 and 5 s more."""
+    path = recipe(run=LONG | {"epochs": 100_000, "timeout_seconds": 5, "save_every_minutes": 60})
+    job = Job(cluster, path, cwd=tmp_path)
+    metrics = tmp_path / "runs/tiny/metrics.jsonl"
+    wait_until(metrics.exists, seconds=120, otherwise=lambda: job.output)
+    started = time.monotonic()
+    pids = signal_a_task(job, number, random.Random(0))
+    wait_until(lambda: not any(process_start(pid) for pid in pids), seconds=60)
+    seconds = time.monotonic() - started
+    print(f"a rank with {number.name}: both are gone after {seconds:.1f} s")
+    assert seconds < limit
+    job.wait("FAILED", seconds=60)  # nothing was saved, so it is not queued again
+    if number == signal.SIGSTOP:
+        assert "nothing has happened for run.timeout_seconds=5" in job.output
+        assert "does not answer, last heard of after step" in job.output
 
 
 @pytest.mark.fault

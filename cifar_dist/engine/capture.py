@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine.runtime import ReducePrecision, log, reduce_gradients, wrap
+from cifar_dist.engine.runtime import ReducePrecision, log, reduce_gradients, share_weights, wrap
 from cifar_dist.engine.step import (
     Precision,
     Step,
@@ -125,15 +125,13 @@ class CapturedStep:
         recorder: Recorder | None,
     ) -> None:
         self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.device, self.world_size, self.precision, self.seed = (
-            device,
-            world_size,
-            precision,
-            seed,
-        )
+        self.device, self.world_size = device, world_size
+        self.precision, self.seed = precision, seed
         self.scale, self.max_grad_norm = world_size / batch_size, max_grad_norm
         self.reduce_precision, self.recorder = reduce_precision, recorder
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        if world_size > 1:
+            share_weights(model)
         self.gradients = flat_gradients(model)
         if recorder:
             keep_scalars_on_device(optimizer, device)

@@ -7,6 +7,8 @@ step. Nothing that is read here can execute code.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -15,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cifar_dist.engine.runtime import log
 from cifar_dist.errors import UserError
-from cifar_dist.files import folder_aside, sha256
+from cifar_dist.files import folder_aside, naming, remove_folder, sha256
 
 Progress = dict[str, Any]
 
@@ -39,13 +41,21 @@ def save_checkpoint(
     """
     final = folder / f"step_{step:08d}"
     with folder_aside(final) as aside:
+        digests = {}
+
+        def write(name: str, content: bytes) -> None:
+            # not by the libraries, whose errors hide that the disk is full, and whose modes differ
+            with naming(final / name):
+                (aside / name).write_bytes(content)
+            digests[name] = hashlib.sha256(content).hexdigest()
+
         for name, state in tensors.items():
-            contiguous = {key: value.contiguous() for key, value in state.items()}
-            save_file(contiguous, aside / f"{name}.safetensors")
-        torch.save(dict(optimizer), aside / "optimizer.pt")
-        (aside / "progress.json").write_text(json.dumps({"step": step, **progress}, indent=2))
-        digests = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps({"sha256": digests}, indent=2) + "\n")
+            write(f"{name}.safetensors", save({key: v.contiguous() for key, v in state.items()}))
+        optimizer_file = io.BytesIO()
+        torch.save(dict(optimizer), optimizer_file)
+        write("optimizer.pt", optimizer_file.getvalue())
+        write("progress.json", json.dumps({"step": step, **progress}, indent=2).encode())
+        write("manifest.json", json.dumps({"sha256": digests}, indent=2).encode())
     return final
 
 
@@ -138,6 +148,6 @@ def prune(folder: Path, *, keep: int, best: str | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one named `best`."""
     for checkpoint in checkpoints(folder)[keep:]:
         if checkpoint.name != best:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            remove_folder(checkpoint)
     for leftover in folder.glob(".*"):  # of a process that was killed while it wrote or deleted
         shutil.rmtree(leftover, ignore_errors=True)

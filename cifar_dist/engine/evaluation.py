@@ -15,6 +15,7 @@ from cifar_dist.data.batches import epoch_order, eval_blocks
 from cifar_dist.engine.metrics import accuracy
 from cifar_dist.engine.runtime import Ranks, gather_blocks, share_buffers
 from cifar_dist.engine.step import Precision, autocast
+from cifar_dist.nets.heads import Outputs
 
 BLOCK_SIZE = 250  # rows; part of the result's identity, so a constant
 SMALL_BLOCK_SIZE, SMALL = 1000, 64  # up to so many pixels a side, where a GPU waits for launches
@@ -25,6 +26,18 @@ class Evaluation:
     metrics: dict[str, float]  # loss, top1 and top5 in percent
     logits: Tensor  # f32 [N, C] on the CPU, in the order of the rows, times the recipe's scale
     labels: Tensor  # int64 [N] on the CPU
+
+
+class WithFlips(nn.Module):
+    """A model that looks at each picture and at its mirror image, and gives the mean logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Outputs:
+        plain, mirrored = self.model(images), self.model(images.flip(3))
+        return plain._replace(logits=(plain.logits + mirrored.logits) / 2)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.engine.step import Step
-from cifar_dist.files import write_file
+from cifar_dist.files import naming, write_file
 
 Line = dict[str, Any]
 
@@ -135,7 +135,7 @@ class MetricsFile:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -292,6 +292,12 @@ def share_buffers(model: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def share_weights(model: nn.Module) -> None:
+    """Give all ranks rank 0's parameters and buffers, as DDP does when it is made; all call it together."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, src=0)
+
+
 def gather_blocks(local: Tensor, ranks: Ranks) -> Tensor:
     """[blocks, ...] of each rank, dealt block by block, back in one row: [blocks * W, ...]."""
     if ranks.world_size == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from cifar_dist.config import config
+from cifar_dist.engine.evaluation import Evaluation
 from cifar_dist.engine.metrics import Line
 from cifar_dist.engine.runtime import log
+from cifar_dist.engine.tracked_media import log_artifacts, show_predictions
 from cifar_dist.files import write_file
 
 Mode = Literal["auto", "online", "offline", "off"]
@@ -34,6 +37,11 @@ class TrackingConfig:
     project: str = "cifar_dist"
     entity: str | None = None
     tags: tuple[str, ...] = ()
+    group: str | None = None  # None: the name without its seed, so that seeds stand together
+    job_type: str | None = None  # None: student for a recipe with a teacher, else train
+    upload_weights: bool = (
+        False  # the final checkpoint as files; otherwise by path and digest alone
+    )
 
 
 def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
@@ -68,6 +76,20 @@ def _has_key(host: str) -> bool:
         return False
 
 
+SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
+
+# What W&B's summary keeps of each curve beside its last value; the headline is summary.json's.
+EXTREMES = {
+    "eval/top1": "max",
+    "eval/top5": "max",
+    "eval/loss": "min",
+    "eval/val_top1": "max",
+    "eval/val_loss": "min",
+    "train/top1": "max",
+    "train/loss": "min",
+}
+
+
 class Tracker:
     """One W&B run of a training run, whatever number of restarts; no call of it ever raises."""
 
@@ -75,8 +97,14 @@ class Tracker:
         self.run: Any = None  # None: switched off
 
     def start(
-        self, config: TrackingConfig, *, folder: Path, name: str, recipe: dict[str, Any]
+        self,
+        config: TrackingConfig,
+        folder: Path,
+        recipe: dict[str, Any],
+        environment: dict[str, Any],
     ) -> None:
+        """Begin or go on; `recipe` (resolved) and `environment` (versions, commit, digests) are the config."""
+        self.folder, self.upload_weights = folder, config.upload_weights
         mode, reason = decide_mode(config.mode)
         log.info(f"W&B: {mode} ({reason})")
         if mode == "off":
@@ -85,22 +113,27 @@ class Tracker:
             import wandb
 
             identity = folder / "wandb_id"
-            if not identity.exists():
-                write_file(identity, secrets.token_hex(4))
+            if not identity.exists():  # the agent of a sweep has chosen one already
+                write_file(identity, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+            taught = bool(recipe["teacher"] or recipe["teachers"])
             self.run = wandb.init(
                 project=config.project,
                 entity=config.entity,
-                name=name,
+                name=recipe["name"],
                 id=identity.read_text().strip(),
+                group=config.group or SEED_IN_NAME.sub("", recipe["name"]),
+                job_type=config.job_type or ("student" if taught else "train"),
                 resume="allow",
                 dir=str(folder),
                 mode=mode,
                 tags=list(config.tags),
-                config=recipe,
+                config=recipe | {"environment": environment},
                 settings=wandb.Settings(init_timeout=30, console="off"),
             )
             # rows below the last internal step would be dropped after a restart: the step is a value
             self.run.define_metric("*", step_metric="step")
+            for name, extreme in EXTREMES.items():
+                self.run.define_metric(name, step_metric="step", summary=f"{extreme},last")
 
     def log(self, line: Line) -> None:
         """Copy one line of metrics.jsonl, its names led by its kind."""
@@ -110,11 +143,17 @@ class Tracker:
                 values = {f"{kind}/{k}": v for k, v in line.items() if k not in ("kind", "step")}
                 self.run.log({"step": line["step"], **values})
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        if self.run is not None:
-            with self.never_fatal():
-                self.run.summary.update(summary)
-                self.run.finish()
+    def finish(self, summary: dict[str, Any], evaluation: Evaluation | None = None) -> None:
+        """The headline, and at a run's end (with an evaluation) tables, pictures and artifacts."""
+        if self.run is None:
+            return
+        with self.never_fatal():
+            self.run.summary.update(summary)
+            if evaluation is not None:
+                data = Path(self.run.config["data"]["path"])
+                show_predictions(self.run, evaluation, data)
+                log_artifacts(self.run, self.folder, data, upload_weights=self.upload_weights)
+            self.run.finish()
 
     @contextmanager
     def never_fatal(self) -> Iterator[None]:

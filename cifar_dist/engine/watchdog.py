@@ -22,7 +22,7 @@ from cifar_dist.engine.runtime import Ranks
 from cifar_dist.errors import LonelyError, UserError
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 2.5  # a rank that is heard of lets no more than this pass
+LOOK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
 END_SECONDS = 5  # the longest end of an interpreter whose collectives failed
 
 
@@ -56,7 +56,7 @@ class Register:
         return found
 
     def missing(self) -> str:
-        """Which other ranks are gone or silent, in words; looks for at most 5 seconds."""
+        """Which other ranks are gone or silent, in words; looks for at most 3 seconds."""
         if self.ranks.world_size == 1:
             return ""
         answer: list[str] = []

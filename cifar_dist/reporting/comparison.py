@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from torch import Tensor
 from cifar_dist.engine import results
 from cifar_dist.engine.metrics import Line, MetricsFile
 from cifar_dist.engine.scores import holm, mcnemar
+from cifar_dist.engine.tracking import SEED_IN_NAME
 from cifar_dist.errors import UserError
 from cifar_dist.findings import read_findings
 from cifar_dist.recipe import Recipe, identity, load_recipe
-
-SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

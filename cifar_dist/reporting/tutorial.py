@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cifar_dist.reporting.comparison import SEED_IN_NAME, Group, mean_and_deviation
+from cifar_dist.engine.tracking import SEED_IN_NAME
+from cifar_dist.reporting.comparison import Group, mean_and_deviation
 
 
 @dataclass(frozen=True, kw_only=True)

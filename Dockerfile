@@ -1,0 +1,25 @@
+# The trainer for NVIDIA GPUs: docker build -t cifar_dist .
+# torch's wheels bring the CUDA libraries, so the base has only what the driver's side needs.
+ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
+FROM ${BASE}
+
+# tini passes signals on, so that `docker stop` lets the trainer save.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates git python3 python3-venv tini \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home --uid 10001 trainer
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 NO_ALBUMENTATIONS_UPDATE=1
+
+# Dependencies first: they change rarely, and their layer is several GB.
+WORKDIR /app
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY cifar_dist/__init__.py cifar_dist/
+RUN python3 -m venv /opt/venv \
+    && pip install --no-cache-dir -c constraints.txt -e '.[host-augment,export]'
+
+COPY . .
+RUN mkdir -p data runs && chown -R trainer data runs
+USER trainer
+VOLUME ["/app/data", "/app/runs"]
+ENTRYPOINT ["tini", "-g", "--"]
+CMD ["python", "-m", "cifar_dist.train", "--help"]
