@@ -123,6 +123,7 @@ def evaluate_run(
         precision=recipe.run.precision,
         logit_scale=logit_scale(recipe.losses.values()),
         ranks=ranks,
+        shown=True,
     )
     held = None
     if recipe.data.holdout:

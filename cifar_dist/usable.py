@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cifar_dist.data.arrow import Hierarchy, read_hierarchy
+from cifar_dist.engine.evaluation import block_size
 from cifar_dist.engine.step import autocast
 from cifar_dist.errors import UserError
 from cifar_dist.findings import read_findings
@@ -16,8 +17,6 @@ from cifar_dist.learn.losses import logit_scale
 from cifar_dist.nets.backbones import Classifier
 from cifar_dist.recipe import Recipe
 from cifar_dist.runs import load_model, load_run
-
-BLOCK_SIZE = 250  # pictures at once; as an evaluation has them, for the same bits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +39,7 @@ class Usable:
         """f32 [N, C] on the CPU of uint8 [N, 3, 32, 32], as an evaluation computes them."""
         device = next(self.model.parameters()).device
         parts = []
-        for block in images.split(BLOCK_SIZE):
+        for block in images.split(block_size(self.model)):  # as an evaluation does: the same bits
             with autocast(self.recipe.run.precision, device):
                 outputs = self.model(block.to(device))
             parts.append(outputs.logits.float().cpu() * self.logit_scale)

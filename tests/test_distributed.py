@@ -135,3 +135,15 @@ def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert len(list((run / "checkpoints").iterdir())) == 1  # the clock never asked for another
     assert torch.isfinite(torch.stack([t.double().sum() for t in tensors(run).values()])).all()
+
+
+def test_gradients_travel_while_the_backward_computes(tmp_path: Path) -> None:
+    """By a trace of ResNet-18, 45 MB of gradients: all buckets but the last are on their way before."""
+    ranks = Ranks("overlap_rank", ["trace.json"], cwd=tmp_path, world_size=2)
+    assert ranks.wait() == [0, 0], ranks.output
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    ((begins, _),) = trace["backward"]
+    reductions = sorted(trace["gloo:all_reduce"])
+    assert len(reductions) >= 2
+    last_computed = reductions[-1][0]  # the last bucket leaves when all is computed
+    assert reductions[0][0] - begins < 0.6 * (last_computed - begins)

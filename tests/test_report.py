@@ -193,3 +193,19 @@ def test_axes_are_round_and_lines_are_thin() -> None:
 def test_latex_escapes() -> None:
     assert latex_text("a_b & 5 % \\x") == r"a\_b \& 5 \% \textbackslash{}x"
     assert latex_table([]).startswith("% needs")
+
+
+def test_the_tutorials_rows_and_pages_name_recipes_that_exist() -> None:
+    recipes = Path(__file__).parents[1] / "recipes"
+    assert {row.config for row in PUBLISHED} == {
+        path.stem for path in recipes.glob("tutorial/*.yaml")
+    }
+    for row in PUBLISHED:
+        assert row.ours is None or (recipes / f"{row.ours}.yaml").exists()
+    page = (recipes.parent / "docs/tutorial.md").read_text()
+    for row in PUBLISHED:
+        shown = next(line for line in page.splitlines() if line.startswith(f"| `{row.config}` |"))
+        assert row.published is None or f"{row.published:.2f}" in shown
+        assert row.ours is None or f"`{row.ours}`" in shown
+    for name in re.findall(r"recipes/([\w/]+\.yaml)", page):
+        assert (recipes / name).exists(), name

@@ -13,7 +13,7 @@ from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import epoch_order, eval_blocks
 from cifar_dist.engine.metrics import accuracy
-from cifar_dist.engine.runtime import Ranks, gather_blocks, share_buffers
+from cifar_dist.engine.runtime import Ranks, gather_blocks, progress_bar, share_buffers
 from cifar_dist.engine.step import Precision, autocast
 from cifar_dist.nets.heads import Outputs
 
@@ -100,10 +100,12 @@ def evaluate(
     precision: Precision,
     logit_scale: float,
     ranks: Ranks,
+    shown: bool = False,
 ) -> Evaluation:
     """Run the bare model (no DDP) over `rows` (int64, ascending); all ranks get the same result.
 
     `logit_scale` is what the loss multiplies cosines with; without it their softmax says nothing.
+    `shown`: with a progress bar of its own.
     """
     device = split.labels.device
     share_buffers(model, ranks)
@@ -115,6 +117,7 @@ def evaluate(
     blocks = -(-len(rows) // size)
     mine = -(-blocks // ranks.world_size)  # as many places on each rank; the last may stay empty
     logits: Tensor | None = None
+    bar = progress_bar(0, mine, shown=shown and ranks.is_main, unit="block")
     for place, batch in enumerate(
         eval_blocks(split, rows, block_size=size, rank=ranks.rank, world_size=ranks.world_size)
     ):
@@ -124,6 +127,8 @@ def evaluate(
             logits = torch.zeros(mine, size, outputs.logits.shape[1], device=device)
         logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
         ranks.pulse.beat()
+        bar.update()
+    bar.close()
     for module, training in was_training:
         module.training = training
     classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]

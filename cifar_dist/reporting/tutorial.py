@@ -23,11 +23,12 @@ class Row:
 
 PUBLISHED = (
     Row(config="resnet18_baseline", what="ResNet-18 from scratch, 32 px", published=44.26, epoch=186, ours="r18_32"),
-    Row(config="resnet18_augment", what="+ one of five albumentations", published=36.48, epoch=None, ours="r18_32_mix"),
+    Row(config="resnet18_augment", what="+ one of five albumentations", published=36.48, epoch=None, ours="r18_32_one_of"),
     Row(config="resnet18_baseline_wd01", what="+ weight decay 0.1", published=40.12, epoch=None, ours="r18_32"),
     Row(config="resnet18_baseline_lbsmooth", what="+ label smoothing 0.1", published=44.81, epoch=59, ours="r18_32"),
     Row(config="resnet18_pretrained", what="ImageNet weights, 32 px", published=56.70, epoch=112, ours=None),
     Row(config="resnet18_pretrained_arcface", what="+ ArcFace", published=57.92, epoch=199, ours=None),
+    Row(config="resnet18_pretrained_cosface", what="+ CosFace: similar, without a number", published=None, epoch=None, ours=None),
     Row(config="resnet18_pretrained_arcface_224x224", what="+ 224 px", published=79.57, epoch=29, ours="r18_224"),
     Row(config="resnet50_pretrained_arcface", what="ResNet-50, ArcFace, 32 px", published=61.76, epoch=199, ours="r50_32"),
     Row(config="resnet50_pretrained_arcface_224x224", what="ResNet-50, ArcFace, 224 px", published=81.21, epoch=174, ours="r50_224"),

@@ -1,0 +1,38 @@
+"""One rank that traces a backward of ResNet-18 under DDP: when it computes, when gradients travel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from cifar_dist.engine.runtime import end_processes, start_processes, wrap
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+
+def main(arguments: list[str]) -> int:
+    (output,) = arguments
+    accelerator = start_processes(timeout_seconds=60, threads=1)
+    model = build_model(ModelConfig(backbone="resnet18"), 100)
+    wrapped = wrap(accelerator, model, shards=accelerator.num_processes)
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+
+    def step() -> None:
+        loss = wrapped(images).logits.square().mean()
+        with record_function("backward"):
+            loss.backward()
+
+    step()  # buckets are made in the order of the first
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        step()
+    spans: dict[str, list[tuple[float, float]]] = {"backward": [], "gloo:all_reduce": []}
+    for event in trace.events():
+        if event.name in spans:
+            spans[event.name].append((event.time_range.start, event.time_range.end))
+    if accelerator.is_main_process:
+        Path(output).write_text(json.dumps(spans))
+    end_processes(accelerator)
+    return 0
