@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other work shares the cores
 context = multiprocessing.get_context("forkserver")
-COMMANDS = ("train", "evaluate", "cache_logits")
+COMMANDS = ("train", "evaluate", "cache_logits", "doctor")
 context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "torch._dynamo"])
 
 

@@ -12,7 +12,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 FLOORS = {"data": 1, "nets": 1, "learn": 2, "engine": 3, "recipe": 4}
-GROUND = {"command_line", "config", "errors", "files", "keys", "signals", "strict_yaml", "__init__"}
+GROUND = {
+    "command_line",
+    "config",
+    "errors",
+    "files",
+    "keys",
+    "network",
+    "signals",
+    "strict_yaml",
+    "__init__",
+}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -333,3 +333,69 @@ def test_scripts_are_bash_and_derive_the_same_port(script: Path) -> None:
     text = script.read_text()
     if "MASTER_PORT=$" in text:
         assert f"MASTER_PORT=$(({slurm.FIRST_PORT} + SLURM_JOB_ID % {slurm.PORTS}))" in text
+
+
+@pytest.mark.fault
+def test_the_doctor_on_two_nodes(tmp_path: Path, recipe: RecipeMaker, cluster: Cluster) -> None:
+    script = ROOT / "slurm/doctor.sh"
+    job = cluster.submit(*two_nodes(), script, recipe(), cwd=tmp_path)
+    assert cluster.wait(job, *ENDED) == "COMPLETED"
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "2 x cpu" in output
+    assert "BAD" not in output
+
+
+@pytest.mark.fault
+def test_an_array_is_recipes_times_seeds(
+    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
+) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    for name in ("a", "b"):
+        recipe(name, run={"epochs": 1, "shards": 1})
+    chosen = {"RECIPES": "a.yaml b.yaml", "SEEDS": "3 4"}
+    options = ["--array=0-3", "--cpus-per-task=1", "slurm/table.sh"]
+    job = cluster.submit(*options, cwd=tmp_path, environment=chosen)
+    wait_until(lambda: cluster("squeue", "-h") == "", seconds=240)
+    runs = {path.parent.name for path in tmp_path.glob("runs/*/summary.json")}
+    assert runs == {"a_seed3", "a_seed4", "b_seed3", "b_seed4"}, job
+    done = subprocess.run(
+        ["bash", "slurm/table.sh"],
+        cwd=tmp_path,
+        env=os.environ | chosen,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "2 recipes x 2 seeds: sbatch --array=0-3" in done.stderr
+
+
+@pytest.mark.fault
+def test_a_teacher_its_logits_and_a_student_are_three_jobs(
+    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
+) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    short = {"epochs": 1}
+    recipe("teacher", run=short, augment={"mixup": None, "cutmix": None, "views": 2})
+    recipe(
+        "student",
+        run=short,
+        augment={"mixup": None, "cutmix": None, "views": 2},
+        losses={"cross_entropy": {"weight": 0.5}, "distill": {"weight": 0.5}},
+        teacher={"run": "runs/teacher", "placement": "cached"},
+    )
+    done = subprocess.run(
+        ["bash", "slurm/teacher_student.sh", "teacher.yaml", "student.yaml"],
+        cwd=tmp_path,
+        env={**cluster.environment, "SBATCH_OPTIONS": " ".join(two_nodes())},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
+        "teacher",
+        "its logits",
+        "student",
+    ]
+    wait_until(lambda: cluster("squeue", "-h") == "", seconds=400)
+    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("slurm-*.out")))
+    assert (tmp_path / "runs/student/summary.json").exists(), logs

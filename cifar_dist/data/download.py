@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import socket
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import Request, getproxies, urlopen
 
 from tqdm import tqdm
 
 from cifar_dist.data.members import MAX_ARCHIVE_BYTES
 from cifar_dist.errors import UserError
+from cifar_dist.network import ANSWER_SECONDS, answers
 
 TIMEOUT_SECONDS = 5  # to connect, and of silence
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's errors
@@ -22,6 +25,12 @@ def download(url: str, part: Path, *, md5: str | None = None) -> None:
     """Fetch `url` into `part`, going on where an earlier try ended; UserError if that fails."""
     have = part.stat().st_size if part.exists() else 0
     remedy = "get it in another way and give it with --source FILE"
+    place = urlsplit(url)
+    if place.hostname and not getproxies():
+        port = place.port or (443 if place.scheme == "https" else 80)
+        where = (place.hostname, port)
+        if not answers(lambda: socket.create_connection(where, timeout=ANSWER_SECONDS).close()):
+            raise UserError(f"{url} cannot be fetched ({place.hostname} does not answer); {remedy}")
     try:
         request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urlopen(request, timeout=TIMEOUT_SECONDS) as response:

@@ -24,9 +24,9 @@ from cifar_dist.engine.metrics import Line
 from cifar_dist.engine.runtime import log
 from cifar_dist.engine.tracked_media import log_artifacts, show_predictions
 from cifar_dist.files import write_file
+from cifar_dist.network import ANSWER_SECONDS, answers
 
 Mode = Literal["auto", "online", "offline", "off"]
-ANSWER_SECONDS = 3
 
 
 @config
@@ -59,10 +59,8 @@ def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
         if asked == "online":
             return "offline", "no API key; run `wandb login` and later `wandb sync`"
         return "off", "no API key (`wandb login`, or tracking.mode=offline)"
-    try:
-        port = host.port or (443 if host.scheme == "https" else 80)
-        socket.create_connection((host.hostname or "", port), timeout=ANSWER_SECONDS).close()
-    except OSError:
+    place = (host.hostname or "", host.port or (443 if host.scheme == "https" else 80))
+    if not answers(lambda: socket.create_connection(place, timeout=ANSWER_SECONDS).close()):
         return "offline", f"{host.hostname} does not answer"
     return "online", "a key and a server"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import constants
 
 from cifar_dist.errors import UserError
+from cifar_dist.network import ANSWER_SECONDS, answers
 
 
 def fetch_weights(cfg: Any, backbone: str) -> Path:
@@ -64,13 +66,12 @@ def fetch_weights(cfg: Any, backbone: str) -> Path:
 
 def is_reachable(address: str) -> bool:
     """Whether the server of an address answers within 3 seconds, through the proxy if one is set."""
-    try:
-        urlopen(Request(address, method="HEAD"), timeout=3).close()
-    except HTTPError:  # a refusal is an answer
-        return True
-    except OSError:
-        return False
-    return True
+
+    def ask() -> None:
+        with suppress(HTTPError):  # a refusal is an answer
+            urlopen(Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
+
+    return answers(ask)
 
 
 def weight_names(name: str) -> tuple[str, ...]:

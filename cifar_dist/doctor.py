@@ -1,0 +1,233 @@
+"""Is this a place to train at? Start it as the training will be started; it says what is in the way."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import cifar_dist
+from cifar_dist.command_line import command_parser
+from cifar_dist.data.arrow import data_digest
+from cifar_dist.engine.lock import machine
+from cifar_dist.engine.runtime import (
+    Ranks,
+    adopt_slurm_ranks,
+    end_processes,
+    log_to_terminal,
+    start_processes,
+)
+from cifar_dist.engine.step import check_precision
+from cifar_dist.engine.tracking import decide_mode
+from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.recipe import Recipe, load_recipe, to_yaml
+from cifar_dist.runs import check_world
+
+MEET_SECONDS = 60
+SEE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders
+CLOCKS_SECONDS = 5
+GRADIENT_BYTES = 100 << 20  # those of a ResNet-50 in float32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `fine` is None for what is only good to know."""
+
+    what: str
+    fine: bool | None
+    says: str
+
+
+def same(ranks: Ranks, what: str, value: str, remedy: str) -> Finding:
+    """Whether all ranks have the same of something."""
+    seen = ranks.each(value)
+    other = [rank for rank, theirs in enumerate(seen) if theirs != seen[0]]
+    says = f"{seen[0]} on all ranks"
+    if other:
+        says = f"{seen[0]} on rank 0, {seen[other[0]]} on rank {other[0]}; {remedy}"
+    return Finding(what, not other, says)
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's own files, shortened."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(cifar_dist.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def devices(ranks: Ranks, device: torch.device) -> Finding:
+    """Which device each rank has; two ranks on one GPU cannot talk by NCCL."""
+    mine = platform.processor() or "CPU"
+    if device.type == "cuda":
+        mine = (
+            f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
+        )
+    seen = Counter(ranks.each(f"{machine()} {mine}"))
+    if device.type == "cuda" and max(seen.values()) > 1:
+        return Finding("devices", False, "two ranks share a GPU; start one task a GPU")
+    machines = Counter(name.partition(",")[0] for name in ranks.each(machine()))
+    here = ", ".join(f"{count} on {name}" for name, count in machines.items())
+    return Finding("devices", True, f"{ranks.world_size} x {device.type}: {here}")
+
+
+def shared_folder(ranks: Ranks, folder: Path) -> Finding:
+    """Whether each rank sees within 5 s what every other has written to the folder."""
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".doctor_{ranks.rank}").write_text(str(ranks.rank))
+
+    ranks.together(write)
+    wanted = {f".doctor_{rank}" for rank in range(ranks.world_size)}
+    begun = time.monotonic()
+    while True:
+        missing = wanted - {path.name for path in folder.glob(".doctor_*")}
+        if not missing or time.monotonic() - begun > SEE_SECONDS:
+            break
+        time.sleep(0.1)
+    blind = [rank for rank, names in enumerate(ranks.each(sorted(missing))) if names]
+    slowest = max(ranks.each(time.monotonic() - begun))
+    (folder / f".doctor_{ranks.rank}").unlink()
+    if blind:
+        says = f"rank {blind[0]} does not see what others write; choose a shared run.output"
+        return Finding("run.output", False, f"{folder}: {says}")
+    free = shutil.disk_usage(folder).free / 2**30
+    return Finding(
+        "run.output",
+        free > 1,
+        f"{folder}: seen by all after {slowest:.1f} s, {free:,.0f} GiB free",
+    )
+
+
+def clocks(ranks: Ranks) -> Finding:
+    """How far the machines' clocks lie apart; only what people read depends on them."""
+    ranks.each(0)  # a barrier: all ranks look at about the same time
+    seen = ranks.each(time.time())
+    apart = max(seen) - min(seen)
+    return Finding("clocks", None if apart < CLOCKS_SECONDS else False, f"{apart:.2f} s apart")
+
+
+def traffic(ranks: Ranks, device: torch.device) -> list[Finding]:
+    """What an all-reduce of gradients and a vote cost here; nothing for a process that is alone."""
+    if ranks.world_size == 1:
+        return []
+    gradients = torch.zeros(GRADIENT_BYTES // 4, device=device)
+    seconds = fastest(lambda: dist.all_reduce(gradients), device)
+    bus = 2 * (ranks.world_size - 1) / ranks.world_size * GRADIENT_BYTES / seconds / 1e9
+    size = f"{GRADIENT_BYTES >> 20} MiB in {seconds * 1e3:.1f} ms"
+    vote = fastest(lambda: ranks.largest([0.0]), device)
+    return [
+        Finding("all-reduce", None, f"{size}: {bus:.2f} GB/s (bus), {dist.get_backend()}"),
+        Finding("vote", None, f"{vote * 1e3:.2f} ms"),
+    ]
+
+
+def fastest(act: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of five."""
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        act()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def tried(ranks: Ranks, what: str, act: Callable[[], str]) -> Finding:
+    """What `act` says on rank 0, or the sentence of the UserError that some rank met."""
+    try:
+        return Finding(what, True, ranks.together(act)[0])
+    except (UserError, OSError) as error:
+        return Finding(what, False, str(error))
+
+
+def examine(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[Finding]:
+    """All findings; every rank calls it, and each gets the same."""
+
+    def precision() -> str:
+        check_precision(recipe.run.precision, device)
+        return f"{recipe.run.precision} on {device.type}"
+
+    def shards() -> str:
+        shards = recipe.run.shards or ranks.world_size
+        check_world(recipe, shards=shards, world_size=ranks.world_size)
+        return f"{shards} shards of {recipe.run.batch_size} rows on {ranks.world_size} processes"
+
+    packages = " ".join(f"{name} {version(name)}" for name in ("torch", "timm", "accelerate"))
+    versions = f"Python {platform.python_version()} {packages}"
+    data = Path(recipe.data.path)
+    has_data = all(ranks.each((data / "digest.json").exists()))
+    mode, reason = decide_mode(recipe.tracking.mode) if ranks.is_main else ("off", "")
+    return [
+        devices(ranks, device),
+        same(ranks, "code", code_digest(), "install the same everywhere"),
+        same(ranks, "versions", versions, "install the same everywhere"),
+        same(
+            ranks,
+            "recipe",
+            hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12],
+            "start all from one file",
+        ),
+        same(ranks, "data", data_digest(data)[:12], "prepare it once, in a shared folder")
+        if has_data
+        else Finding(
+            "data", False, f"{data}: some rank sees none; run python -m cifar_dist.prepare"
+        ),
+        tried(ranks, "precision", precision),
+        tried(ranks, "shards", shards),
+        shared_folder(ranks, Path(recipe.run.output)),
+        clocks(ranks),
+        *traffic(ranks, device),
+        Finding("W&B", None, f"{mode} ({reason})"),
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    parser = command_parser(
+        "doctor",
+        "Check a launch on the spot: start it as the training will be started. Exit code 0: train; "
+        "2: something is in the way.",
+        "python -m cifar_dist.doctor recipes/r18_32.yaml",
+        "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.doctor "
+        "recipes/r50_224.yaml",
+        "sbatch --nodes=2 slurm/doctor.sh recipes/r50_224.yaml",
+    )
+    parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    options = parser.parse_args(arguments)
+    adopt_slurm_ranks()
+    log_to_terminal()
+    recipe = load_recipe(options.recipe, options.overrides)
+    try:
+        accelerator = start_processes(timeout_seconds=MEET_SECONDS, threads=recipe.run.threads)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise UserError(
+            f"the processes did not meet within {MEET_SECONDS} s ({str(error).splitlines()[0]}): "
+            f"is MASTER_ADDR the first machine's address as seen from {socket.gethostname()}, "
+            "and its MASTER_PORT open between the machines?"
+        ) from None
+    ranks = Ranks.of(accelerator)
+    findings = examine(recipe, ranks, accelerator.device)
+    end_processes(accelerator)
+    if is_main_rank():
+        for finding in findings:
+            mark = {True: "ok ", False: "BAD", None: "   "}[finding.fine]
+            print(f"{mark}  {finding.what:<11} {finding.says}")
+    return 2 if any(finding.fine is False for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

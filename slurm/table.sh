@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# sbatch --array=0-35 [sbatch options] slurm/table.sh [section.key=value ...]
+# The tutorial's table in one submission: each of RECIPES with each of SEEDS is a task of a job array,
+# queued again by itself as slurm/train.sh does it. `--array=0-35%4` runs four at a time.
+#   RECIPES="recipes/kd/*.yaml" SEEDS="0 1" sbatch --array=0-7 slurm/table.sh
+# With a task too many it says how many there are. A recipe with a teacher needs that teacher's run
+# first (slurm/teacher_student.sh). Then: python -m cifar_dist.report runs/*
+#SBATCH --job-name=cifar_dist_table
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+
+recipes=(${RECIPES:-recipes/tutorial/*.yaml}) # unquoted: a pattern of files
+seeds=(${SEEDS:-0 1 2})
+tasks=$((${#recipes[@]} * ${#seeds[@]}))
+task=${SLURM_ARRAY_TASK_ID:-}
+if [ -z "$task" ] || [ "$task" -ge "$tasks" ]; then
+    echo "slurm/table.sh: ${#recipes[@]} recipes x ${#seeds[@]} seeds: sbatch --array=0-$((tasks - 1))" >&2
+    exit 2
+fi
+recipe=${recipes[task / ${#seeds[@]}]}
+seed=${seeds[task % ${#seeds[@]}]}
+exec bash slurm/train.sh "$recipe" "name=$(basename "$recipe" .yaml)_seed$seed" "run.seed=$seed" "$@"

@@ -1,0 +1,56 @@
+"""The launch check says yes where training can begin, and what is in the way where it cannot."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import RecipeMaker
+from ranks import Ranks, free_port, start_rank
+
+
+def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:
+    """The exit code that all ranks share, and the table: what -> mark and text."""
+    ranks = Ranks("doctor", arguments, cwd=cwd, world_size=world_size)
+    codes = set(ranks.wait())
+    assert len(codes) == 1, ranks.output
+    table = [line for line in ranks.output.splitlines() if line[:3] in ("ok ", "BAD", "   ")]
+    return codes.pop(), {line[5:16].strip(): line for line in table}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_launch_that_can_begin(tmp_path: Path, recipe: RecipeMaker, world_size: int) -> None:
+    code, table = doctor(recipe(), cwd=tmp_path, world_size=world_size)
+    assert code == 0, table
+    assert f"{world_size} x cpu" in table["devices"]
+    assert f"2 shards of 10 rows on {world_size} processes" in table["shards"]
+    assert all(line.startswith("ok ") for what, line in table.items() if what in "code data recipe")
+    assert ("all-reduce" in table) == (world_size == 2)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path, recipe: RecipeMaker) -> None:
+    code, table = doctor(recipe(data={"path": "nowhere"}, run={"shards": 1}), cwd=tmp_path)
+    assert code == 2
+    assert table["data"].startswith("BAD")
+    assert table["shards"].startswith("BAD")
+    assert "start at most 1" in table["shards"]
+
+
+def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two machines without a shared folder: each rank has a run.output of its own."""
+    port, path = free_port(), recipe()
+    processes = []
+    for rank in range(2):
+        cwd = tmp_path / f"machine{rank}"
+        cwd.mkdir()
+        shutil.copy(path, cwd / "recipe.yaml")
+        command = ["-m", "cifar_dist.doctor", "recipe.yaml", f"run.seed={rank}"]
+        processes.append(start_rank(command, cwd=cwd, rank=rank, world_size=2, port=port))
+    output, _ = processes[0].communicate(timeout=120)
+    processes[1].communicate(timeout=120)
+    assert [process.returncode for process in processes] == [2, 2], output
+    assert "BAD  recipe" in output
+    assert "BAD  run.output" in output
+    assert "does not see what others write; choose a shared run.output" in output

@@ -1,0 +1,66 @@
+"""One W&B run of all that metrics.jsonl holds, read back from W&B's own offline file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from compare import lines
+from conftest import RecipeMaker
+from ranks import Ranks, train
+from test_tracking import records
+
+from cifar_dist import sync_wandb
+from cifar_dist.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def test_restarts_become_one_run_and_a_second_call_changes_nothing(
+    tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(
+        run={"epochs": 40, "eval_every_epochs": 20, "report_every_steps": 7},
+        tracking={"mode": "offline"},
+    )
+    run = tmp_path / "runs/tiny"
+    ranks = Ranks("train", [path], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ranks.processes[0].pid is not None
+    os.kill(ranks.processes[0].pid, signal.SIGUSR1)
+    assert ranks.wait() == [75], ranks.output
+    train(path, cwd=tmp_path)
+    assert len(list(run.glob("wandb/offline-run-*"))) == 2
+
+    monkeypatch.chdir(tmp_path)
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    rows, logged = records(run), lines(run)  # of the one offline run there is now
+    assert [row["step"] for row in rows] == [line["step"] for line in logged]
+    for row, line in zip(rows, logged, strict=True):
+        assert row[f"{line['kind']}/loss"] == pytest.approx(line["loss"])
+    identity = (run / "wandb_id").read_text()
+    (made,) = run.glob(f"wandb/offline-run-*-{identity}")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+    train(path, "run.epochs=41", "--force", cwd=tmp_path)
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    assert [row["step"] for row in records(run)] == [line["step"] for line in lines(run)]
+    assert (run / "wandb_id").read_text() == identity
+    assert not made.exists()
+
+
+def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder with reports"):
+        sync_wandb.main([str(tmp_path)])
