@@ -111,7 +111,7 @@ def cache_teacher(
             log.info(f"{folder} is complete: {shape[0]} views of {shape[1]:,} rows")
             return 0
 
-        split = load_split(Path(recipe.data.path), "train", device)
+        split = load_split(Path(recipe.data.path), "train", device, recipe.data.place)
         mesh = rank_mesh(device, ranks.world_size, over=asked.shard_over) if sharded else None
         viewer = Viewer(recipe, split, live_teacher(asked, found, shape[2], device, mesh))
         log.info(

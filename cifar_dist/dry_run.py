@@ -34,6 +34,7 @@ def plan(recipe: Recipe) -> str:
             ema=recipe.ema is not None,
             half=run.precision != "fp32",
         )
+    place = " on the host" if recipe.data.place == "host" else ""
     rows = read_digest(data)["train"]["rows"] if (data / "digest.json").exists() else 50_000
     steps = (rows - recipe.data.holdout) // run.batch_size
     forward = numbers["forward_flops_per_image"]
@@ -45,6 +46,6 @@ def plan(recipe: Recipe) -> str:
         f"FLOPs an image    {readable(forward)} forward, {readable(training)} in the whole training\n"
         f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
         f"memory a process  at least {numbers['memory_bytes'] / 2**30:.2f} GiB "
-        f"({-(-run.batch_size // shards)} rows a shard), and {rows * 3092 / 2**30:.2f} GiB of data\n"
+        f"({-(-run.batch_size // shards)} rows a shard), and {rows * 3092 / 2**30:.2f} GiB of data{place}\n"
         f"run folder        {recipe.folder}"
     )

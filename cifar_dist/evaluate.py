@@ -127,7 +127,7 @@ def evaluate_run(
     )
     held = None
     if recipe.data.holdout:
-        train_split = load_split(data, "train", device)
+        train_split = load_split(data, "train", device, recipe.data.place)
         _, held_rows = holdout_rows(train_split.labels, recipe.data.holdout)
         held = look(train_split, held_rows)
     elif split == "held-out":
@@ -136,7 +136,7 @@ def evaluate_run(
         assert held is not None
         found = find(held, hierarchy, held_out=None, duplicates=None, cifair=None)
         return held, held, found, hierarchy
-    loaded = load_split(data, "test" if split == "test" else "train", device)
+    loaded = load_split(data, "test" if split == "test" else "train", device, recipe.data.place)
     evaluation = look(loaded, torch.arange(len(loaded.labels)))
     other = None
     if cifair is not None:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from cifar_dist.config import Count, Index, Positive, config
+from cifar_dist.data.arrow import Place
 from cifar_dist.data.augment import AugmentConfig
 from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision
@@ -55,6 +56,7 @@ NOT_THE_RECIPE = (
     "run.on_nonfinite",
     "data.path",
     "data.source",
+    "data.place",
     "augment.host_workers",
     "tracking",
 )
@@ -126,6 +128,9 @@ class DataConfig:
 
     path: str = "data/cifar100"
     source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    place: Place = (
+        "device"  # where the pictures lie; host: in the file's pages, fetched step by step
+    )
     shuffle: bool = True
     holdout: Index = 0  # rows of train, stratified by class, to choose hyper-parameters on
 
@@ -182,6 +187,11 @@ class Recipe:
             raise ValueError(
                 "run.stop_after_epochs_without_gain judges by held-out rows, as the test rows are for "
                 "the last word: set data.holdout, like 5000, or remove it"
+            )
+        if self.data.place == "host" and self.augment.host and self.augment.host_workers:
+            raise ValueError(
+                "data.place=host: the workers of augment.host fill whole epochs, which go to the device "
+                "at once; set augment.host_workers=0, or data.place=device"
             )
         if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
             raise ValueError(

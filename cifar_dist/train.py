@@ -28,10 +28,11 @@ from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_di
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
+from cifar_dist.data.streamed import streamed
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.capture import TakeStep, build_step
-from cifar_dist.engine.checkpoint import load_tensors
+from cifar_dist.engine.checkpoint import load_progress, load_tensors
 from cifar_dist.engine.evaluation import evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
 from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes
@@ -110,7 +111,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         check_world(recipe, shards=shards, world_size=ranks.world_size)
 
         # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
-        train_split, test_split, check_data = open_splits(Path(data.path), device)
+        train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
         rows, held_rows = torch.arange(len(train_split.labels)), None
         if data.holdout:
             rows, held_rows = holdout_rows(train_split.labels, data.holdout)
@@ -139,8 +140,22 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         if teacher and teacher.parameters_here:
             held = " ".join(ranks.each(f"{teacher.parameters_here:,}"))
             log.info(f"the teacher's parameters on each rank: {held}")
+        batches_of = partial(
+            train_batches,
+            rows=rows,
+            seed=run.seed,
+            shuffle=data.shuffle,
+            batch_size=run.batch_size,
+            shards=shards,
+            start_step=load_progress(saved)["step"] if saved else 0,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            repeats=recipe.augment.repeats,
+        )
+        batches = batches_of(train_split)
         host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, run.epochs))
-        augment = Augment(recipe.augment, train_split, rows, host=host)
+        ahead = stack.enter_context(streamed(recipe.augment, train_split, rows, batches_of))
+        augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
         objective = Objective(augment, recipe.losses, teacher)
         freeze(model, recipe.model.freeze, epoch=run.epochs - 1)  # for all that ever learns
         begins = first_epochs(model, recipe.model.freeze)
@@ -173,11 +188,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         bar = stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main))
 
         def tell(kind: str, values: dict[str, Any]) -> None:
-            line = {
-                "kind": kind,
-                "step": state.step,
-                "epoch": state.step / steps_per_epoch,
-            } | values
+            line = {"kind": kind, "step": state.step, "epoch": state.step / steps_per_epoch}
+            line |= values
             ranks.main_does(lambda: results.publish(line, metrics_file, tracker, epochs=run.epochs))
 
         look = partial(
@@ -186,18 +198,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             precision=run.precision,
             logit_scale=logit_scale(recipe.losses.values()),
             ranks=ranks,
-        )
-        batches = train_batches(
-            train_split,
-            rows,
-            seed=run.seed,
-            shuffle=data.shuffle,
-            batch_size=run.batch_size,
-            shards=shards,
-            start_step=state.step,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            repeats=recipe.augment.repeats,
         )
         why_no_more = partial(
             state.why_no_more,

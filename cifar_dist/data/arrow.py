@@ -32,15 +32,25 @@ from cifar_dist.errors import UserError
 from cifar_dist.files import folder_aside, write_file, write_json
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
+Place = Literal["device", "host"]  # of the images
 TABLE, INFO, DIGEST = "data-00000-of-00001.arrow", "dataset_info.json", "digest.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """One split on its device; on the CPU the images are the file's own pages: never write to them."""
+    """One split on its device, that of the labels; with `on_host` the images are not on it.
+
+    On the CPU the images are the file's own pages: never write to them.
+    """
 
     images: Tensor  # uint8 [N, 3, 32, 32]
     labels: Tensor  # int64 [N], fine
+    on_host: bool = False  # too many for the device, so nothing is made of all of them at once
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """uint8 [B, 3, 32, 32] on the device: the rows' (int64 [B]) as they are; waits if `on_host`."""
+        picked = self.images.index_select(0, rows.to(self.images.device))
+        return picked.to(self.labels.device)
 
 
 def write_dataset(
@@ -144,7 +154,10 @@ def read_hierarchy(root: Path) -> Hierarchy:
 
 
 def load_split(
-    root: Path, name: Literal["train", "test"], device: torch.device | str = "cpu"
+    root: Path,
+    name: Literal["train", "test"],
+    device: torch.device | str = "cpu",
+    place: Place = "device",
 ) -> Split:
     """The split, verified against its digest, on `device`; UserError for damage of any kind.
 
@@ -152,10 +165,12 @@ def load_split(
     """
     table = _open_table(root, name)
     _verify(root, name, table)
-    return _pictures(table, device)
+    return _split(table, device, place)
 
 
-def open_splits(root: Path, device: torch.device | str) -> tuple[Split, Split, Callable[[], None]]:
+def open_splits(
+    root: Path, device: torch.device | str, place: Place = "device"
+) -> tuple[Split, Split, Callable[[], None]]:
     """Train and test at once, and what to call before their numbers count.
 
     Threads compute the digests meanwhile; the call waits for them and raises the UserError of a
@@ -170,7 +185,8 @@ def open_splits(root: Path, device: torch.device | str) -> tuple[Split, Split, C
         for verified in verifying:
             verified.result()
 
-    return _pictures(tables["train"], device), _pictures(tables["test"], device), check
+    train, test = (_split(tables[name], device, place) for name in SPLITS)
+    return train, test, check
 
 
 def read_split(root: Path, name: Literal["train", "test"]) -> RawSplit:
@@ -218,12 +234,15 @@ def _verify(root: Path, name: str, table: Any) -> RawSplit:
     return raw
 
 
-def _pictures(table: Any, device: torch.device | str) -> Split:
+def _split(table: Any, device: torch.device | str, place: Place) -> Split:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         images = torch.from_numpy(_images(table)).view(-1, 3, 32, 32)
         labels = torch.from_numpy(_labels(table, "fine_label"))
-    return Split(images=images.to(device), labels=labels.to(device))
+    on_host = place == "host"
+    return Split(
+        images=images if on_host else images.to(device), labels=labels.to(device), on_host=on_host
+    )
 
 
 def _images(table: Any) -> np.ndarray:

@@ -211,7 +211,7 @@ def view_numbers(config: AugmentConfig, table: AugmentTable) -> Tensor:
 
 
 def draw_mix_table(
-    config: AugmentConfig, view: int, *, rows: int, partners: Tensor, device: torch.device
+    config: AugmentConfig, view: int, *, rows: int, partners: Tensor, device: torch.device | str
 ) -> MixTable:
     """Draw each row's partner among `partners` (int64) and how much of it shows.
 
@@ -247,13 +247,35 @@ def draw_mix_table(
     return MixTable(*(column.to(device) for column in columns))
 
 
+def draw_mix_tables(
+    config: AugmentConfig,
+    views: list[int],
+    *,
+    rows: int,
+    partners: Tensor,
+    device: torch.device | str,
+) -> MixTable:
+    """Those of these views, one after the other."""
+    tables = [
+        draw_mix_table(config, view, rows=rows, partners=partners, device=device) for view in views
+    ]
+    return MixTable(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
+
+
+def pictures_by_batch(config: AugmentConfig, split: Split) -> HostPictures | None:
+    """Who has the pictures when they are asked for; None if all lie on the device as they are."""
+    if config.host:
+        return Inline(config.host, split, seed=config.seed)
+    return (lambda view, rows: split.pictures(rows)) if split.on_host else None
+
+
 class Augment:
     """Turn a batch of training rows into what its epoch shows of them.
 
     `split` has the pictures, also those of partners, which are chosen among `rows` (int64, CPU), those
     that are trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture
     instead. Keeps the tables of one epoch, as drawing them costs milliseconds. Without a `host` that has
-    the configured pipeline's pictures ready it makes them itself.
+    them ready it makes the configured pipeline's pictures itself, and fetches those of a split on the host.
     """
 
     def __init__(
@@ -267,7 +289,7 @@ class Augment:
     ) -> None:
         self.config, self.split, self.number = config, split, number
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
-        self.host = host or (Inline(config.host, split, seed=config.seed) if config.host else None)
+        self.host = host or pictures_by_batch(config, split)
         self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
         self.numbers = torch.empty(0, dtype=torch.int64)  # which view each row of the tables is
         self.columns: dict[str, Tensor] = {}  # all that is looked up for a picture
@@ -291,8 +313,7 @@ class Augment:
         if views != self.views:
             self.views = views
             self.draw(views)
-        size = len(self.split.labels)
-        at = batch.rows if batch.copies is None else batch.rows + batch.copies * size
+        at = batch.places
         own = View(
             images=self.pictures(batch.rows, at),
             labels=batch.labels,
@@ -327,11 +348,9 @@ class Augment:
         columns = [self.columns_of(table) for table in tables]
         self.columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
         if config.mixes:
-            mixes = [
-                draw_mix_table(config, view, rows=size, partners=self.rows, device=device)
-                for view in views
-            ]
-            self.mix_table = MixTable(*(torch.cat(parts) for parts in zip(*mixes, strict=True)))
+            self.mix_table = draw_mix_tables(
+                config, views, rows=size, partners=self.rows, device=device
+            )
 
     def columns_of(self, table: AugmentTable) -> dict[str, Tensor]:
         """What is looked up for a picture, [N, ...] each; where its crop begins is known by now."""

@@ -30,8 +30,15 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """uint8 [B, 3, 32, 32]: the rows' pictures as they are, by one gather on their device."""
-        return self.split.images.index_select(0, self.rows)
+        """uint8 [B, 3, 32, 32]: the rows' pictures as they are."""
+        return self.split.pictures(self.rows)
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [B]: where each is in a table of N rows for each copy of a row."""
+        if self.copies is None:
+            return self.rows
+        return self.rows + self.copies * len(self.split.labels)
 
 
 def shard_bounds(batch_size: int, shards: int) -> list[tuple[int, int]]:

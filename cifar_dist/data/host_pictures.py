@@ -48,7 +48,7 @@ class Inline:
 
     def __init__(self, transforms: Transforms, split: Split, *, seed: int) -> None:
         self.pipeline, self.seed = Pipeline(transforms), seed
-        self.images, self.device = split.images.cpu().numpy(), split.images.device
+        self.images, self.device = split.images.cpu().numpy(), split.labels.device
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
         seed = view_seed(self.seed, view)
