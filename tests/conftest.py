@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_data import small_data
+from ranks import train
+from small_data import quick_recipe, small_data
 
 from cifar_dist.data.arrow import write_dataset
 from cifar_dist.data.sample import draw_sample
@@ -33,6 +35,22 @@ def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("middle") / "data"
     write_dataset(root, *draw_sample(train_per_class=6, test_per_class=3), content="other")
     return root
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
+    """runs/ with one finished run, `tiny`, that held 100 rows out."""
+    folder = tmp_path_factory.mktemp("finished")
+    holdout: dict[str, Any] = {"data": {"holdout": 100}}
+    train(quick_recipe(folder, "tiny", middle_data, **holdout), cwd=folder)
+    return folder / "runs"
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished_runs: Path) -> Path:
+    """A copy of the finished run, in runs/ of this test's folder, to do with as one likes."""
+    shutil.copytree(finished_runs, tmp_path / "runs")
+    return tmp_path / "runs/tiny"
 
 
 RecipeMaker = Callable[..., Path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from conftest import RecipeMaker
 from ranks import Ranks, train
 from safetensors.torch import load_file
-from small_data import cut, quick_recipe
+from small_data import cut
 
 from cifar_dist.data.arrow import data_digest, read_hierarchy
 from cifar_dist.data.sample import draw_sample, write_pickles
@@ -31,20 +30,6 @@ def found(folder: Path) -> dict[str, Any]:
 
 def table(path: Path) -> list[list[str]]:
     return list(csv.reader(path.read_text().splitlines()))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
-    folder = tmp_path_factory.mktemp("evaluate")
-    train(quick_recipe(folder, "tiny", middle_data, data={"holdout": 100}), cwd=folder)
-    return folder / "runs"
-
-
-@pytest.fixture
-def run(tmp_path: Path, trained: Path) -> Path:
-    """A copy that a test may change."""
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs/tiny"
 
 
 def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_data: Path) -> None:

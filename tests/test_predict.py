@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 from PIL import Image
-from ranks import Ranks, train
+from ranks import Ranks
 from safetensors.torch import load_file
-from small_data import quick_recipe
 
 from cifar_dist.data.arrow import load_split
 from cifar_dist.engine.scores import fit_temperature
 from cifar_dist.errors import UserError
 from cifar_dist.predict import find_pictures, main, read_picture
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
-    folder = tmp_path_factory.mktemp("predict")
-    train(quick_recipe(folder, "tiny", middle_data, data={"holdout": 100}), cwd=folder)
-    return folder / "runs"
-
-
-@pytest.fixture
-def run(tmp_path: Path, trained: Path) -> Path:
-    """A copy that a test may change."""
-    shutil.copytree(trained, tmp_path / "runs")
-    return tmp_path / "runs/tiny"
 
 
 def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
