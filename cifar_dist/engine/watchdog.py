@@ -58,7 +58,7 @@ class Register:
     def missing(self) -> str:
         """Which other ranks are gone or silent, in words; looks for at most 3 seconds."""
         if self.ranks.world_size == 1:
-            return ""
+            return "it is alone"
         answer: list[str] = []
         thread = threading.Thread(target=lambda: answer.append(self._missing()), daemon=True)
         thread.start()
