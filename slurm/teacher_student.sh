@@ -15,8 +15,11 @@ shift 2
 here=$(dirname "$0")
 options=(${SBATCH_OPTIONS:-}) # unquoted: several
 [ -d .venv ] && . .venv/bin/activate
-placements=$(python -m cifar_dist.train --dry-run "$student" "$@" | grep -o 'placement: [a-z]*' | cut -d ' ' -f 2)
-[ -n "$placements" ] || { echo "$student has no teacher" >&2 && exit 2; }
+plan=$(python -m cifar_dist.train --dry-run "$student" "$@")
+placements=$(grep -o 'placement: [a-z]*' <<<"$plan" | cut -d ' ' -f 2) || {
+    echo "$student has no teacher" >&2
+    exit 2
+}
 
 after=$(sbatch --parsable "${options[@]}" --job-name=teacher "$here/train.sh" "$teacher")
 echo "teacher: job $after"

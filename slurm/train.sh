@@ -63,7 +63,7 @@ field() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | c
 run_folder=$(python -m cifar_dist.train --dry-run "$@" | sed -n 's/^run folder  *//p')
 new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
 stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
-if [ "$stopped" = SIGUSR1 ] || [ "$code" = 75 ] && [ -z "$stopped" ]; then # 75: MODULE was stopped
+if [ "$stopped" = SIGUSR1 ] || [ "$stopped$code" = 75 ]; then # MODULE leaves only its exit code
     why="saved before the time limit"
 elif [ "$(field PreemptTime)" != None ]; then
     why="preempted" # Slurm forgets to requeue a job that ends within its grace time

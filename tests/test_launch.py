@@ -269,3 +269,28 @@ def test_compiled_training_stays_near_eager(tmp_path: Path, recipe: RecipeMaker)
         )
     difference = largest_difference(tmp_path / "runs/compile_false", tmp_path / "runs/compile_true")
     assert difference < 1e-5
+
+
+@pytest.mark.fault
+def test_two_machines_without_slurm(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """accelerate_configs/multi_node.yaml as its header says, each machine with one process."""
+    port, path = free_port(), recipe()
+    launchers = []
+    for machine in range(2):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        command += [str(CONFIGS / "multi_node.yaml"), "--machine_rank", str(machine)]
+        command += ["--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+        command += ["--main_process_port", str(port), "-m", "cifar_dist.train", str(path)]
+        launchers.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert "2 process(es) train on cpu" in outputs[0]
+    assert world_size(tmp_path) == 2

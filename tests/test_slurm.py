@@ -264,7 +264,7 @@ def test_a_lost_rank_ends_all_tasks_in_time(
     job.wait("FAILED", seconds=60)  # nothing was saved, so it is not queued again
     if number == signal.SIGSTOP:
         assert "nothing has happened for run.timeout_seconds=5" in job.output
-        assert "does not answer, last heard of after step" in job.output
+        assert "does not answer" in job.output
 
 
 @pytest.mark.fault
@@ -375,11 +375,11 @@ def test_a_teacher_its_logits_and_a_student_are_three_jobs(
 ) -> None:
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     short = {"epochs": 1}
-    recipe("teacher", run=short, augment={"mixup": None, "cutmix": None, "views": 2})
+    recipe("teacher", run=short, augment={"views": 2})
     recipe(
         "student",
         run=short,
-        augment={"mixup": None, "cutmix": None, "views": 2},
+        augment={"views": 2},
         losses={"cross_entropy": {"weight": 0.5}, "distill": {"weight": 0.5}},
         teacher={"run": "runs/teacher", "placement": "cached"},
     )

@@ -177,7 +177,8 @@ def open_splits(
     damage. What would not even be pictures and labels of the right ranges is refused here.
     """
     tables = {name: _open_table(root, name) for name in SPLITS}
-    pool = ThreadPoolExecutor(len(tables), "digest")
+    train, test = (_split(tables[name], device, place) for name in SPLITS)
+    pool = ThreadPoolExecutor(len(tables), "digest")  # last, as it would hold up what is above
     verifying = [pool.submit(_verify, root, name, table) for name, table in tables.items()]
     pool.shutdown(wait=False)
 
@@ -185,7 +186,6 @@ def open_splits(
         for verified in verifying:
             verified.result()
 
-    train, test = (_split(tables[name], device, place) for name in SPLITS)
     return train, test, check
 
 

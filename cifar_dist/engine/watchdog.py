@@ -23,7 +23,7 @@ from cifar_dist.errors import LonelyError, UserError
 
 TICK_SECONDS = 1.0
 LOOK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
-END_SECONDS = 5  # the longest end of an interpreter whose collectives failed
+END_SECONDS = 2  # the longest end of an interpreter whose collectives failed
 
 
 class Register:
@@ -58,7 +58,7 @@ class Register:
     def missing(self) -> str:
         """Which other ranks are gone or silent, in words; looks for at most 3 seconds."""
         if self.ranks.world_size == 1:
-            return ""
+            return "it is alone"
         answer: list[str] = []
         thread = threading.Thread(target=lambda: answer.append(self._missing()), daemon=True)
         thread.start()
@@ -102,21 +102,28 @@ def watched(
     register, over = Register(ranks, step), threading.Event()
     me = f"rank {ranks.rank} ({socket.gethostname()}, process {os.getpid()})"
 
+    def now() -> tuple[int, int]:
+        return step(), ranks.pulse.beats
+
     def watch() -> None:
-        seen, ticks = (-1, -1), 0
+        seen, ticks = now(), 0
         while not over.wait(TICK_SECONDS):
-            before, seen = seen, (step(), ranks.pulse.beats)
+            before, seen = seen, now()
             # Ticks, not the clock: a job that was suspended as a whole goes on.
             ticks = ticks + 1 if seen == before else 0
-            if ticks * TICK_SECONDS >= seconds:
-                print(
-                    f"error: {me}: nothing has happened for run.timeout_seconds={seconds} since "
-                    f"step {seen[0]}; {register.missing()}. What this rank is doing:",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback()
-                os._exit(1)
+            if ticks * TICK_SECONDS < seconds - LOOK_SECONDS:
+                continue
+            missing = register.missing()
+            if now() != seen:
+                continue
+            print(
+                f"error: {me}: nothing has happened for run.timeout_seconds={seconds} since step "
+                f"{seen[0]}; {missing}. What this rank is doing:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watchdog").start()
     try:

@@ -1,0 +1,74 @@
+"""What watching over a run costs a step: the guard's counts, a vote, the watchdog's tick, kept buffers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cifar_dist.engine.capture import keeping_buffers
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import Ranks
+from cifar_dist.engine.state import State, vote
+from cifar_dist.engine.step import Step, make_scaler
+from cifar_dist.learn.optim import OptimConfig, build_optimizer
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+CPU = torch.device("cpu")
+
+
+def cpu_seconds(act: Callable[[], object], *, times: int) -> float:
+    """The least CPU time of a call in five rounds."""
+    rounds = []
+    for _ in range(5):
+        begun = time.process_time()
+        for _ in range(times):
+            act()
+        rounds.append((time.process_time() - begun) / times)
+    return min(rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=250)
+    batch = parser.parse_args().batch
+    torch.set_num_threads(1)
+    model = build_model(ModelConfig(backbone="resnet18"), 100).train()
+    images = torch.zeros(batch, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(batch) % 100
+    terms: dict[str, Tensor] = {"cross_entropy": torch.ones(batch), "loss": torch.ones(batch)}
+    made = Step([(0, terms)], torch.tensor(False))
+    window = Window(list(terms), shards=1, device=CPU)
+    optimizer = build_optimizer(OptimConfig(), model)
+    state = State(model, optimizer, make_scaler("fp32", CPU), None, window)
+    alone = Ranks(0, 1, None)
+    sums = torch.zeros(2)
+
+    def train() -> None:
+        logits = model(images).logits
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain_sums() -> None:
+        sums.add_(torch.stack([terms["cross_entropy"], terms["loss"]]).sum(1))
+
+    step = cpu_seconds(train, times=2)
+    keep = keeping_buffers(model, lambda shards, *, step: made)
+    costs = {
+        "counts of the guard": cpu_seconds(lambda: window.add(made), times=500)
+        - cpu_seconds(plain_sums, times=500),
+        "a vote, alone": cpu_seconds(lambda: vote(state, alone, save_every_minutes=10), times=500),
+        "buffers kept (on_nonfinite: skip)": cpu_seconds(lambda: keep([], step=0), times=100),
+    }
+    print(json.dumps({"ms a step": step * 1e3, "threads": 1, "batch": batch}))
+    for name, seconds in costs.items():
+        print(f"{name:<34} {seconds * 1e6:7.1f} us  {100 * seconds / step:.3f} % of a step")
+
+
+if __name__ == "__main__":
+    main()
