@@ -41,11 +41,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     log_to_terminal()
-    folders = [
-        folder
-        for folder in dict.fromkeys(options.runs)
-        if folder.is_dir() or len(options.runs) == 1
-    ]
+    folders = [path for path in dict.fromkeys(options.runs) if not path.is_file()]  # of runs/*
     if not folders:
         raise UserError("none of these is a run folder; give some, like runs/debug")
     runs = [read_run(folder) for folder in folders]

@@ -240,6 +240,7 @@ def test_a_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/sweep_abcd1234"
+    assert (run / "wandb_id").read_text() == "abcd1234"  # also for a start without the agent
     found = all_records(run)
     described = next(one.run for one in found if one.WhichOneof("record_type") == "run")
     assert (described.run_id, described.sweep_id) == ("abcd1234", "sweep001")
