@@ -1,7 +1,8 @@
 """A folder belongs to one job at a time, on any file system that creates a file for one process only.
 
-A lock is a folder of numbered files, each of a process that wanted it; the lowest that lives has it.
-Nobody removes a number below the holder's, so all that come later get higher ones and see it.
+A lock is a folder of numbered files, each of a process that wants it. Who finds no lower one that lives,
+and none that bears a name, writes its name and looks again. Of two, the one whose file came later
+sees the other's name at its first look, or makes the other step back at its second.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
     """
     path = path or folder / "lock"
     mine = _enter(path)
-    holder = next(filter(None, (_holder(other, than=mine) for other in _below(mine))), None)
+    holder = _other(mine)
+    if holder is None:
+        mine.write_text(json.dumps(_me()))
+        holder = _other(mine)
     if holder is not None:
         mine.unlink()
         raise UserError(
             f"{folder} is in use by {holder}; wait for it, or choose another folder ({remedy})"
         )
-    mine.write_text(json.dumps(_me()))
     stop = threading.Event()
 
     def beat() -> None:
@@ -67,7 +70,7 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
     finally:
         stop.set()
         thread.join()
-        for dead in _below(mine):  # before our own: see above
+        for dead in _below(mine):
             dead.unlink(missing_ok=True)
         mine.unlink(missing_ok=True)
         with suppress(OSError):  # somebody else waits in it
@@ -75,18 +78,25 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
 
 
 def _enter(path: Path) -> Path:
-    """An empty file of our own with the lowest free number; exclusive creation, so nobody else's."""
-    number = 1
+    """An empty file of our own with the next number; exclusive creation, so nobody else's."""
     while True:
         path.mkdir(parents=True, exist_ok=True)
-        mine = path / f"{number}.json"
-        try:
+        with suppress(
+            FileExistsError, FileNotFoundError
+        ):  # another was first, or removed the folder
+            mine = path / f"{max(_numbers(path), default=0) + 1}.json"
             mine.touch(exist_ok=False)
             return mine
-        except FileExistsError:
-            number += 1
-        except FileNotFoundError:
-            number = 1  # the last holder removed the folder
+
+
+def _other(mine: Path) -> str | None:
+    """Who else lives and has a lower number or has written its name, in words."""
+    for number, file in _numbers(mine.parent).items():
+        if number < int(mine.stem) or (number > int(mine.stem) and _read(file)):
+            holder = _holder(file, than=mine)
+            if holder is not None:
+                return holder
+    return None
 
 
 def _numbers(path: Path) -> dict[int, Path]:
