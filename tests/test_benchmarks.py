@@ -96,6 +96,7 @@ def test_two_recipes_two_seeds_then_nothing_to_do(
     assert "1 of 2 runs remain: one_seed2" in capfd.readouterr().out
 
 
+@pytest.mark.fault
 def test_an_interrupted_run_goes_on(recipe: RecipeMaker, capfd: pytest.CaptureFixture[str]) -> None:
     path, folder = recipe("long", run=LONG), Path("runs/long_seed3")
     command: list[str | Path] = [

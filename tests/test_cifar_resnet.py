@@ -313,7 +313,7 @@ def test_what_they_cost_is_known_before(tmp_path: Path, recipe: RecipeMaker) -> 
 def test_the_recipes_of_the_pair_are_the_published_protocol() -> None:
     """By what they do: the optimizer's settings, and the rate in each of the 240 epochs."""
     recipes = [load_recipe(path) for path in sorted((ROOT / "recipes/kd").glob("*.yaml"))]
-    assert len(recipes) == 4
+    assert len(recipes) == 6
     model = build_model(ModelConfig(backbone="resnet8x1"), 100)
     for recipe in recipes:
         (group,) = build_optimizer(recipe.optim, model).param_groups

@@ -255,6 +255,7 @@ def test_damaged_data_are_refused_before_the_first_step(
     assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
+@pytest.mark.fault
 def test_compiled_training_stays_near_eager(tmp_path: Path, recipe: RecipeMaker) -> None:
     for compiled in ("false", "true"):
         train(

@@ -74,6 +74,7 @@ def name_spaces(tmp_path: Path) -> None:
         pytest.skip("this machine allows no name spaces")
 
 
+@pytest.mark.fault
 def test_nothing_waits_more_than_five_seconds(tmp_path: Path) -> None:
     done = on_a_node(sys.executable, "-c", TIMED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -135,7 +135,7 @@ def test_a_failing_call_switches_tracking_off(
     for step in range(3):
         tracker.log({"kind": "train", "step": step, "loss": 1.0})
     tracker.finish({"top1": 1.0})
-    warnings = [record for record in caplog.records if "W&B is off" in record.message]
+    warnings = {id(record) for record in caplog.records if "W&B is off" in record.message}
     assert len(warnings) <= 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import socket
+from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
@@ -25,11 +26,19 @@ def download(url: str, part: Path, *, md5: str | None = None) -> None:
     """Fetch `url` into `part`, going on where an earlier try ended; UserError if that fails."""
     have = part.stat().st_size if part.exists() else 0
     remedy = "get it in another way and give it with --source FILE"
-    place = urlsplit(url)
-    if place.hostname and not getproxies():
+    try:
+        place = urlsplit(url)
         port = place.port or (443 if place.scheme == "https" else 80)
+    except ValueError as error:
+        raise UserError(f"{url} cannot be fetched ({error}); {remedy}") from None
+    if place.hostname and not getproxies():
         where = (place.hostname, port)
-        if not answers(lambda: socket.create_connection(where, timeout=ANSWER_SECONDS).close()):
+
+        def reach() -> None:
+            with suppress(ConnectionRefusedError):  # an answer; the request below will say so
+                socket.create_connection(where, timeout=ANSWER_SECONDS).close()
+
+        if not answers(reach):
             raise UserError(f"{url} cannot be fetched ({place.hostname} does not answer); {remedy}")
     try:
         request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
