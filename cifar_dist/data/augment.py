@@ -355,9 +355,11 @@ class Augment:
     def columns_of(self, table: AugmentTable) -> dict[str, Tensor]:
         """What is looked up for a picture, [N, ...] each; where its crop begins is known by now."""
         config = self.config
-        names = ["vertical_flip"] if config.vertical_flip else []
-        names += ["hole_y", "hole_x"] if config.cutout else []
-        columns = table.changes | {name: getattr(table, name) for name in names}
+        columns = dict(table.changes)
+        if config.vertical_flip:
+            columns["vertical_flip"] = table.vertical_flip
+        if config.cutout:
+            columns |= {"hole_y": table.hole_y, "hole_x": table.hole_x}
         moved = (table.shift_y, table.shift_x, table.flip)
         if config.moves and self.host:  # whose pictures are known batch by batch
             columns |= dict(zip(("shift_y", "shift_x", "flip"), moved, strict=True))
