@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def rebuild(folder: Path) -> Path:
     recipe = load_recipe(folder / "recipe.yaml")
     identity = folder / "wandb_id"
     if identity.exists():
-        for old in folder.glob(f"wandb/offline-run-*-{identity.read_text().strip()}"):
+        for old in offline_folders(folder):
             shutil.rmtree(old)
     tracker = Tracker()
     environment = results.read_json(folder / "environment.json") or {}
@@ -35,10 +36,18 @@ def rebuild(folder: Path) -> Path:
         tracker.log(line)
     alive = tracker.run is not None
     tracker.finish(results.read_summary(folder) or {})
-    made = list(folder.glob(f"wandb/offline-run-*-{identity.read_text().strip()}")) if alive else []
+    made = offline_folders(folder) if alive else []
     if len(made) != 1:
         raise UserError(f"{folder}: W&B wrote no offline run; see the warning above")
     return made[0]
+
+
+def offline_folders(folder: Path) -> list[Path]:
+    """The run's offline folders; UserError for an id that could name another place, as they are deleted."""
+    identity = (folder / "wandb_id").read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", identity):
+        raise UserError(f"{folder / 'wandb_id'}: is no id of W&B; delete it, and a new one is made")
+    return list(folder.glob(f"wandb/offline-run-*-{identity}"))
 
 
 def upload(offline: Path) -> bool:

@@ -64,3 +64,14 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
 def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder with reports"):
         sync_wandb.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("identity", ["abc/../..", "../..", "*", "", "abc/.."])
+def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity: str) -> None:
+    folder = tmp_path / "wandb/offline-run-1-abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "wandb_id").write_text(identity)
+    with pytest.raises(UserError, match="is no id of W&B"):
+        sync_wandb.offline_folders(tmp_path)
+    (tmp_path / "wandb_id").write_text("abc\n")
+    assert sync_wandb.offline_folders(tmp_path) == [folder]
