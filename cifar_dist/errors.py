@@ -7,6 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 
+MENDABLE = (  # errors of the storage that a person can do something about
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),  # of an --output
+)
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
@@ -46,10 +50,9 @@ def run_command(main: Callable[[list[str]], int]) -> int:
             raise
         sentence, known_to_all = str(error), not isinstance(error, LonelyError)
     except OSError as error:
-        mendable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-        if error.errno not in mendable or "--traceback" in arguments:
+        if error.errno not in MENDABLE or "--traceback" in arguments:
             raise
-        sentence = f"{error.filename or 'a file'}: {error.strerror}; free or choose another place"
+        sentence = f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
         known_to_all = True
     if is_main_rank() or not known_to_all:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
