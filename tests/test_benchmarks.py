@@ -201,6 +201,7 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
 PAGE = "before\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nafter\n"
 
 
+@pytest.mark.fault
 def test_report_measures_and_writes_the_page(middle_data: Path) -> None:
     """Every row that a target compares is measured, and the page says what the file has."""
     Path("page.md").write_text(PAGE)
