@@ -52,10 +52,10 @@ AIMS = [
         ours="wrn28_10_32",
     ),
     Aim(
-        what="R32x4 teaches R8x4: KD", field="73.33 (mdistiller, of the test's best epoch)", ours="resnet8x4_kd"
+        what="R32x4 teaches R8x4: KD", field="73.33 (mdistiller, of the test's best epoch)", ours="kd_resnet8x4_kd"
     ),
     Aim(
-        what="R32x4 teaches R8x4: DKD", field="76.32 (mdistiller)", ours="resnet8x4_dkd"
+        what="R32x4 teaches R8x4: DKD", field="76.32 (mdistiller)", ours="kd_resnet8x4_dkd"
     ),
     Aim(what="EfficientNet-Lite0, ImageNet weights, 224 px", ours="lite0_224"),
     Aim(what="75 % from scratch, in seconds", field="3.5 to 4.0 s on an A100 (AIDDA-Institute/CIFAR-100-speedrun)", ours="speed_75"),

@@ -30,6 +30,7 @@ from PIL import Image
 from cifar_dist.data.arrow import read_split
 from cifar_dist.errors import UserError
 from cifar_dist.nets.backbones import ModelConfig
+from cifar_dist.recipe import load_recipe
 
 BENCHMARKS = Path(accuracy.__file__).parent
 SMALL = {"epochs": 1, "report_every_steps": 2}
@@ -200,6 +201,12 @@ def finished_row(recipe: str, seed: int, top1: float, **more: float) -> dict[str
         **surroundings,
         **more,
     }
+
+
+def test_the_page_names_recipes_that_are_there() -> None:
+    names = {load_recipe(path).name for path in shortened.RECIPES.rglob("*.yaml")}
+    named = {name for aim in results_page.AIMS for name in (aim.ours, aim.protocol) if name}
+    assert named <= names
 
 
 def test_the_page_of_results_has_means_deviations_and_blanks(tmp_path: Path) -> None:
