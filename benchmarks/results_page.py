@@ -15,9 +15,24 @@ from shortened import STUDIES
 from tables import markdown, write_page
 
 from cifar_dist.errors import run_command
+from cifar_dist.files import write_file
+from cifar_dist.reporting.charts import HEIGHT, WIDTH, Series, line_chart
 from cifar_dist.reporting.tutorial import PUBLISHED
 
 HERE = Path(__file__).parent
+LOGS = HERE.parent / "docs/results"
+# The colours of the report's page, for a file that stands alone.
+LIGHT = ("#2458b3", "#c2571a", "#1f7a4d", "#a3317f", "#8a6d00", "#0f7c8c", "#6b4bb8", "#6d6d6d")
+DARK = ("#82acff", "#ffa066", "#62c894", "#ee8acb", "#e2c044", "#5fd0df", "#b79bff", "#b5b5b5")
+STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#555}.mid{text-anchor:middle}.end{text-anchor:end}"
+    ".grid,.axis{stroke:#8884;fill:none}.line{fill:none;stroke:currentColor;stroke-width:1.8}"
+    ".dot{fill:currentColor}.dash1{stroke-dasharray:6 3}"
+    + "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(LIGHT))
+    + "@media(prefers-color-scheme:dark){text{fill:#bbb}"
+    + "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(DARK))
+    + "}"
+)
 Rows = Sequence[Row]  # finished runs of one recipe
 
 
@@ -123,18 +138,45 @@ def study_table(study: str, of: dict[str, Rows]) -> str:
     return markdown(lines)
 
 
-def curves_table(study: str, logs: Path) -> str:
-    """Top-1 of the test split after each epoch, the mean of the runs whose logs are there."""
-    lines: list[list[str]] = []
+def mean_curves(study: str, logs: Path) -> dict[str, tuple[int, list[float]]]:
+    """row -> (runs, top-1 of the test split after each epoch, their mean), of the logs that are there."""
+    found = {}
     for name in STUDIES[study]:
         curves = [evaluations(path) for path in sorted(logs.glob(f"{name}_seed*.jsonl"))]
         if curves:
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            lines.append([f"`{name}`", str(len(curves)), *(f"{value:.1f}" for value in means)])
-    if not lines:
-        return ""
-    epochs = max(len(line) for line in lines) - 2
+            found[name] = (len(curves), means)
+    return found
+
+
+def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
+    lines = [
+        [f"`{name}`", str(runs), *(f"{value:.1f}" for value in means)]
+        for name, (runs, means) in curves.items()
+    ]
+    epochs = max(len(means) for _, means in curves.values())
     return markdown([["row", "n", *(str(epoch + 1) for epoch in range(epochs))], *lines])
+
+
+def curves_picture(curves: dict[str, tuple[int, list[float]]]) -> str:
+    """An SVG file: the chart, and the names beside it."""
+    series = [
+        Series(
+            name=name, group=place, points=[(epoch + 1, top1) for epoch, top1 in enumerate(means)]
+        )
+        for place, (name, (_, means)) in enumerate(curves.items())
+    ]
+    chart = line_chart(series, x_label="epoch", y_label="top-1 of the test split, %")
+    names = "".join(
+        f'<path class="line {one.style}" d="M{WIDTH + 8} {45 + 20 * one.group}h22"/>'
+        f'<text class="label" x="{WIDTH + 38}" y="{49 + 20 * one.group}">{one.name}</text>'
+        for one in series
+    )
+    inner = str(chart).replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 220} {HEIGHT}">'
+        f"<style>{STYLE}</style>{inner}{names}</svg>\n"
+    )
 
 
 def evaluations(log: Path) -> list[float]:
@@ -160,7 +202,14 @@ def page_part(rows: Rows, logs: Path) -> str:
     parts = ["### At full length", aims_table(of)]
     for study, titles in STUDIES.items():
         if any(name in of for name in titles):
-            parts += [f"### Shortened: {study}", study_table(study, of), curves_table(study, logs)]
+            parts += [f"### Shortened: {study}", study_table(study, of)]
+            if curves := mean_curves(study, logs):
+                picture = f"![{study}: top-1 after each epoch]({LOGS.name}/{study}.svg)"
+                parts += [
+                    picture,
+                    "Top-1 of the test split after each epoch, %:",
+                    curves_table(curves),
+                ]
     if rows:
         parts.append(stamps(rows))
     return "\n\n".join(part for part in parts if part)
@@ -172,10 +221,13 @@ def main(arguments: list[str]) -> int:
         description="Write the tables of docs/results.md from the results files.",
     )
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs/results.md")
-    parser.add_argument("--logs", type=Path, default=HERE.parent / "docs/results")
+    parser.add_argument("--logs", type=Path, default=LOGS)
     options = parser.parse_args(arguments)
     rows = [row for path in sorted(HERE.glob("results/accuracy_*.json")) for row in read_rows(path)]
     write_page(options.page, page_part(rows, options.logs))
+    for study in STUDIES:
+        if curves := mean_curves(study, options.logs):
+            write_file(options.logs / f"{study}.svg", curves_picture(curves))
     print(f"{options.page}: {len(rows)} runs")
     return 0
 

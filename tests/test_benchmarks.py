@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import accuracy
 import pytest
@@ -226,6 +227,8 @@ def test_the_page_of_results_has_means_deviations_and_blanks(tmp_path: Path) -> 
     assert "| `heldout_flip` | 31.50 | 30.00 |" in text
     assert "large_batch" not in text
     assert "torch 2.15.0; 2026-11-24; commit 0123456" in text
+    picture = results_page.curves_picture(results_page.mean_curves("tutorial", tmp_path))
+    assert "short_baseline" in "".join(ElementTree.fromstring(picture).itertext())
 
 
 def test_augmentations_are_drawn() -> None:
