@@ -10,7 +10,6 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # Ctrl-C is the end of the budget, from the first moment on
 
-import argparse
 import os
 import signal
 import statistics
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import torch
 from cifar_dist.data.arrow import DIGEST, data_digest
 from cifar_dist.engine.results import read_json, read_summary
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_json
+from cifar_dist.files import write_file, write_json
 from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, flat, load_recipe, resolved
 
 SAVE_SECONDS = 120  # what a training may take to save; then it is killed
@@ -90,10 +90,14 @@ class Run:
             return None
         surroundings = read_json(self.recipe.folder / "environment.json")
         measured = ("top1", "top5", "best_test_top1", "epochs", "seconds", "images_per_second")
+        held_out = ("val_top1",) if self.recipe.data.holdout else ()
         return {
             "recipe": self.base,
             "seed": self.recipe.run.seed,
-            **{name: summary[name] for name in (*measured, "peak_memory_bytes", "parameters")},
+            **{
+                name: summary[name]
+                for name in (*measured, *held_out, "peak_memory_bytes", "parameters")
+            },
             **{name: surroundings[name] for name in ("hardware", "world_size", "commit", "data")},
             "torch": surroundings["packages"]["torch"],
             "date": surroundings["started"],
@@ -102,15 +106,15 @@ class Run:
         }
 
 
-def plan(paths: list[Path], seeds: list[int], overrides: list[str]) -> list[Run]:
-    """All runs, seed by seed, so that an early end leaves every recipe with as many as possible."""
-    names = [load_recipe(path, overrides).name for path in paths]
+def plan(wanted: list[tuple[Path, list[str]]], seeds: list[int]) -> list[Run]:
+    """All runs of (recipe, changes to it); seed by seed: an early end leaves each recipe as many."""
+    names = [load_recipe(path, changes).name for path, changes in wanted]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two recipes have the name {twice}; a run is known by its recipe's name")
     runs = []
     for seed in seeds:
-        for path, base in zip(paths, names, strict=True):
-            own = [*overrides, f"name={base}_seed{seed}", f"run.seed={seed}"]
+        for (path, changes), base in zip(wanted, names, strict=True):
+            own = [*changes, f"name={base}_seed{seed}", f"run.seed={seed}"]
             runs.append(Run(recipe=load_recipe(path, own), base=base, arguments=[str(path), *own]))
     return runs
 
@@ -168,7 +172,8 @@ def results(rows: list[Row]) -> dict[str, Any]:
     def group(base: str) -> Iterator[tuple[str, Any]]:
         mine = [row for row in rows if row["recipe"] == base]
         yield "n", len(mine)
-        for name in ("top1", "top5", "best_test_top1", "seconds", "images_per_second"):
+        held_out = ("val_top1",) if "val_top1" in mine[0] else ()
+        for name in ("top1", "top5", "best_test_top1", *held_out, "seconds", "images_per_second"):
             yield name, spread([row[name] for row in mine])
 
     bases = dict.fromkeys(row["recipe"] for row in rows)
@@ -209,20 +214,17 @@ def seed_list(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
-def main(arguments: list[str]) -> int:
-    started = time.monotonic()
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/accuracy.py",
-        description="Train recipes under several seeds within a budget; start it again to go on.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def command_line(
+    script: str, description: str, epilog: str, *, words: str, meaning: str
+) -> ArgumentParser:
+    """The options of a list of runs."""
+    parser = ArgumentParser(
+        prog=f"python benchmarks/{script}",
+        description=description,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="RECIPE | section.key=value",
-        help="YAML files, see recipes/, and changes to all of them",
-    )
+    parser.add_argument("words", nargs="*", metavar=words, help=meaning)
     parser.add_argument(
         "--budget", type=float, required=True, metavar="MINUTES", help="stop and save after these"
     )
@@ -233,6 +235,9 @@ def main(arguments: list[str]) -> int:
         help="the results, JSON; default: benchmarks/results/accuracy_cuda.json, or ..._cpu.json",
     )
     parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="copy each finished run's metrics.jsonl there"
+    )
+    parser.add_argument(
         "--least",
         type=float,
         default=1.0,
@@ -240,11 +245,11 @@ def main(arguments: list[str]) -> int:
         help="start no run with less than this left (default: 1)",
     )
     parser.add_argument("--config_file", type=Path, help="given to accelerate launch")
-    options = parser.parse_intermixed_args(arguments)
+    return parser
 
-    overrides = [word for word in options.words if "=" in word]
-    paths = [Path(word) for word in options.words if "=" not in word]
-    runs = plan(paths, seed_list(options.seeds), overrides)
+
+def train_all(runs: list[Run], options: Namespace, *, started: float) -> int:
+    """Train what is not finished, one after another; the exit code."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = options.output or Path(__file__).parent / f"results/accuracy_{device}.json"
     rows = read_rows(output)
@@ -269,6 +274,10 @@ def main(arguments: list[str]) -> int:
         if row:
             rows.append(row)
             write_json(output, results(rows))
+            if options.logs:
+                log = (run.recipe.folder / "metrics.jsonl").read_text()
+                options.logs.mkdir(parents=True, exist_ok=True)
+                write_file(options.logs / f"{name}.jsonl", log)
         elif code is None:
             remaining.append(name)
         else:
@@ -283,6 +292,24 @@ def main(arguments: list[str]) -> int:
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; see above")
     return 1 if failed else 0
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    parser = command_line(
+        "accuracy.py",
+        "Train recipes under several seeds within a budget; start it again to go on.",
+        EPILOG,
+        words="RECIPE | section.key=value",
+        meaning="YAML files, see recipes/, and changes to all of them",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    overrides = [word for word in options.words if "=" in word]
+    paths = [Path(word) for word in options.words if "=" not in word]
+    if not paths:
+        parser.error("which recipes?")
+    runs = plan([(path, overrides) for path in paths], seed_list(options.seeds))
+    return train_all(runs, options, started=started)
 
 
 if __name__ == "__main__":

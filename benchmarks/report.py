@@ -18,7 +18,7 @@ from around import checkpoints, data_ready, start_up
 from ddp import two_processes
 from loops import evaluations, input_pipelines, loops_32, loops_224, null_loops
 from measure import Conditions, Measured, machine
-from tables import Results, write_page
+from tables import Results, page_part, write_page
 
 from cifar_dist.data.arrow import load_split, read_digest
 from cifar_dist.engine.results import read_json
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
         end_processes(accelerator)
     if page:
         files = [read_results(path) for path in sorted(output.parent.glob("speed_*.json"))]
-        write_page(page, [results for results in files if results])
+        write_page(page, page_part([results for results in files if results]))
         print(f"tables: {page}")
     return 0
 

@@ -285,10 +285,10 @@ def page_part(files: Sequence[Results]) -> str:
     return "\n\n".join(parts)
 
 
-def write_page(page: Path, files: Sequence[Results]) -> None:
+def write_page(page: Path, part: str) -> None:
     """Replace what stands between the marks; the rest of the page stays as it is."""
     text = page.read_text() if page.exists() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{page}: needs the lines {BEGIN} and {END}, once, in this order")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    write_file(page, f"{before}{BEGIN}\n\n{page_part(files)}\n\n{after}")
+    write_file(page, f"{before}{BEGIN}\n\n{part}\n\n{after}")

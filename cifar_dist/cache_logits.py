@@ -40,6 +40,7 @@ from cifar_dist.engine.runtime import (
     start_processes,
 )
 from cifar_dist.engine.step import autocast, check_precision
+from cifar_dist.engine.tracked_jobs import track_cache
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.learn.logit_cache import CacheWriter
 from cifar_dist.learn.teacher import Live, TeacherConfig, live_teacher
@@ -139,6 +140,8 @@ def cache_teacher(
         seconds = time.perf_counter() - started
         pictures = math.prod(shape[:2]) - done
         log.info(f"{folder} is complete: {pictures:,} pictures in {seconds:.0f} s")
+        track = partial(track_cache, recipe.tracking, name=recipe.name, teacher=asked)
+        ranks.main_does(lambda: track(data=Path(recipe.data.path)))
         return 0
 
 

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import textwrap
+from typing import NoReturn
+
+from cifar_dist.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one sentence, on one rank, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -"):
+            word = message.split()[2].partition("=")[0]
+            close = difflib.get_close_matches(word, self._option_string_actions, 1)
+            message += f"; did you mean {close[0]}" if close else ""
+        raise UserError(f"{message}; `{self.prog} --help` says what there is")
 
 
 def command_parser(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
     """The parser of `python -m cifar_dist.COMMAND`, with examples below its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m cifar_dist.{command}",
         description=textwrap.fill(description, 80),
         epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a mistyped option is no other one
     )
     parser.add_argument(
         "--traceback", action="store_true", help="show where in the code an error was found"

@@ -8,6 +8,11 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR = 2  # exit code
+MENDABLE = (  # errors of the storage that a person can do something about
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),  # of an --output
+)
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
@@ -22,18 +27,6 @@ class SaidError(UserError):
     """One whose sentence has been said already (engine/ending.py)."""
 
 
-# Errors of the storage that are the person's to mend: full, forbidden, broken, gone.
-MENDABLE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EROFS,
-    errno.EPERM,
-    errno.EIO,
-    errno.ESTALE,
-)
-
-
 def is_main_rank() -> bool:
     """Whether this process speaks for its group, told by the launcher's environment alone."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -44,7 +37,7 @@ def sentence_of(error: UserError | OSError) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if error.errno in MENDABLE:
-        return f"{error.filename or 'a file'}: {error.strerror}; free or choose another place"
+        return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
     return None
 
 

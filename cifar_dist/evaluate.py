@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,9 @@ from safetensors.torch import load_file
 
 from cifar_dist import findings
 from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import Hierarchy, Split, data_digest, load_split, read_hierarchy
+from cifar_dist.data.arrow import Hierarchy, data_digest, load_split, read_hierarchy
 from cifar_dist.data.batches import holdout_rows
-from cifar_dist.data.members import read_members
-from cifar_dist.data.pickles import read_pickle
+from cifar_dist.data.cifair import cifair_split
 from cifar_dist.engine import results
 from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import Evaluation, WithFlips, evaluate
@@ -28,22 +26,12 @@ from cifar_dist.engine.runtime import (
     start_processes,
 )
 from cifar_dist.engine.step import check_precision
+from cifar_dist.engine.tracked_jobs import track_evaluation
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.near_duplicates import read_list
 from cifar_dist.recipe import Recipe
 from cifar_dist.runs import load_model, load_run
-
-
-def cifair_split(source: Path, data: Path, device: torch.device) -> Split:
-    """The test split of a ciFAIR-100 folder or archive (the layout of CIFAR-100), of the same classes."""
-    raw = read_pickle(io.BytesIO(read_members(source)["test"]), "test")
-    known = read_hierarchy(data).coarse_of_fine
-    fine, coarse = torch.from_numpy(raw.fine_labels), torch.from_numpy(raw.coarse_labels)
-    if not torch.equal(known[fine], coarse):
-        raise UserError(f"{source}: its classes lie in other superclasses than those of {data}")
-    images = torch.from_numpy(raw.images).view(-1, 3, 32, 32)
-    return Split(images=images.to(device), labels=fine.to(device))
 
 
 def find(
@@ -52,7 +40,7 @@ def find(
     *,
     held_out: Evaluation | None,
     duplicates: dict[str, Any] | None,
-    cifair: Evaluation | None,
+    cifair: tuple[Evaluation, bool] | None,
 ) -> dict[str, Any]:
     """All numbers of evaluation.json that come from predictions; None where there is nothing to say."""
     logits, labels = evaluation.logits, evaluation.labels
@@ -68,7 +56,8 @@ def find(
             "note": "our own search, a lower bound: ciFAIR lists 891",
         }
     if cifair is not None:
-        found["cifair"] = {"rows": len(cifair.labels), **cifair.metrics}
+        fair, published = cifair
+        found["cifair"] = {"rows": len(fair.labels), "published": published, **fair.metrics}
     return found
 
 
@@ -95,7 +84,8 @@ def tell(found: dict[str, Any], where: str) -> None:
             f"{less['top1']:.2f} %"
         )
     if found["cifair"]:
-        log.info(f"  ciFAIR-100: top1 {found['cifair']['top1']:.2f} %")
+        published = "" if found["cifair"]["published"] else " (not the published file)"
+        log.info(f"  ciFAIR-100{published}: top1 {found['cifair']['top1']:.2f} %")
 
 
 def evaluate_run(
@@ -140,8 +130,8 @@ def evaluate_run(
     evaluation = look(loaded, torch.arange(len(loaded.labels)))
     other = None
     if cifair is not None:
-        fair = cifair_split(cifair, data, device)
-        other = look(fair, torch.arange(len(fair.labels)))
+        fair, published = cifair_split(cifair, data, device)
+        other = look(fair, torch.arange(len(fair.labels))), published
     known = read_list(data, duplicates) if split == "test" else None
     found = find(evaluation, hierarchy, held_out=held, duplicates=known, cifair=other)
     return evaluation, held, found, hierarchy
@@ -169,7 +159,7 @@ def main(arguments: list[str]) -> int:
         help="mean logits of each picture and its mirror image; twice the work, labelled as such",
     )
     parser.add_argument(
-        "--cifair", type=Path, metavar="FOLDER", help="ciFAIR-100, as a further test set"
+        "--cifair", type=Path, metavar="FOLDER", help="ciFAIR-100 or its zip: a further test set"
     )
     parser.add_argument(
         "--near-duplicates", type=Path, metavar="FILE", help="a list of cifar_dist.near_duplicates"
@@ -224,12 +214,22 @@ def main(arguments: list[str]) -> int:
                     "test_time": "flips" if options.flips else "one view",
                     "data": data_digest(data),
                 }
+                found = facts | found
                 findings.write_findings(
-                    output, facts | found, evaluation.logits, evaluation.labels, hierarchy
+                    output, found, evaluation.logits, evaluation.labels, hierarchy
                 )
                 if held is not None:
                     findings.write_held_out(output, held.logits, held.labels)
                 log.info(f"written to {output}")
+                if output == options.run / findings.FOLDER:
+                    track_evaluation(
+                        recipe.tracking,
+                        options.run,
+                        name=recipe.name,
+                        found=found,
+                        evaluation=evaluation,
+                        data=data,
+                    )
     return 0
 
 

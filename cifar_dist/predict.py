@@ -51,14 +51,24 @@ def read_picture(path: Path) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                upright = ImageOps.exif_transpose(file)
+                upright = eight_bits(ImageOps.exif_transpose(file))
                 if upright.has_transparency_data:
                     white = Image.new("RGBA", upright.size, "white")
                     upright = Image.alpha_composite(white, upright.convert("RGBA"))
                 small = ImageOps.fit(upright.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
     except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read ({error}); give another") from None
+        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
+        raise UserError(f"{path} is no picture that can be read ({reason}); give another") from None
     return torch.from_numpy(numpy.array(small)).permute(2, 0, 1).contiguous()
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits a pixel to 8, which Pillow would clip to white; ValueError where nobody says the range."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel have no agreed range; save it with 8 or 16")
+    return image
 
 
 def find_pictures(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -191,16 +201,16 @@ def main(arguments: list[str]) -> int:
     else:
         pictures = find_pictures(options.images)
     predictions = predict(usable, pictures, truths)
+    if options.json:
+        write_json(options.json, [asdict(one) for one in predictions])
+    if options.picture:
+        write_file(options.picture, png(drawn(list(pictures.values()), predictions)))
     print(table(predictions), flush=True)
     if usable.temperature is None:
         log.info(
             "probabilities are not calibrated: python -m cifar_dist.evaluate fits a temperature "
             "for runs with data.holdout"
         )
-    if options.json:
-        write_json(options.json, [asdict(one) for one in predictions])
-    if options.picture:
-        write_file(options.picture, png(drawn(list(pictures.values()), predictions)))
     for written in filter(None, (options.json, options.picture)):
         log.info(f"written to {written}")
     return 0

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         page(runs, title=options.title, data=options.data, tutorial=options.tutorial),
     )
     size = options.output.stat().st_size
-    log.info(f"{options.output}: {len(runs)} run(s), {size / 1e6:.1f} MB; open it in a browser")
+    log.info(f"{options.output}: {len(runs)} run(s), {size / 1e3:,.0f} kB; open it in a browser")
     if options.latex is not None:
         write_file(options.latex, latex_table(group_runs(runs)))
         log.info(f"{options.latex}: the comparison as LaTeX")

@@ -12,6 +12,7 @@ from typing import Any
 from cifar_dist.data.arrow import class_names, data_digest, read_digest
 from cifar_dist.engine import results
 from cifar_dist.engine.checkpoint import (
+    checkpoints,
     damage,
     digest_of,
     load_progress,
@@ -137,6 +138,9 @@ def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]
             raise UserError(f"{folder} has no checkpoint yet; train it first")
         return recipe, saved
     saved = folder / "checkpoints" / checkpoint
+    if not saved.is_dir():
+        there = ", ".join(path.name for path in checkpoints(folder / "checkpoints")) or "none"
+        raise UserError(f"{folder} has no checkpoint {checkpoint}; those it has: {there}")
     reason = damage(saved)
     if reason is not None:
         raise UserError(f"{saved}: {reason}; choose another with --checkpoint")

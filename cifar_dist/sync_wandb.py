@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cifar_dist.command_line import command_parser
+from cifar_dist.data.arrow import data_digest
 from cifar_dist.engine import results
-from cifar_dist.engine.metrics import MetricsFile
+from cifar_dist.engine.evaluation import Evaluation
+from cifar_dist.engine.metrics import MetricsFile, accuracy
 from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.engine.tracking import Tracker, decide_mode
+from cifar_dist.engine.tracking import Tracker, decide_mode, identity_of, offline_folders
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import sha256, write_json
-from cifar_dist.recipe import load_recipe, resolved
+from cifar_dist.recipe import Recipe, load_recipe, resolved
+from cifar_dist.reporting.comparison import read_logits
 
 UPLOAD_SECONDS = 600
 
 
 def rebuild(folder: Path) -> Path:
-    """Replace the run's offline folders by one that holds all of metrics.jsonl; the new folder."""
+    """Replace the run's offline folders by one that holds all of it; the new folder."""
     recipe = load_recipe(folder / "recipe.yaml")
-    identity = folder / "wandb_id"
-    if identity.exists():
-        for old in offline_folders(folder):
+    if (folder / "wandb_id").exists():
+        for old in offline_folders(folder, identity_of(folder)):
             shutil.rmtree(old)
     tracker = Tracker()
     environment = results.read_json(folder / "environment.json") or {}
     offline = replace(recipe.tracking, mode="offline")
-    tracker.start(offline, folder, resolved(recipe), environment)
+    tracker.start(offline, folder, resolved(recipe), environment, recipe.taught_by)
     for line in MetricsFile(folder / "metrics.jsonl").read():
         tracker.log(line)
     alive = tracker.run is not None
-    tracker.finish(results.read_summary(folder) or {})
-    made = offline_folders(folder) if alive else []
+    tracker.finish(
+        results.read_summary(folder) or {}, stored(folder, recipe, environment.get("data"))
+    )
+    made = offline_folders(folder, identity_of(folder)) if alive else []
     if len(made) != 1:
         raise UserError(f"{folder}: W&B wrote no offline run; see the warning above")
     return made[0]
 
 
-def offline_folders(folder: Path) -> list[Path]:
-    """The run's offline folders; UserError for an id that could name another place, as they are deleted."""
-    identity = (folder / "wandb_id").read_text().strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", identity):
-        raise UserError(f"{folder / 'wandb_id'}: is no id of W&B; delete it, and a new one is made")
-    return list(folder.glob(f"wandb/offline-run-*-{identity}"))
+def stored(folder: Path, recipe: Recipe, digest: str | None) -> Evaluation | None:
+    """The final predictions, for tables and pictures; None before the end, or where the data are not here."""
+    predictions = read_logits(folder / "predictions.safetensors")
+    data = Path(recipe.data.path)
+    if predictions is None or not (data / "digest.json").exists() or data_digest(data) != digest:
+        return None
+    logits, labels = predictions
+    return Evaluation(metrics=accuracy(logits, labels), logits=logits, labels=labels)
 
 
-def upload(offline: Path) -> bool:
-    """Whether W&B took the run; it replaces what the server has under its id."""
+def upload(offline: Sequence[Path]) -> bool:
+    """Whether W&B took the runs; each replaces what the server has under its id."""
     mode, reason = decide_mode("online")
     if mode != "online":
-        log.info(f"not uploaded: {reason}; later: wandb sync {offline}")
+        folders = " ".join(map(str, offline))
+        log.info(f"not uploaded: {reason}; then start this again, or wandb sync {folders}")
         return False
-    command = [sys.executable, "-m", "wandb", "sync", str(offline)]
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, offline)]
     try:
         done = subprocess.run(command, timeout=UPLOAD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -69,8 +76,9 @@ def upload(offline: Path) -> bool:
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "sync_wandb",
-        "Rebuild one W&B run from a run's metrics.jsonl, and upload it where a server answers. A second "
-        "call changes nothing unless the run went on.",
+        "Rebuild one W&B run from a run's metrics.jsonl, and upload it where a server answers, with the "
+        "offline runs of its evaluation and of its cached logits. A second call changes nothing unless "
+        "there is something new.",
         "python -m cifar_dist.sync_wandb runs/r18_32",
     )
     parser.add_argument("run", type=Path, help="a run folder")
@@ -86,12 +94,17 @@ def main(arguments: list[str]) -> int:
     before = results.read_json(note) or {}
     offline = Path(before.get("offline", ""))
     if before.get("of") != now or not offline.is_dir():
-        offline, before = rebuild(folder), {}
+        offline, before = rebuild(folder), {"on_server": before.get("on_server", [])}
         log.info(f"{offline}: all of {metrics}")
-    if before.get("uploaded"):
+    others = set(folder.glob("wandb/offline-run-*")) - {offline}  # evaluations, caches of logits
+    on_server = before.get("on_server", [])
+    waiting = [path for path in (offline, *sorted(others)) if path.name not in on_server]
+    if not waiting:
         log.info(f"{folder}: nothing new since the last upload")
         return 0
-    write_json(note, {"of": now, "offline": str(offline), "uploaded": upload(offline)})
+    if upload(waiting):
+        on_server = [path.name for path in (offline, *sorted(others))]
+    write_json(note, {"of": now, "offline": str(offline), "on_server": on_server})
     return 0
 
 

@@ -176,7 +176,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         tracker = Tracker()
         if ranks.is_main:
             metrics_file.truncate(state.step)
-            tracker.start(recipe.tracking, folder, resolved(recipe), surroundings)
+            tracker.start(recipe.tracking, folder, resolved(recipe), surroundings, recipe.taught_by)
         log.info(
             f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {run.epochs} epochs of "
             f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +57,38 @@ def run(tmp_path: Path, finished_runs: Path) -> Path:
 RecipeMaker = Callable[..., Path]
 
 
+def write_recipe(folder: Path, data: Path, /, name: str = "tiny", **sections: Any) -> Path:
+    """A recipe; sections given by name replace keys of: 24 steps of timm's smallest ResNet."""
+    content: dict[str, Any] = {
+        "name": name,
+        "run": {
+            "epochs": 4,
+            "batch_size": 10,
+            "shards": 2,
+            "precision": "fp32",
+            "threads": 1,
+            "report_every_steps": 5,
+        },
+        "data": {"path": str(data)},
+        "model": {"backbone": "test_resnet", "drop_rate": 0.1},
+        "augment": {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
+        "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
+        "ema": {"decay": 0.9},
+    }
+    for section, keys in sections.items():
+        if isinstance(keys, dict):
+            content[section] = content.get(section, {}) | keys
+        else:
+            content[section] = keys
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value}))
+    return path
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
-    """Write a recipe; sections given by name replace keys of: 24 steps of timm's smallest ResNet."""
-
-    def make(name: str = "tiny", **sections: Any) -> Path:
-        content: dict[str, Any] = {
-            "name": name,
-            "run": {
-                "epochs": 4,
-                "batch_size": 10,
-                "shards": 2,
-                "precision": "fp32",
-                "threads": 1,
-                "report_every_steps": 5,
-            },
-            "data": {"path": str(data)},
-            "model": {"backbone": "test_resnet", "drop_rate": 0.1},
-            "augment": {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
-            "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
-            "ema": {"decay": 0.9},
-        }
-        for section, keys in sections.items():
-            if isinstance(keys, dict):
-                content[section] = content.get(section, {}) | keys
-            else:
-                content[section] = keys
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value}))
-        return path
-
-    return make
+    """Write a recipe into this test's folder."""
+    return partial(write_recipe, tmp_path, data)
 
 
 TeacherMaker = Callable[..., Path]

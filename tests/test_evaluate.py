@@ -11,10 +11,9 @@ import pytest
 from conftest import RecipeMaker
 from ranks import Ranks, train
 from safetensors.torch import load_file
-from small_data import cut
+from test_cifair import content, write_cifair
 
 from cifar_dist.data.arrow import data_digest, read_hierarchy
-from cifar_dist.data.sample import draw_sample, write_pickles
 from cifar_dist.engine.scores import confusion
 
 
@@ -66,8 +65,7 @@ def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_da
 def test_flips_cifair_and_a_list_are_labelled_and_apart(
     run: Path, tmp_path: Path, middle_data: Path
 ) -> None:
-    train_rows, test_rows, meta = draw_sample(train_per_class=1, test_per_class=1)
-    write_pickles(tmp_path / "fair", train_rows, cut(test_rows, 50), meta)
+    write_cifair(tmp_path, content())
     listed = {
         "data": data_digest(middle_data),
         "min_detail": 0.8,
@@ -75,13 +73,20 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
         "test_rows": [0, 1, 2],
     }
     (tmp_path / "list.json").write_text(json.dumps(listed))
-    arguments = ["runs/tiny", "--flips", "--cifair", "fair", "--near-duplicates", "list.json"]
+    arguments = [
+        "runs/tiny",
+        "--flips",
+        "--cifair",
+        "ciFAIR-100.zip",
+        "--near-duplicates",
+        "list.json",
+    ]
     output = evaluate(*arguments, "--output", "flipped", cwd=tmp_path)
     assert "mirror image" in output
     assert "same bits" not in output
     numbers = found(tmp_path / "flipped")
     assert numbers["test_time"] == "flips"
-    assert numbers["cifair"]["rows"] == 50
+    assert numbers["cifair"]["rows"] == 23
     without = numbers["without_near_duplicates"]
     assert without["rows_left_out"] == 3
     whole = 297 * without["top1"] + 3 * without["top1_of_those"]

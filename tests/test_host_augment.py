@@ -394,9 +394,8 @@ def test_nobody_waits_for_a_slow_epoch(
         assert ranks.output.count("ended with signal SIGKILL") == 1
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.fault)]
-)
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_saves_and_stops(
     tmp_path: Path, recipe: RecipeMaker, number: signal.Signals
 ) -> None:

@@ -68,10 +68,20 @@ def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
         "one.png": Image.new("RGB", (1, 1), red),
         "grey.png": Image.new("L", (50, 50), 100),
         "palette.gif": Image.new("RGB", (40, 60), red).convert("P"),
-        "deep.png": Image.fromarray(numpy.full((20, 20), 40000, numpy.uint16)),
+        "print.jpg": Image.new("RGB", (40, 40), red).convert("CMYK"),
+        "bits.png": Image.new("1", (40, 40), 1),
     }.items():
         image.save(tmp_path / name)
         assert read_picture(tmp_path / name).shape == (3, 32, 32)
+    assert read_picture(tmp_path / "print.jpg").float().mean((1, 2)).tolist() == pytest.approx(
+        red, abs=5
+    )
+    assert (read_picture(tmp_path / "bits.png") == 255).all()
+    Image.fromarray(numpy.full((20, 20), 40000, numpy.uint16)).save(tmp_path / "deep.png")
+    assert (read_picture(tmp_path / "deep.png") == 40000 // 256).all()
+    Image.fromarray(numpy.full((20, 20), 0.5, numpy.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="32 bits a pixel have no agreed range"):
+        read_picture(tmp_path / "float.tif")
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (read_picture(tmp_path / "clear.png") == 255).all()  # on white
     sideways = Image.new("RGB", (64, 64), "white")
@@ -87,10 +97,11 @@ def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
     for arguments, said in {
         (): "give pictures or --dataset",
         ("a.png", "--dataset", "test"): "give pictures or --dataset",
-        ("absent.png",): "no picture that can be read",
+        ("absent.png",): r"no picture that can be read \(No such file or directory\)",
         ("--dataset", "test:5-3"): "has the rows 0 to",
         ("--dataset", "valid:0"): "write test:0-99",
         ("--dataset", "test:300"): "has the rows 0 to 299",
+        ("--dataset", "test:0", "--checkpoint", "step_1"): "those it has: step_000000",
     }.items():
         with pytest.raises(UserError, match=said):
             main([str(run), *arguments])

@@ -283,6 +283,7 @@ def test_four_shards_agree_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> N
     assert largest_difference(tmp_path / "runs/w1", tmp_path / "runs/w2") < 1e-5
 
 
+@pytest.mark.fault  # one such run with kills is in test_all_at_once.py
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Two kills mid-epoch (6 steps an epoch) and mid-window (5 steps a report)."""
     path = recipe(run={"epochs": 8}, optim={"sam": {"rho": 0.1}})

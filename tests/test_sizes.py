@@ -70,10 +70,11 @@ def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> No
 @pytest.mark.parametrize(
     "model",
     [
-        {"second_size": 48},
-        {"image_size": 64, "growing": {"start": 32, "epochs": 3, "multiple": 16}},
+        pytest.param({"second_size": 48}, id="two sizes", marks=pytest.mark.fault),
+        pytest.param(
+            {"image_size": 64, "growing": {"start": 32, "epochs": 3, "multiple": 16}}, id="growing"
+        ),
     ],
-    ids=["two sizes", "growing"],
 )
 def test_processes_and_a_kill_make_no_difference(
     tmp_path: Path, recipe: RecipeMaker, model: dict[str, object]

@@ -14,6 +14,7 @@ from ranks import Ranks, train
 from test_tracking import records
 
 from cifar_dist import sync_wandb
+from cifar_dist.engine import tracking
 from cifar_dist.errors import UserError
 
 
@@ -72,6 +73,6 @@ def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity
     folder.mkdir(parents=True)
     (tmp_path / "wandb_id").write_text(identity)
     with pytest.raises(UserError, match="is no id of W&B"):
-        sync_wandb.offline_folders(tmp_path)
+        tracking.identity_of(tmp_path)
     (tmp_path / "wandb_id").write_text("abc\n")
-    assert sync_wandb.offline_folders(tmp_path) == [folder]
+    assert tracking.offline_folders(tmp_path, tracking.identity_of(tmp_path)) == [folder]

@@ -16,24 +16,52 @@ import numpy
 import pytest
 import yaml
 from compare import lines
-from conftest import RecipeMaker, TeacherMaker, taught
+from conftest import RecipeMaker, taught, write_recipe
 from PIL import Image
-from ranks import free_port, train
+from ranks import Ranks, free_port, train
 from safetensors.torch import load_file
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import wandb_server
 
-from cifar_dist.data.arrow import load_split, read_hierarchy
+from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy
 from cifar_dist.engine.tracking import EXTREMES, Tracker, TrackingConfig, decide_mode
 
 
-@pytest.fixture(autouse=True)
-def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
+@pytest.fixture(scope="module", autouse=True)
+def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NETRC", str(folder / "no-netrc"))
+        patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """runs/ with a teacher on two ranks, its cached logits, a student and its evaluation, made twice."""
+    folder = tmp_path_factory.mktemp("tracked")
+    together = {"mode": "offline", "group": "distilled"}
+    common: dict[str, Any] = {
+        "run": {"epochs": 1},
+        "augment": {"cutout": 0, "mixup": 0, "cutmix": 0, "views": 1},
+    }
+    teaching = together | {"job_type": "teacher", "upload_weights": True}
+    wise = write_recipe(folder, data, "wise", tracking=teaching, **common)
+    learning = taught("wise", placement="cached")
+    student = write_recipe(folder, data, "student", tracking=together, **common, **learning)
+    train(wise, cwd=folder, world_size=2)
+    for command, argument in (
+        ("cache_logits", student),
+        ("train", student),
+        ("evaluate", "runs/student"),
+        ("evaluate", "runs/student"),
+    ):
+        ranks = Ranks(command, [argument], cwd=folder)
+        assert ranks.wait() == [0], ranks.output
+    return folder / "runs"
 
 
 def test_mode_is_decided_by_key_and_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +96,13 @@ def log_records(file: bytes) -> Iterator[bytes]:
 
 
 def all_records(run: Path) -> list[Any]:
-    """Everything that wandb's own offline file holds, in its order."""
-    (path,) = run.glob("wandb/offline-run-*/*.wandb")
+    """Everything that W&B's own offline file of a training run holds, in its order."""
+    (path,) = run.glob(f"wandb/offline-run-*-{(run / 'wandb_id').read_text()}/*.wandb")
+    return records_of(path)
+
+
+def records_of(path: Path) -> list[Any]:
+    """The records of one offline file."""
     found = []
     for content in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -91,11 +124,9 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows_of(all_records(run)) if row.keys() & {"train/epoch", "eval/epoch"}]
 
 
-def test_offline_files_hold_what_metrics_jsonl_holds(tmp_path: Path, recipe: RecipeMaker) -> None:
-    train(recipe(tracking={"mode": "offline"}), cwd=tmp_path, world_size=2)
-    run = tmp_path / "runs/tiny"
-    rows = records(run)
-    logged = lines(run)
+def test_offline_files_hold_what_metrics_jsonl_holds(tracked: Path) -> None:
+    rows, logged = records(tracked / "student"), lines(tracked / "student")
+    assert {line["kind"] for line in logged} == {"train", "eval"}
     assert len(rows) == len(logged)
     for row, line in zip(rows, logged, strict=True):
         assert row["step"] == line["step"]
@@ -129,8 +160,8 @@ def test_a_failing_call_switches_tracking_off(
 
     monkeypatch.setattr("cifar_dist.engine.tracking.log.propagate", True)
     tracker = Tracker()
-    recipe = {"name": "a", "teacher": None, "teachers": None}
-    tracker.start(TrackingConfig(mode="offline"), tmp_path, recipe, {})
+    recipe = {"name": "a", "data": {"path": "data"}}
+    tracker.start(TrackingConfig(mode="offline"), tmp_path, recipe, {}, ())
     assert tracker.run is not None
     wandb.teardown(exit_code=0)  # its core process is gone, as after a SIGTERM
     for step in range(3):
@@ -150,20 +181,14 @@ def summary_of(found: list[Any]) -> dict[str, Any]:
     return values
 
 
-def test_a_run_is_described_shown_and_its_lineage_kept(
-    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, data: Path
-) -> None:
-    teacher("wise")
-    learning = taught("wise")
-    path = recipe("tiny_s3", run={"seed": 3, "epochs": 1}, tracking={"mode": "offline"}, **learning)
-    train(path, cwd=tmp_path)
-    run = tmp_path / "runs/tiny_s3"
+def test_a_run_is_described_and_shown(tracked: Path, data: Path) -> None:
+    run = tracked / "student"
     found = all_records(run)
     kinds = {kind: [getattr(one, kind) for one in found if one.WhichOneof("record_type") == kind]
              for kind in ("run", "metric", "artifact")}  # fmt: skip
 
     (described,) = [one for one in kinds["run"] if one.config.update]
-    assert (described.run_group, described.job_type) == ("tiny", "student")
+    assert (described.run_group, described.job_type) == ("distilled", "student")
     config = {item.key: json.loads(item.value_json) for item in described.config.update}
     environment = json.loads((run / "environment.json").read_text())
     assert config["optim"]["lr"] == 0.003
@@ -180,7 +205,7 @@ def test_a_run_is_described_shown_and_its_lineage_kept(
     assert summary["finished"] is True
 
     (shown,) = [row for row in rows_of(found) if "predictions.path" in row]
-    (root,) = run.glob("wandb/offline-run-*/files/")
+    (root,) = run.glob(f"wandb/offline-run-*-{described.run_id}/files/")
     tables = [one for one in kinds["artifact"] if one.name.endswith("-predictions")]
     files = {entry.path: Path(entry.local_path) for entry in tables[0].manifest.contents}
     table = json.loads(files["predictions.table.json"].read_text())
@@ -200,14 +225,63 @@ def test_a_run_is_described_shown_and_its_lineage_kept(
         0.23 * finished["top1"]
     )
 
-    artifacts = {one.type: one for one in kinds["artifact"]}
-    assert set(artifacts) >= {"dataset", "model"}
-    assert json.loads(artifacts["dataset"].metadata)["digest"] == environment["data"]
-    facts = json.loads(artifacts["model"].metadata)
-    assert facts["teachers"] == environment["teachers"]
-    assert facts["data"] == environment["data"]
-    listed = {entry.path for entry in artifacts["model"].manifest.contents}
-    assert {"manifest.json", "model.safetensors", "ema.safetensors"} <= listed
+
+def artifacts_of(found: list[Any]) -> dict[str, Any]:
+    """The artifacts that an offline run logged, by their types; tables have one of their own."""
+    logged = [one.artifact for one in found if one.WhichOneof("record_type") == "artifact"]
+    return {f"{one.type} {one.name}": one for one in logged if one.type != "run_table"}
+
+
+def test_teacher_cache_student_and_evaluation_are_one_lineage(tracked: Path, data: Path) -> None:
+    """Four W&B runs in one group, each of which says by digests what it was made of."""
+    names = {run: (tracked / run / "wandb_id").read_text() for run in ("wise", "student")}
+    manifest = json.loads((tracked / "wise/logits/manifest.json").read_text())
+    cache = f"logits-{manifest['sha256'][:12]}"
+    found = {}
+    for path in tracked.glob("*/wandb/offline-run-*/*.wandb"):
+        content = records_of(path)
+        described = next(one.run for one in content if one.WhichOneof("record_type") == "run")
+        assert described.run_group == "distilled"
+        assert described.job_type not in found  # one evaluation of a run, the newest
+        found[described.job_type] = content
+    made = {job: artifacts_of(content) for job, content in found.items()}
+    dataset = f"dataset data-{data_digest(data)[:12]}"
+    model = {run: f"model model-{names[run]}" for run in names}
+    assert {job: set(one) for job, one in made.items()} == {
+        "teacher": {dataset, model["wise"]},
+        "cache_logits": {dataset, model["wise"], f"logits {cache}"},
+        "student": {dataset, model["wise"], f"logits {cache}", model["student"]},
+        "evaluate": {dataset, model["student"]},
+    }
+    for name in {name for one in made.values() for name in one}:  # one version, whoever logs it
+        assert len({one[name].digest for one in made.values() if name in one}) == 1
+    assert json.loads(made["student"][f"logits {cache}"].metadata) == manifest
+    environment = json.loads((tracked / "student/environment.json").read_text())
+    facts = json.loads(made["student"][model["student"]].metadata)
+    assert (facts["data"], facts["teachers"]) == (environment["data"], environment["teachers"])
+    entries = {
+        run: {entry.path: entry for entry in made[job][model[run]].manifest.contents}
+        for job, run in (("teacher", "wise"), ("evaluate", "student"))
+    }
+    assert Path(entries["wise"]["model.safetensors"].local_path).is_file()  # upload_weights
+    (saved,) = (tracked / "student/checkpoints").iterdir()
+    assert {"manifest.json", "ema.safetensors"} <= entries["student"].keys()
+    reference = (saved / "model.safetensors").resolve().as_uri()
+    assert entries["student"]["model.safetensors"].ref == reference
+
+    numbers = json.loads((tracked / "student/evaluation/evaluation.json").read_text())
+    summary = summary_of(found["evaluate"])
+    assert summary["top1"] == numbers["top1"]
+    assert summary["calibration"]["ece"] == numbers["calibration"]["ece"]
+    shown = {name for row in rows_of(found["evaluate"]) for name in row}
+    wanted = (
+        "predictions",
+        "classes",
+        "confusion_table",
+        "superclass_confusion_table",
+        "reliability",
+    )
+    assert shown >= {f"{name}.path" for name in wanted}
 
 
 def test_a_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) -> None:

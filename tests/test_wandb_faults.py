@@ -18,7 +18,7 @@ from wandb_server import wandb_server
 from cifar_dist.engine.tracking import Tracker, TrackingConfig
 
 STEPS, OFF = 24, "W&B is off from now on; the run goes on without it"
-RECIPE = {"name": "a", "teacher": None, "teachers": None}
+RECIPE = {"name": "a", "data": {"path": "none"}}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_a_silent_server_holds_up_a_start_for_five_seconds_at_most(
         for mode in ("offline", "offline", "online"):  # the first also imports wandb
             begun, tracker = time.monotonic(), Tracker()
             (tmp_path / mode).mkdir(exist_ok=True)
-            tracker.start(TrackingConfig(mode=mode), tmp_path / mode, RECIPE, {})
+            tracker.start(TrackingConfig(mode=mode), tmp_path / mode, RECIPE, {}, [])
             for step in range(3):
                 tracker.log({"kind": "train", "step": step, "loss": 1.0})
             seconds.append(time.monotonic() - begun)

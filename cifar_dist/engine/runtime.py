@@ -53,8 +53,11 @@ def log_to_terminal() -> None:
 
     class AroundTheBar(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(self.format(record), file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # who read it, like `head`, has seen enough; the work goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if not log.handlers:
         log.addHandler(AroundTheBar())

@@ -1,24 +1,14 @@
-"""The end of a run for W&B: tables, pictures, confusions, and artifacts that say what was made of what."""
+"""Predictions for W&B: tables, pictures, confusions, reliability."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cifar_dist.data.arrow import (
-    DIGEST,
-    Hierarchy,
-    Split,
-    data_digest,
-    load_split,
-    read_digest,
-    read_hierarchy,
-)
-from cifar_dist.engine.checkpoint import newest_valid
+from cifar_dist.data.arrow import Hierarchy, Split, load_split, read_hierarchy
 from cifar_dist.engine.evaluation import Evaluation
 from cifar_dist.engine.scores import class_scores, confusion, fold
 
@@ -93,40 +83,10 @@ def confusion_table(table: Tensor, names: tuple[str, ...]) -> Any:
     )
 
 
-def log_artifacts(run: Any, folder: Path, data: Path, *, upload_weights: bool) -> None:
-    """The data and teachers' cached logits as inputs, the last checkpoint as output; digests in all.
-
-    The data go in as their digest file, never as pictures. Offline W&B has no inputs, so there they
-    are logged like outputs and told by their types.
-    """
+def reliability_table(calibration: dict[str, Any]) -> Any:
+    """The lists of a calibration as columns, a row for each bin of confidence."""
     import wandb
 
-    digest = data_digest(data)
-    dataset = wandb.Artifact(
-        f"data-{digest[:12]}", "dataset", metadata={"digest": digest, **read_digest(data)}
-    )
-    dataset.add_file(str(data / DIGEST))
-    inputs = [dataset]
-    recipe = dict(run.config)
-    taught_by = [recipe["teacher"]] if recipe["teacher"] else recipe["teachers"] or []
-    for teacher in taught_by:
-        if teacher["placement"] == "cached":
-            manifest = Path(teacher["cache"] or Path(teacher["run"]) / "logits") / "manifest.json"
-            said = json.loads(manifest.read_text())
-            cache = wandb.Artifact(f"logits-{said['sha256'][:12]}", "logits", metadata=said)
-            cache.add_file(str(manifest))
-            inputs.append(cache)
-    for artifact in inputs:
-        (run.log_artifact if run.offline else run.use_artifact)(artifact)
-
-    saved = newest_valid(folder / "checkpoints")
-    if saved is not None:
-        facts = {"data": digest, "teachers": recipe["environment"]["teachers"], "step": saved.name}
-        model = wandb.Artifact(f"model-{run.id}", "model", metadata=facts)
-        model.add_file(str(saved / "manifest.json"))  # the SHA-256 of each file
-        for path in sorted(saved.glob("*.safetensors")):
-            if upload_weights:
-                model.add_file(str(path))
-            else:
-                model.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
-        run.log_artifact(model, aliases=["final"])
+    columns = [name for name, values in calibration.items() if isinstance(values, list)]
+    rows = zip(*(calibration[name] for name in columns), strict=True)
+    return wandb.Table(columns=["bin", *columns], data=[[i, *row] for i, row in enumerate(rows)])

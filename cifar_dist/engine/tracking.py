@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -26,8 +26,11 @@ from cifar_dist.config import config
 from cifar_dist.engine.evaluation import Evaluation
 from cifar_dist.engine.metrics import Line
 from cifar_dist.engine.runtime import log
-from cifar_dist.engine.tracked_media import log_artifacts, show_predictions
+from cifar_dist.engine.tracked_artifacts import inputs_of, model_artifact, take_inputs
+from cifar_dist.engine.tracked_media import show_predictions
+from cifar_dist.errors import UserError
 from cifar_dist.files import write_file
+from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.network import ANSWER_SECONDS, answers
 
 Mode = Literal["auto", "online", "offline", "off"]
@@ -61,7 +64,7 @@ def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
     host = urlsplit(server)
     if not _has_key(host.hostname or ""):
         if asked == "online":
-            return "offline", "no API key; run `wandb login` and later `wandb sync`"
+            return "offline", "no API key; run `wandb login`"
         return "off", "no API key (`wandb login`, or tracking.mode=offline)"
     if not speaks(server):
         return "offline", f"{host.hostname} does not answer"
@@ -112,8 +115,66 @@ EXTREMES = {
 }
 
 
+def identity_of(folder: Path) -> str:
+    """The W&B id of a run folder; the first call chooses it, unless the agent of a sweep already has."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_file(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    identity = path.read_text().strip()
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", identity):  # it becomes part of paths that are deleted
+        raise UserError(f"{path}: is no id of W&B; delete it, and a new one is made")
+    return identity
+
+
+def offline_folders(folder: Path, identity: str) -> list[Path]:
+    """The offline runs with this id in a folder, oldest first."""
+    return sorted(folder.glob(f"wandb/offline-run-*-{identity}"))
+
+
+def announced_mode(config: TrackingConfig) -> Literal["online", "offline", "off"]:
+    """The mode, after a line in the log that says why."""
+    mode, reason = decide_mode(config.mode)
+    log.info(f"W&B: {mode} ({reason})")
+    return mode
+
+
+def open_run(
+    config: TrackingConfig,
+    folder: Path,
+    mode: Literal["online", "offline"],
+    *,
+    identity: str,
+    name: str,
+    group: str,
+    job_type: str,
+    said: dict[str, Any],
+    resume: Literal["allow"] | None,
+) -> Any:
+    """W&B's run of this id, with its files in FOLDER/wandb; `group` is a recipe's name, whose seed is left out."""
+    import wandb
+
+    return wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=name,
+        id=identity,
+        group=config.group or SEED_IN_NAME.sub("", group),
+        job_type=job_type,
+        resume=resume,
+        dir=str(folder.resolve()),  # its own process may work elsewhere
+        mode=mode,
+        tags=list(config.tags),
+        config=said,
+        settings=wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=WEIGHTS_SECONDS if config.upload_weights else FINISH_SECONDS,
+            console="off",
+        ),
+    )
+
+
 class Tracker:
-    """One W&B run of a training run, whatever number of restarts; no call of it ever raises."""
+    """One W&B run, of a training run whatever number of restarts; no call of it ever raises."""
 
     def __init__(self) -> None:
         self.run: Any = None  # None: switched off
@@ -124,38 +185,25 @@ class Tracker:
         folder: Path,
         recipe: dict[str, Any],
         environment: dict[str, Any],
+        teachers: Sequence[TeacherConfig],
     ) -> None:
         """Begin or go on; `recipe` (resolved) and `environment` (versions, commit, digests) are the config."""
-        self.folder, self.upload_weights = folder, config.upload_weights
-        mode, reason = decide_mode(config.mode)
+        self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
+        mode = announced_mode(config)
         self.online = mode == "online"
-        log.info(f"W&B: {mode} ({reason})")
         if mode == "off":
             return
         with self.never_fatal():
-            import wandb
-
-            identity = folder / "wandb_id"
-            if not identity.exists():  # the agent of a sweep has chosen one already
-                write_file(identity, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-            taught = bool(recipe["teacher"] or recipe["teachers"])
-            self.run = wandb.init(
-                project=config.project,
-                entity=config.entity,
+            self.run = open_run(
+                config,
+                folder,
+                mode,
+                identity=identity_of(folder),
                 name=recipe["name"],
-                id=identity.read_text().strip(),
-                group=config.group or SEED_IN_NAME.sub("", recipe["name"]),
-                job_type=config.job_type or ("student" if taught else "train"),
+                group=recipe["name"],
+                job_type=config.job_type or ("student" if teachers else "train"),
+                said=recipe | {"environment": environment},
                 resume="allow",
-                dir=str(folder.resolve()),  # its own process may work elsewhere
-                mode=mode,
-                tags=list(config.tags),
-                config=recipe | {"environment": environment},
-                settings=wandb.Settings(
-                    init_timeout=INIT_SECONDS,
-                    finish_timeout=WEIGHTS_SECONDS if config.upload_weights else FINISH_SECONDS,
-                    console="off",
-                ),
             )
             # rows below the last internal step would be dropped after a restart: the step is a value
             self.run.define_metric("*", step_metric="step")
@@ -184,10 +232,12 @@ class Tracker:
 
     def _show(self, evaluation: Evaluation) -> None:
         """Tables, pictures and artifacts; without them the curves are uploaded all the same."""
-        data = Path(self.run.config["data"]["path"])
         try:
-            show_predictions(self.run, evaluation, data)
-            log_artifacts(self.run, self.folder, data, upload_weights=self.upload_weights)
+            show_predictions(self.run, evaluation, self.data)
+            take_inputs(self.run, inputs_of(self.data, self.teachers))
+            model = model_artifact(self.folder)
+            if model is not None:
+                self.run.log_artifact(model, aliases=["final"])
         except Exception as error:
             log.warning(f"W&B has the curves, but not all tables and artifacts ({error!r})")
 
@@ -199,7 +249,7 @@ class Tracker:
         except Exception as error:
             log.warning(
                 f"W&B is off from now on; the run goes on without it ({error!r}); afterwards: "
-                f"python -m cifar_dist.sync_wandb {self.folder}"
+                "python -m cifar_dist.sync_wandb RUN"
             )
             self.run = None
             _end_its_process()

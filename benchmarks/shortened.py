@@ -1,0 +1,106 @@
+"""What the tutorial's faults cost, at a length that a CPU can train: the same few epochs for every row.
+
+Each run is one of `accuracy.py`, with the changes that are written here; its results go to the same file.
+"""
+
+from __future__ import annotations
+
+from cifar_dist import signals
+
+if __name__ == "__main__":
+    signals.install()  # Ctrl-C is the end of the budget, from the first moment on
+
+import sys
+import time
+from pathlib import Path
+
+from accuracy import command_line, plan, seed_list, train_all
+
+from cifar_dist.errors import UserError, run_command
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+EPILOG = """\
+examples:
+  python benchmarks/shortened.py tutorial --budget 240 --seeds 0
+  python benchmarks/shortened.py held_out tutorial large_batch --budget 600 --logs docs/results
+
+One run of ten epochs takes about a quarter of an hour on one core. The same command goes on where
+the last one stopped.
+"""
+
+TUTORIAL, AUGMENT = "tutorial/resnet18_baseline", "tutorial/resnet18_augment"
+WEIGHT_DECAY, SMOOTHING = "tutorial/resnet18_baseline_wd01", "tutorial/resnet18_baseline_lbsmooth"
+SHORT = ["run.epochs=10", "run.precision=bf16"]
+# r18_32 for ten epochs on a CPU: the quick stem, one shard of 250, AdamW with one cycle.
+OURS = [
+    *("model.stem=imagenet", "run.batch_size=250", "run.shards=1", "optim.name=adamw"),
+    *("optim.lr=0.003", "optim.weight_decay=0.05", "optim.schedule=one_cycle"),
+    *("optim.warmup_epochs=3", *SHORT),
+]
+MENDED = ["data.shuffle=true", "model.normalize=true", "optim.schedule=cosine"]
+HELD_OUT = [*OURS, "data.holdout=5000"]
+NO_CUTOUT = [*HELD_OUT, "augment.cutout=0"]
+NO_CROP = [*NO_CUTOUT, "augment.crop_padding=0"]
+SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
+Row = tuple[str, list[str]]  # a recipe, and what is changed
+
+
+def larger(batch_size: int, lr: float) -> list[str]:
+    """Six epochs with this batch, in shards of 250: BatchNorm sees what it saw."""
+    shards = [f"run.batch_size={batch_size}", f"run.shards={batch_size // 250}"]
+    return [*OURS, "run.epochs=6", "optim.warmup_epochs=2", *shards, f"optim.lr={lr}"]
+
+
+STUDIES: dict[str, dict[str, Row]] = {
+    "tutorial": {
+        "short_baseline": (TUTORIAL, SHORT),
+        "short_shuffled": (TUTORIAL, [*SHORT, MENDED[0]]),
+        "short_normalized": (TUTORIAL, [*SHORT, MENDED[1]]),
+        "short_cosine": (TUTORIAL, [*SHORT, MENDED[2]]),
+        "short_mended": (TUTORIAL, [*SHORT, *MENDED]),
+        "short_augment": (AUGMENT, SHORT),
+        "short_weight_decay": (WEIGHT_DECAY, SHORT),
+        "short_label_smoothing": (SMOOTHING, SHORT),
+        "short_ours": ("r18_32", OURS),
+    },
+    "held_out": {  # which of these short_ours is was decided by their held-out rows
+        "heldout_crop_flip_cutout": ("r18_32", HELD_OUT),
+        "heldout_crop_flip": ("r18_32", NO_CUTOUT),
+        "heldout_flip": ("r18_32", NO_CROP),
+        "heldout_flip_sgd": ("r18_32", [*NO_CROP, *SGD, "optim.lr=0.1"]),
+    },
+    "large_batch": {  # AdamW: the rate as it is, by the root of the batch, and in proportion to it
+        "batch_250": ("r18_32", larger(250, 0.003)),
+        "batch_2000_same": ("r18_32", larger(2000, 0.003)),
+        "batch_2000_root": ("r18_32", larger(2000, 0.0085)),
+        "batch_2000_linear": ("r18_32", larger(2000, 0.024)),
+    },
+}
+
+
+def main(arguments: list[str]) -> int:
+    started = time.monotonic()
+    parser = command_line(
+        "shortened.py",
+        "Train the rows of a study under several seeds; start it again to go on.",
+        EPILOG,
+        words="STUDY | ROW | section.key=value",
+        meaning=f"{', '.join(STUDIES)}, rows of them, and changes to all",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    changes = [word for word in options.words if "=" in word]
+    names = [word for word in options.words if "=" not in word] or list(STUDIES)
+    rows = {name: row for study in STUDIES.values() for name, row in study.items()}
+    if unknown := next((name for name in names if name not in STUDIES | rows), None):
+        known = ", ".join([*STUDIES, *rows])
+        raise UserError(f"{unknown}: no study and no row; there are {known}")
+    chosen = dict.fromkeys(row for name in names for row in STUDIES.get(name, [name]))
+    wanted = [
+        (RECIPES / f"{rows[name][0]}.yaml", [*rows[name][1], f"name={name}", *changes])
+        for name in chosen
+    ]
+    return train_all(plan(wanted, seed_list(options.seeds)), options, started=started)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
