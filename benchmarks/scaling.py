@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from ours import CROP_FLIP, OPTIM, our_batches, our_step
+from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 
 from cifar_dist.data.arrow import load_split
 from cifar_dist.data.augment import Augment
@@ -23,7 +23,7 @@ from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.nets.backbones import ModelConfig
 
 WORLDS, BATCH_SIZE, STEPS = (1, 2, 3, 4), 250, 4
 
@@ -33,7 +33,7 @@ def work(data: Path) -> None:
     accelerator = start_processes(timeout_seconds=600, threads=1)
     ranks = Ranks.of(accelerator)
     split, total = load_split(data, "train"), BATCH_SIZE * ranks.world_size
-    model = build_model(ModelConfig(backbone="resnet18"), 100)
+    model = our_model(accelerator.device, ModelConfig(backbone="resnet18"))
     optimizer = build_optimizer(OPTIM, model)
     update = our_step(
         model,
