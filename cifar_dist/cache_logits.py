@@ -26,12 +26,12 @@ from cifar_dist.command_line import command_parser
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, take
+from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import BLOCK_SIZE
 from cifar_dist.engine.lock import locked
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
-    end_processes,
     gather_blocks,
     log,
     log_to_terminal,
@@ -179,22 +179,22 @@ def main(arguments: list[str]) -> int:
     accelerator = start_processes(
         timeout_seconds=recipe.run.timeout_seconds, threads=recipe.run.threads
     )
-    check_precision(recipe.run.precision, accelerator.device)
-    ranks = Ranks.of(accelerator)
-    for asked in cached:
-        stop = cache_teacher(
-            recipe,
-            asked,
-            sharded=options.sharded,
-            force=options.force,
-            ranks=ranks,
-            device=accelerator.device,
-        )
-        if stop:
-            log.info(f"stopped by {signal.Signals(stop).name}; start it again to go on")
-            end_processes(accelerator)
-            return signals.STOPPED
-    end_processes(accelerator)
+    stop = 0
+    with ending_together(accelerator):
+        check_precision(recipe.run.precision, accelerator.device)
+        ranks = Ranks.of(accelerator)
+        for asked in cached:
+            stop = stop or cache_teacher(
+                recipe,
+                asked,
+                sharded=options.sharded,
+                force=options.force,
+                ranks=ranks,
+                device=accelerator.device,
+            )
+    if stop:
+        log.info(f"stopped by {signal.Signals(stop).name}; start it again to go on")
+        return signals.STOPPED
     return 0
 
 

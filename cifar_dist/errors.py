@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 
+USER_ERROR = 2  # exit code
 MENDABLE = (  # errors of the storage that a person can do something about
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
+    *(errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),  # of an --output
 )
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -21,13 +23,26 @@ class UserError(ValueError):
     """
 
 
-class LonelyError(UserError):
-    """One that other ranks do not know of, so this one says it, whichever it is."""
+class SaidError(UserError):
+    """One whose sentence has been said already (engine/ending.py)."""
 
 
 def is_main_rank() -> bool:
     """Whether this process speaks for its group, told by the launcher's environment alone."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def sentence_of(error: UserError | OSError) -> str | None:
+    """What is wrong and what to do about it; None for an error that nobody but us can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.errno in MENDABLE:
+        return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
+    return None
+
+
+def say(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[list[str]], int]) -> int:
@@ -45,15 +60,10 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     except BrokenPipeError:  # who read our output, like `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except UserError as error:
-        if "--traceback" in arguments:
+    except (UserError, OSError) as error:
+        sentence = sentence_of(error)
+        if sentence is None or "--traceback" in arguments:
             raise
-        sentence, known_to_all = str(error), not isinstance(error, LonelyError)
-    except OSError as error:
-        if error.errno not in MENDABLE or "--traceback" in arguments:
-            raise
-        sentence = f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
-        known_to_all = True
-    if is_main_rank() or not known_to_all:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return 2
+        if is_main_rank() and not isinstance(error, SaidError):
+            say(sentence)
+        return USER_ERROR

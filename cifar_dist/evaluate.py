@@ -16,11 +16,11 @@ from cifar_dist.data.arrow import Hierarchy, data_digest, load_split, read_hiera
 from cifar_dist.data.batches import holdout_rows
 from cifar_dist.data.cifair import cifair_split
 from cifar_dist.engine import results
+from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import Evaluation, WithFlips, evaluate
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
-    end_processes,
     log,
     log_to_terminal,
     start_processes,
@@ -182,52 +182,54 @@ def main(arguments: list[str]) -> int:
         timeout_seconds=recipe.run.timeout_seconds,
         threads=recipe.run.threads or surroundings.get("threads"),  # other threads, other last bits
     )
-    check_precision(recipe.run.precision, accelerator.device)
-    ranks = Ranks.of(accelerator)
-    evaluation, held, found, hierarchy = evaluate_run(
-        recipe,
-        saved,
-        data=data,
-        split=options.split,
-        flips=options.flips,
-        cifair=options.cifair,
-        duplicates=options.near_duplicates,
-        ranks=ranks,
-        device=accelerator.device,
-    )
-    with_flips = ", mean of each picture and its mirror image" if options.flips else ""
-    where = f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows"
-    tell(found, where + with_flips)
-    is_headline = options.checkpoint is None and options.split == "test" and not options.flips
-    if ranks.is_main:
-        before = options.run / "predictions.safetensors"
-        if is_headline and before.exists():
-            same = torch.equal(load_file(before)["logits"], evaluation.logits)
-            log.info(f"{'the same bits as' if same else 'other bits than'} {before}")
-        output = options.output or (options.run / findings.FOLDER if is_headline else None)
-        if output is not None:
-            facts = {
-                "run": recipe.name,
-                "checkpoint": saved.name,
-                "split": options.split,
-                "test_time": "flips" if options.flips else "one view",
-                "data": data_digest(data),
-            }
-            found = facts | found
-            findings.write_findings(output, found, evaluation.logits, evaluation.labels, hierarchy)
-            if held is not None:
-                findings.write_held_out(output, held.logits, held.labels)
-            log.info(f"written to {output}")
-            if output == options.run / findings.FOLDER:
-                track_evaluation(
-                    recipe.tracking,
-                    options.run,
-                    name=recipe.name,
-                    found=found,
-                    evaluation=evaluation,
-                    data=data,
+    with ending_together(accelerator):
+        check_precision(recipe.run.precision, accelerator.device)
+        ranks = Ranks.of(accelerator)
+        evaluation, held, found, hierarchy = evaluate_run(
+            recipe,
+            saved,
+            data=data,
+            split=options.split,
+            flips=options.flips,
+            cifair=options.cifair,
+            duplicates=options.near_duplicates,
+            ranks=ranks,
+            device=accelerator.device,
+        )
+        with_flips = ", mean of each picture and its mirror image" if options.flips else ""
+        where = f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows"
+        tell(found, where + with_flips)
+        is_headline = options.checkpoint is None and options.split == "test" and not options.flips
+        if ranks.is_main:
+            before = options.run / "predictions.safetensors"
+            if is_headline and before.exists():
+                same = torch.equal(load_file(before)["logits"], evaluation.logits)
+                log.info(f"{'the same bits as' if same else 'other bits than'} {before}")
+            output = options.output or (options.run / findings.FOLDER if is_headline else None)
+            if output is not None:
+                facts = {
+                    "run": recipe.name,
+                    "checkpoint": saved.name,
+                    "split": options.split,
+                    "test_time": "flips" if options.flips else "one view",
+                    "data": data_digest(data),
+                }
+                found = facts | found
+                findings.write_findings(
+                    output, found, evaluation.logits, evaluation.labels, hierarchy
                 )
-    end_processes(accelerator)
+                if held is not None:
+                    findings.write_held_out(output, held.logits, held.labels)
+                log.info(f"written to {output}")
+                if output == options.run / findings.FOLDER:
+                    track_evaluation(
+                        recipe.tracking,
+                        options.run,
+                        name=recipe.name,
+                        found=found,
+                        evaluation=evaluation,
+                        data=data,
+                    )
     return 0
 
 

@@ -21,7 +21,7 @@ from cifar_dist.engine.checkpoint import (
 )
 from cifar_dist.engine.runtime import log
 from cifar_dist.errors import UserError, is_main_rank
-from cifar_dist.files import sha256, write_file
+from cifar_dist.files import remove_folder, sha256, write_file
 from cifar_dist.learn.logit_cache import check_cache
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import TeacherConfig, Trained
@@ -70,7 +70,7 @@ def open_run(
     """Rank 0 opens the run folder: (checkpoint to go on from, its shards), both None for a new run.
 
     A changed recipe, data set or teacher (the latter two by digest) is refused with the difference,
-    unless forced.
+    unless forced. Where not a step was done, it begins anew.
     """
     folder = recipe.folder
     saved = newest_valid(folder / "checkpoints")
@@ -85,7 +85,10 @@ def open_run(
             for teacher, before, after in taught  # of other lengths: that is in the recipe
             if before != after
         ]
-        if changed:
+        if changed and facts["step"] == 0:
+            remove_folder(saved)
+            saved, facts = None, {}
+        elif changed:
             raise UserError(
                 f"{folder} was trained with another recipe ({'; '.join(changed)}); "
                 "give this one a name (name=...), or go on all the same with --force"

@@ -33,13 +33,13 @@ from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.checkpoint import load_progress, load_tensors
+from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
 from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
-    end_processes,
     log,
     log_to_terminal,
     progress_bar,
@@ -384,8 +384,8 @@ def main(arguments: list[str]) -> int:
         f"cifar_dist {__version__}: {accelerator.num_processes} process(es) train on "
         f"{accelerator.device.type}, {recipe.run.precision}, {torch.get_num_threads()} CPU thread(s) each"
     )
-    summary = train(recipe, accelerator, force=options.force)
-    end_processes(accelerator)
+    with ending_together(accelerator):
+        summary = train(recipe, accelerator, force=options.force)
     if not summary["finished"]:
         log.info(
             f"{recipe.name}: stopped by {summary['stopped_by']} at step "

@@ -25,10 +25,15 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 [ -d .venv ] && . .venv/bin/activate
 [ $# -eq 0 ] && set -- recipes/r50_224.yaml
 
-# The first host's address and a port of the job's own; tasks derive their ranks from SLURM_*.
+# The first host's address, and a port on which nobody listens there (this script runs on that host);
+# tasks derive their ranks from SLURM_*.
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first_host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=${MASTER_ADDR:-$first_host}
 MASTER_PORT=$((15000 + SLURM_JOB_ID % 17000))
+while (: <>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do
+    MASTER_PORT=$((MASTER_PORT + 1))
+done
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun has to be told
@@ -40,12 +45,12 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun has to 
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a collective that fails or waits too long ends its process
 
-# A Python process dies of USR1 before it has a handler, so tasks begin with USR1 blocked and unblock
-# it themselves (signals.py). --wait: a task that left early ends the others.
+# A Python process dies of a signal before it has a handler, so tasks begin with these two blocked and
+# unblock them themselves (signals.py). --wait: a task that left early ends the others.
 options=(--kill-on-bad-exit=1 --wait=60)
 [ -n "${RANK_LOGS:-}" ] && mkdir -p "$(dirname "$RANK_LOGS")" && options+=(--output="$RANK_LOGS")
 blocked=()
-env --block-signal=USR1 true 2>/dev/null && blocked=(env --block-signal=USR1)
+env --block-signal=USR1,TERM true 2>/dev/null && blocked=(env --block-signal=USR1,TERM)
 started=@$(date +%s)
 srun "${options[@]}" "${blocked[@]}" python -m "${MODULE:-cifar_dist.train}" "$@" &
 tasks=$!
@@ -55,12 +60,24 @@ while [ "$again" ]; do # a signal ends `wait`, not srun
     code=$?
 done
 
-# Finished; a mistake in the recipe; cancelled, or Slurm itself is queueing the job again.
-field() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | cut -d = -f 2; }
-[ "$code" = 0 ] || [ "$code" = 2 ] || [ "$(field JobState)" != RUNNING ] && exit "$code"
+[ "$code" = 0 ] || [ "$code" = 2 ] && exit "$code" # finished; a mistake in the recipe
+
+# The controller may be busy, or away for a while.
+ask() {
+    for pause in 1 2 4 8 15 30 60 0; do
+        "$@" && return
+        sleep $pause
+    done
+    echo "slurm/train.sh: Slurm's controller did not answer for two minutes, so this job is not" \
+        "queued again; what was saved is complete: submit it again, and it goes on" >&2
+    return 1
+}
+field() { grep -o " $1=[^ ]*" <<<"$job" | cut -d = -f 2; }
+job=$(ask scontrol --oneliner show job "$SLURM_JOB_ID") || exit "$code"
+[ "$(field JobState)" = RUNNING ] || exit "$code" # cancelled, or Slurm itself queues it again
 
 # Where the recipe writes its run folder, asked of the program itself; what is new in it.
-run_folder=$(python -m cifar_dist.train --dry-run "$@" | sed -n 's/^run folder  *//p')
+run_folder=$(python -m cifar_dist.train --dry-run "$@" 2>/dev/null | sed -n 's/^run folder  *//p')
 new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
 stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
 if [ "$stopped" = SIGUSR1 ] || [ "$stopped$code" = 75 ]; then # MODULE leaves only its exit code
@@ -73,9 +90,9 @@ else
     exit "$code"
 fi
 echo "slurm/train.sh: $why; queued again"
-for _ in 1 2 3 4 5 6; do # the controller may be busy
-    [ "$(field JobState)" = RUNNING ] || break
-    scontrol requeue "$SLURM_JOB_ID" && break
-    sleep 10
-done
+requeue() { # unless Slurm has done it by now
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return
+    [ "$(field JobState)" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"
+}
+ask requeue
 exit "$code"

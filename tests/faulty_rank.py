@@ -1,10 +1,11 @@
-"""A real training in which one rank meets a real fault: FAULT="kind rank step" in the environment."""
+"""A real training in which one rank meets a real fault: FAULT="kind:rank:step,..." in the environment."""
 
 from __future__ import annotations
 
 import os
 import resource
 import signal
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar_dist import signals
 from cifar_dist import train as walk
 from cifar_dist.engine.capture import TakeStep
 from cifar_dist.engine.state import State
+from cifar_dist.errors import run_command
+from cifar_dist.files import naming
 
 FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
 
@@ -36,6 +40,9 @@ def meet(kind: str, states: list[State]) -> None:
             time.sleep(1e6)
         case "raising":
             raise KeyError("injected")
+        case "disk full":
+            with naming(full := Path("/dev/full")), full.open("wb", buffering=0) as file:
+                file.write(b"1")
         case "leaving":
             os._exit(0)
         case "ahead":
@@ -76,3 +83,8 @@ def main(arguments: list[str]) -> int:
     State.__init__ = remember  # type: ignore[method-assign]
     walk.build_step = build
     return walk.main(arguments)
+
+
+if __name__ == "__main__":  # under a launcher; ranks.py calls main itself
+    signals.install()
+    sys.exit(run_command(main))

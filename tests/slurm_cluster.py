@@ -9,11 +9,13 @@ import fcntl
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ranks import free_port
@@ -136,6 +138,16 @@ class Cluster:
         self.processes.append(
             subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
         )
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """slurmctld hangs: it takes connections and answers none."""
+        controller = self.processes[1]
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         self.cancel_all()

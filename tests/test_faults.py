@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from compare import assert_same_bits, lines, tensors
 from conftest import RecipeMaker
-from ranks import Ranks, train
+from ranks import Ranks, free_port, start_rank, train
 
 from cifar_dist.engine.checkpoint import checkpoints
 
@@ -84,6 +85,53 @@ def test_a_rank_that_lost_count_is_found(tmp_path: Path, recipe: RecipeMaker) ->
     assert "ranks have lost each other; steps they have done: 0: " in ranks.output
 
 
+@pytest.mark.parametrize(
+    ("who", "world_size"),
+    [
+        (1, 2),
+        pytest.param(0, 2, marks=pytest.mark.fault),
+        pytest.param(2, 4, marks=pytest.mark.fault),
+    ],
+)
+def test_what_one_rank_cannot_write_ends_all_in_one_sentence(
+    tmp_path: Path, recipe: RecipeMaker, who: int, world_size: int
+) -> None:
+    """Outside of what ranks do together: a real full device."""
+    path = recipe(run=ENDLESS | {"batch_size": 12, "shards": world_size})
+    ranks = faulty(path, f"disk full:{who}:7", cwd=tmp_path, world_size=world_size)
+    assert ranks.wait(60) == [2] * world_size, ranks.output
+    assert time.time() - float(ranks.output.split("FAULT ")[1].split()[0]) < 10
+    assert ranks.output.count("error:") == 1, ranks.output
+    assert f"error: rank {who} (" in ranks.output
+    assert "/dev/full: No space left on device; free or choose another place" in ranks.output
+    assert "Traceback" not in ranks.output
+
+
+@pytest.mark.fault
+def test_data_that_only_one_node_sees_damaged_end_all_in_one_sentence(
+    tmp_path: Path, recipe: RecipeMaker, data: Path
+) -> None:
+    """One recipe, one digest, but two places: a local copy on each node."""
+    path, port = recipe(data={"path": "data"}, run={"output": str(tmp_path / "runs")}), free_port()
+    processes = []
+    for rank in range(2):
+        node = tmp_path / f"node{rank}"
+        shutil.copytree(data, node / "data")
+        if rank == 1:
+            table = node / "data/train/data-00000-of-00001.arrow"
+            content = bytearray(table.read_bytes())
+            content[len(content) // 2] ^= 1
+            table.write_bytes(content)
+        command = ["-m", "cifar_dist.train", path]
+        processes.append(start_rank(command, cwd=node, rank=rank, world_size=2, port=port))
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    assert errors[0] == ""
+    assert errors[1].startswith("error: rank 1 (")
+    assert errors[1].count("\n") == 1
+    assert "cifar_dist.prepare --force" in errors[1]
+
+
 @pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.fault)])
 def test_out_of_memory_is_one_sentence_of_its_rank(
     tmp_path: Path, recipe: RecipeMaker, world_size: int
@@ -93,8 +141,9 @@ def test_out_of_memory_is_one_sentence_of_its_rank(
     last = world_size - 1
     ranks = faulty(path, f"short of memory:{last}:2", cwd=tmp_path, world_size=world_size)
     assert end(ranks, who=0) < 15
-    assert ranks.output.count("out of memory; cut the batch finer: run.shards=4 --force") == 1
-    assert f"error: rank {last} (" in ranks.output
+    remedy = "out of memory after step 2; cut the batch finer: run.shards=4 --force"
+    assert ranks.output.count(remedy) == ranks.output.count("error:") == 1
+    assert world_size == 1 or f"error: rank {last} (" in ranks.output
     assert ranks.processes[last].exitcode == 2
 
 

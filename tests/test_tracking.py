@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from ranks import Ranks, free_port, train
 from safetensors.torch import load_file
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb_server import wandb_server
 
 from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy
 from cifar_dist.engine.tracking import EXTREMES, Tracker, TrackingConfig, decide_mode
@@ -71,8 +71,9 @@ def test_mode_is_decided_by_key_and_server(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     assert decide_mode("auto")[0] == decide_mode("online")[0] == "offline"
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    with wandb_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
         assert decide_mode("auto")[0] == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert decide_mode("online")[0] == "off"

@@ -33,7 +33,7 @@ def torch_variables(environment: Mapping[str, str], *, visible_devices: int) -> 
 
 
 def port(job: int) -> int:
-    """A port of the job's own; slurm/train.sh computes the same."""
+    """A port of the job's own; slurm/train.sh begins there and takes the next one that is free."""
     return FIRST_PORT + job % PORTS
 
 

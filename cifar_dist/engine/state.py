@@ -35,7 +35,7 @@ class State:
     ema: Average | None
     window: Window
     step: int = 0  # updates done
-    saved_step: int = 0
+    saved_step: int = -1  # nothing: a signal before the first step saves, too
     evaluated_step: int = 0
     best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint", "step"}
     seconds_before: float = 0.0  # of earlier starts

@@ -1,7 +1,8 @@
 """metrics.jsonl -> W&B. A copy for the eyes: it may fail, training may not.
 
 The mode is decided before the start, since an unreachable server costs wandb.init 100 seconds and a
-missing key raises. After the first failing call W&B is switched off with one warning.
+missing key raises. After the first failing call W&B is switched off with one warning, and its own
+process ended, which would wait for its server.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import netrc
 import os
 import re
 import secrets
-import socket
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from cifar_dist.config import config
 from cifar_dist.engine.evaluation import Evaluation
@@ -56,16 +60,33 @@ def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
         return "off", "wandb is not installed"
     if asked == "offline" or forced == "offline":
         return "offline", "asked for"
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    server = server_address()
     host = urlsplit(server)
     if not _has_key(host.hostname or ""):
         if asked == "online":
             return "offline", "no API key; run `wandb login`"
         return "off", "no API key (`wandb login`, or tracking.mode=offline)"
-    place = (host.hostname or "", host.port or (443 if host.scheme == "https" else 80))
-    if not answers(lambda: socket.create_connection(place, timeout=ANSWER_SECONDS).close()):
+    if not speaks(server):
         return "offline", f"{host.hostname} does not answer"
     return "online", "a key and a server"
+
+
+def server_address() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def speaks(server: str) -> bool:
+    """Whether it answers a request within 3 seconds, on the path that a run's start will use."""
+
+    def ask() -> None:
+        try:
+            urlopen(f"{server}/graphql", timeout=ANSWER_SECONDS).close()
+        except HTTPError:
+            pass  # it speaks, if only to refuse
+        except (HTTPException, ValueError) as error:
+            raise OSError(str(error)) from error
+
+    return answers(ask)
 
 
 def _has_key(host: str) -> bool:
@@ -76,6 +97,9 @@ def _has_key(host: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
 
+
+INIT_SECONDS = 4  # what a start may wait for a server that answered a moment ago
+FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # what an end may upload, without and with weights
 
 SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
 
@@ -137,11 +161,15 @@ def open_run(
         group=config.group or SEED_IN_NAME.sub("", group),
         job_type=job_type,
         resume=resume,
-        dir=str(folder),
+        dir=str(folder.resolve()),  # its own process may work elsewhere
         mode=mode,
         tags=list(config.tags),
         config=said,
-        settings=wandb.Settings(init_timeout=30, console="off"),
+        settings=wandb.Settings(
+            init_timeout=INIT_SECONDS,
+            finish_timeout=WEIGHTS_SECONDS if config.upload_weights else FINISH_SECONDS,
+            console="off",
+        ),
     )
 
 
@@ -162,6 +190,7 @@ class Tracker:
         """Begin or go on; `recipe` (resolved) and `environment` (versions, commit, digests) are the config."""
         self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
         mode = announced_mode(config)
+        self.online = mode == "online"
         if mode == "off":
             return
         with self.never_fatal():
@@ -194,14 +223,23 @@ class Tracker:
         if self.run is None:
             return
         with self.never_fatal():
+            if self.online and not speaks(server_address()):
+                raise ConnectionError(f"{server_address()} does not answer any more")
             self.run.summary.update(summary)
             if evaluation is not None:
-                show_predictions(self.run, evaluation, self.data)
-                take_inputs(self.run, inputs_of(self.data, self.teachers))
-                model = model_artifact(self.folder)
-                if model is not None:
-                    self.run.log_artifact(model, aliases=["final"])
+                self._show(evaluation)
             self.run.finish()
+
+    def _show(self, evaluation: Evaluation) -> None:
+        """Tables, pictures and artifacts; without them the curves are uploaded all the same."""
+        try:
+            show_predictions(self.run, evaluation, self.data)
+            take_inputs(self.run, inputs_of(self.data, self.teachers))
+            model = model_artifact(self.folder)
+            if model is not None:
+                self.run.log_artifact(model, aliases=["final"])
+        except Exception as error:
+            log.warning(f"W&B has the curves, but not all tables and artifacts ({error!r})")
 
     @contextmanager
     def never_fatal(self) -> Iterator[None]:
@@ -209,5 +247,22 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            log.warning(f"W&B is off from now on; the run goes on without it ({error!r})")
+            log.warning(
+                f"W&B is off from now on; the run goes on without it ({error!r}); afterwards: "
+                "python -m cifar_dist.sync_wandb RUN"
+            )
             self.run = None
+            _end_its_process()
+
+
+def _end_its_process() -> None:
+    """End W&B's own process; at the end of this one W&B would wait for it, and it for the server."""
+    import wandb
+
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with suppress(OSError):  # it has ended
+                if Path(f"/proc/{pid}/exe").resolve().name.startswith("wandb"):
+                    os.kill(int(pid), signal.SIGKILL)
+    with suppress(Exception, SystemExit):  # that its process is gone, as we know
+        wandb.teardown()

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from cifar_dist.engine.lock import machine, process_start
 from cifar_dist.engine.runtime import Ranks
-from cifar_dist.errors import LonelyError, UserError
+from cifar_dist.errors import UserError, sentence_of
 
 TICK_SECONDS = 1.0
 LOOK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
@@ -128,15 +128,14 @@ def watched(
     threading.Thread(target=watch, daemon=True, name="watchdog").start()
     try:
         yield over.set
-    except UserError:
-        raise
     except Exception as error:
         over.set()
-        where = f"{me}, after step {step()}"
         if is_out_of_memory(error):
             remedy = f"cut the batch finer: run.shards={2 * shards} --force"
-            raise LonelyError(f"{where}: out of memory; {remedy}") from error
-        error.add_note(f"This is {where}.")
+            raise UserError(f"out of memory after step {step()}; {remedy}") from error
+        if isinstance(error, UserError | OSError) and sentence_of(error):
+            raise
+        error.add_note(f"This is {me}, after step {step()}.")
         if ranks.world_size > 1:
             if isinstance(error, RuntimeError):  # a collective that another rank has left
                 error.add_note(f"The others: {register.missing()}.")
