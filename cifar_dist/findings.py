@@ -17,7 +17,6 @@ from cifar_dist.data.arrow import Hierarchy
 from cifar_dist.engine.metrics import accuracy
 from cifar_dist.engine.results import read_json
 from cifar_dist.engine.scores import (
-    RESAMPLES,
     bootstrap_interval,
     class_scores,
     confusion,
@@ -45,7 +44,7 @@ def numbers(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, A
             "low": 100 * low,
             "high": 100 * high,
             "confidence": 0.95,
-            "bootstrap_resamples": RESAMPLES,
+            "method": "percentile bootstrap over the rows, in the limit of many resamples",
         },
         **superclass_scores(labels, predicted, hierarchy.coarse_of_fine),
         "rows": len(labels),

@@ -49,7 +49,7 @@ def hostile_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """What a browser would make of it: elements, addresses, and whether all that opens closes."""
 
-    VOID = frozenset({"meta", "br", "img", "link", "input"})
+    VOID = frozenset({"meta", "br", "wbr", "img", "link", "input"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -111,7 +111,8 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", text)
     assert "default-src 'none'" in text
     assert "unfinished (not finished)" in text
-    assert all(row.config in text for row in PUBLISHED)
+    shown = text.replace("<wbr>", "")  # where a long name may break
+    assert all(row.config in shown for row in PUBLISHED)
 
     first, second = group_runs([read_run(Path(folder)) for folder in folders])
     assert (first.label, len(first.runs), second.label) == ("tiny", 2, "other")

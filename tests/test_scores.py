@@ -109,13 +109,18 @@ def test_temperature_is_where_the_likelihood_is_largest() -> None:
     assert scores.fit_temperature(coin, torch.zeros(4).long()) == pytest.approx(0.01)
 
 
-def test_bootstrap_interval_is_the_binomials_and_does_not_change() -> None:
-    right = torch.arange(1000) < 700
+@pytest.mark.parametrize(("rows", "hits"), [(1000, 700), (10_000, 3853), (23, 1), (50, 50), (7, 0)])
+def test_bootstrap_interval_is_that_of_resampled_rows(rows: int, hits: int) -> None:
+    right = torch.arange(rows) < hits
     low, high = scores.bootstrap_interval(right)
-    exact = stats.binom(1000, 0.7)
-    assert low == pytest.approx(exact.ppf(0.025) / 1000, abs=3e-3)
-    assert high == pytest.approx(exact.ppf(0.975) / 1000, abs=3e-3)
-    assert (low, high) == scores.bootstrap_interval(right)
+    exact = stats.binom(rows, hits / rows)
+    assert (low, high) == (exact.ppf(0.025) / rows, exact.ppf(0.975) / rows)
+    stream = torch.Generator().manual_seed(0)
+    drawn = torch.stack(
+        [right[torch.randint(rows, (rows,), generator=stream)].double().mean() for _ in range(500)]
+    )
+    sampled = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert [low, high] == pytest.approx(sampled, abs=1.0 / rows**0.5 / 5 + 1 / rows)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (3, 3), (1, 9), (120, 80), (0, 1)])

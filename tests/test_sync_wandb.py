@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,10 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_restarts_become_one_run_and_a_second_call_changes_nothing(
-    tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = recipe(
         run={"epochs": 40, "eval_every_epochs": 20, "report_every_steps": 7},
@@ -55,11 +60,34 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
     assert sync_wandb.main(["runs/tiny"]) == 0
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
-    train(path, "run.epochs=41", "--force", cwd=tmp_path)
+    more = {"kind": "eval", "step": 300, "epoch": 50.0, "loss": 1.0, "top1": 2.0}  # it went on
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    (run / "wandb/offline-run-20260101_000000-x-evaluation").mkdir()
+    capsys.readouterr()
     assert sync_wandb.main(["runs/tiny"]) == 0
     assert [row["step"] for row in records(run)] == [line["step"] for line in lines(run)]
     assert (run / "wandb_id").read_text() == identity
     assert not made.exists()
+    (made,) = run.glob(f"wandb/offline-run-*-{identity}")
+    other = made.with_name("offline-run-20260101_000000-x-evaluation")
+    waiting = " ".join(str(path.relative_to(tmp_path)) for path in (made, other))
+    said = f"not uploaded: no API key; run `wandb login`; then start this again, or wandb sync {waiting}"
+    assert said in capsys.readouterr().out
+
+    taken: list[str] = []  # by a server, which no test has
+
+    def upload(offline: Sequence[Path]) -> bool:
+        taken.extend(path.name for path in offline)
+        return True
+
+    monkeypatch.setattr(sync_wandb, "upload", upload)
+    for _ in range(2):
+        assert sync_wandb.main(["runs/tiny"]) == 0
+        assert taken == [made.name, other.name]
+    other.with_name("offline-run-20260102_000000-x-evaluation").mkdir()  # evaluated again
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    assert taken[2:] == ["offline-run-20260102_000000-x-evaluation"]
 
 
 def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:

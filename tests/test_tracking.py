@@ -141,7 +141,7 @@ def test_a_server_that_answers_nothing_does_not_hold_up_training(
     """A key, and a server that refuses: offline at once, and the run is whole."""
     started = time.monotonic()
     output = train(
-        recipe(tracking={"mode": "online"}),
+        recipe(run={"epochs": 1}, tracking={"mode": "online"}),
         cwd=tmp_path,
         environment={
             "WANDB_API_KEY": "0" * 40,
@@ -149,7 +149,7 @@ def test_a_server_that_answers_nothing_does_not_hold_up_training(
         },
     )
     assert "W&B: offline (127.0.0.1 does not answer)" in output
-    assert lines(tmp_path / "runs/tiny")[-1]["step"] == 24
+    assert lines(tmp_path / "runs/tiny")[-1]["step"] == 6
     assert time.monotonic() - started < 60
 
 

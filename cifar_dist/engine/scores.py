@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.keys import generator
-
 RELIABILITY_BINS = 15
-RESAMPLES = 2_000
 
 
 def percent(values: Tensor) -> float:
@@ -145,19 +142,22 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 # ----------------------------------------------------------------------------- how sure we are
 
 
-def bootstrap_interval(values: Tensor, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap's interval of the mean of float [N], by resampling rows; keyed."""
-    values = values.double()
-    stream = generator("bootstrap", len(values))
-    means = torch.stack(
-        [
-            values[torch.randint(len(values), (len(values),), generator=stream)].mean()
-            for _ in range(RESAMPLES)
-        ]
+def bootstrap_interval(right: Tensor, confidence: float = 0.95) -> tuple[float, float]:
+    """The percentile bootstrap's interval of the share of True in bool [N], in the limit of many resamples.
+
+    The number of True in a resample of the rows is binomial, so nothing needs to be drawn.
+    """
+    rows, share = len(right), float(right.double().mean())
+    if share in (0, 1):
+        return share, share
+    count = torch.arange(rows + 1, dtype=torch.float64)
+    ways = (
+        (count.new_tensor(rows + 1)).lgamma() - (count + 1).lgamma() - (rows - count + 1).lgamma()
     )
-    tail = (1 - confidence) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    chance = (ways + count * math.log(share) + (rows - count) * math.log1p(-share)).exp()
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = torch.searchsorted(chance.cumsum(0), tails).tolist()
+    return low / rows, high / rows
 
 
 @dataclass(frozen=True, kw_only=True)
