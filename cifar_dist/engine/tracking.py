@@ -257,12 +257,12 @@ class Tracker:
 
 def _end_its_process() -> None:
     """End W&B's own process; at the end of this one W&B would wait for it, and it for the server."""
-    import wandb
-
-    for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
-            with suppress(OSError):  # it has ended
-                if Path(f"/proc/{pid}/exe").resolve().name.startswith("wandb"):
-                    os.kill(int(pid), signal.SIGKILL)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # one that has just ended
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and (process / "exe").resolve().name.startswith("wandb"):
+                os.kill(int(process.name), signal.SIGKILL)
     with suppress(Exception, SystemExit):  # that its process is gone, as we know
+        import wandb
+
         wandb.teardown()
