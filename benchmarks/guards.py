@@ -1,4 +1,4 @@
-"""What watching over a run costs a step: the guard's counts, a vote, the watchdog's tick, kept buffers."""
+"""What watching over a run costs a step: the guard's counts, a vote, kept buffers, threads that look around."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cifar_dist.engine.capture import keeping_buffers
+from cifar_dist.engine.ending import Ending
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.engine.state import State, vote
 from cifar_dist.engine.step import Step, make_scaler
+from cifar_dist.engine.watchdog import watched
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
@@ -30,6 +33,21 @@ def cpu_seconds(act: Callable[[], object], *, times: int) -> float:
             act()
         rounds.append((time.process_time() - begun) / times)
     return min(rounds)
+
+
+def share_of_threads(seconds: float = 10) -> float:
+    """CPU time of the watchdog, the register, the ending and the ranks' store, a second of the clock."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    ending = Ending(0, 2)  # as if there were another rank; it only listens
+    with watched(Ranks(0, 2, None), lambda: 0, seconds=600, shards=1):
+        time.sleep(1)
+        begun = time.process_time()
+        time.sleep(seconds)
+        used = time.process_time() - begun
+    ending.over.set()
+    dist.destroy_process_group()
+    return used / seconds
 
 
 def main() -> None:
@@ -68,6 +86,7 @@ def main() -> None:
     print(json.dumps({"ms a step": step * 1e3, "threads": 1, "batch": batch}))
     for name, seconds in costs.items():
         print(f"{name:<34} {seconds * 1e6:7.1f} us  {100 * seconds / step:.3f} % of a step")
+    print(f"{'threads that look around':<34} {'':7}     {100 * share_of_threads():.3f} % of a core")
 
 
 if __name__ == "__main__":

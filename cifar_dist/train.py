@@ -180,7 +180,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         log.info(
             f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {run.epochs} epochs of "
             f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"
-            + (f"; goes on at step {state.step} of {total_steps}" if state.step else "")
+            + (f"; goes on at step {state.step} of {total_steps}" if saved else "")
         )
         unwatch = stack.enter_context(
             watched(ranks, lambda: state.step, seconds=run.timeout_seconds, shards=shards)

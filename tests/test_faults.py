@@ -41,7 +41,9 @@ def end(ranks: Ranks, *, who: int) -> float:
     return ended - float(ranks.output.split("FAULT ")[1].split()[0])
 
 
-@pytest.mark.parametrize("kind", ["killed", "leaving", "raising"])
+@pytest.mark.parametrize(
+    "kind", ["killed", pytest.param("leaving", marks=pytest.mark.fault), "raising"]
+)
 def test_a_dead_rank_ends_the_others_and_is_named(
     tmp_path: Path, recipe: RecipeMaker, kind: str
 ) -> None:

@@ -59,6 +59,7 @@ def test_accelerate_launch(
     assert world_size(tmp_path) == processes
 
 
+@pytest.mark.fault
 def test_torchrun(tmp_path: Path, recipe: RecipeMaker) -> None:
     command = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     done = run(*command, "-m", "cifar_dist.train", recipe(), cwd=tmp_path)
@@ -110,7 +111,10 @@ def test_launcher_settings_that_the_recipe_decides_are_overridden(
     assert ", fp32," in output
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize(
+    "name",
+    ["ACCELERATE_USE_FSDP", pytest.param("ACCELERATE_USE_DEEPSPEED", marks=pytest.mark.fault)],
+)
 def test_launchers_for_other_engines_are_refused(
     tmp_path: Path, recipe: RecipeMaker, name: str
 ) -> None:
@@ -118,6 +122,7 @@ def test_launchers_for_other_engines_are_refused(
     assert "accelerate_configs/" in output
 
 
+@pytest.mark.fault
 def test_ranks_with_other_recipes_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
     port = free_port()
     command = ["-m", "cifar_dist.train", recipe()]
@@ -302,7 +307,7 @@ def test_missing_sample_is_drawn_by_one_rank(tmp_path: Path, recipe: RecipeMaker
     assert (tmp_path / "data/sample/cifar-100-python/train").exists()
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut"])
+@pytest.mark.parametrize("harm", ["flip", pytest.param("cut", marks=pytest.mark.fault)])
 def test_damaged_data_are_refused_before_the_first_step(
     tmp_path: Path, recipe: RecipeMaker, data: Path, harm: str
 ) -> None:
@@ -359,3 +364,46 @@ def test_two_machines_without_slurm(tmp_path: Path, recipe: RecipeMaker) -> None
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert "2 process(es) train on cpu" in outputs[0]
     assert world_size(tmp_path) == 2
+
+
+ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "timeout_seconds": 5}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("kind", "says", "limit"),
+    [
+        ("killed", "rank 1 is gone, last heard of after step", 20),
+        ("leaving", "rank 1 is gone, last heard of after step", 20),
+        ("raising", "after step 7.", 20),
+        ("ahead", "ranks have lost each other; steps they have done: 0: ", 20),
+        ("disk full", "/dev/full: No space left on device; free or choose another place", 20),
+        (
+            "stopped",
+            "rank 1 does not answer, last heard of after step",
+            50,
+        ),  # 30 of them are torchrun's
+    ],
+)
+def test_what_one_rank_does_ends_an_accelerate_launch(
+    tmp_path: Path, recipe: RecipeMaker, kind: str, says: str, limit: int
+) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
+    command += [str(free_port()), "--config_file", str(CONFIGS / "cpu_2.yaml")]
+    command += ["-m", "faulty_rank", str(recipe(run=ENDLESS))]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "FAULT": f"{kind}:1:7"}
+    environment |= {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    seconds = time.time() - float(done.stdout.split("FAULT ")[1].split()[0])
+    print(f"{kind}: the launcher is gone after {seconds:.1f} s")
+    assert done.returncode == 1, done.stdout  # whatever the ranks' code was
+    assert says in done.stdout
+    assert seconds < limit

@@ -86,6 +86,7 @@ def test_nothing_waits_more_than_five_seconds(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["weights"] < 1, "it was told that there is no network"
 
 
+@pytest.mark.fault
 def test_a_run_on_such_a_node_is_whole(tmp_path: Path, recipe: RecipeMaker) -> None:
     """W&B goes offline, and at the end nobody waits for it."""
     command = [sys.executable, "-m", "cifar_dist.train", recipe(tracking={"mode": "online"})]

@@ -57,7 +57,9 @@ def test_two_killed_ranks_end_with_the_same_bits(tmp_path: Path, recipe: RecipeM
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(p, marks=pytest.mark.fault) for p in ("bf16", "fp16"))]
+)
 def test_killed_runs_end_with_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, precision: str
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
+@pytest.mark.fault
 def test_a_disk_that_fills_up_by_metrics_cuts_no_line_that_was_complete(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker
 ) -> None:
