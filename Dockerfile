@@ -3,7 +3,9 @@
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE}
 
-# tini passes signals on, so that `docker stop` lets the trainer save.
+# tini passes signals on, so that `docker stop` lets the trainer save. Ubuntu's packages come in their
+# newest versions, for the sake of their repairs.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates git python3 python3-venv tini \
     && rm -rf /var/lib/apt/lists/*
@@ -19,7 +21,7 @@ RUN python3 -m venv /opt/venv \
 
 COPY . .
 RUN mkdir -p data runs && chown -R trainer data runs
-USER trainer
+USER 10001
 VOLUME ["/app/data", "/app/runs"]
 ENTRYPOINT ["tini", "-g", "--"]
 CMD ["python", "-m", "cifar_dist.train", "--help"]

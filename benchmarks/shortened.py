@@ -37,10 +37,9 @@ OURS = [
     *("optim.lr=0.003", "optim.weight_decay=0.05", "optim.schedule=one_cycle"),
     *("optim.warmup_epochs=3", *SHORT),
 ]
+FLIP = ["augment.cutout=0", "augment.crop_padding=0"]
 MENDED = ["data.shuffle=true", "model.normalize=true", "optim.schedule=cosine"]
 HELD_OUT = [*OURS, "data.holdout=5000"]
-NO_CUTOUT = [*HELD_OUT, "augment.cutout=0"]
-NO_CROP = [*NO_CUTOUT, "augment.crop_padding=0"]
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
 Row = tuple[str, list[str]]  # a recipe, and what is changed
 
@@ -48,7 +47,7 @@ Row = tuple[str, list[str]]  # a recipe, and what is changed
 def larger(batch_size: int, lr: float) -> list[str]:
     """Six epochs with this batch, in shards of 250: BatchNorm sees what it saw."""
     shards = [f"run.batch_size={batch_size}", f"run.shards={batch_size // 250}"]
-    return [*OURS, "run.epochs=6", "optim.warmup_epochs=2", *shards, f"optim.lr={lr}"]
+    return [*OURS, *FLIP, "run.epochs=6", "optim.warmup_epochs=2", *shards, f"optim.lr={lr}"]
 
 
 STUDIES: dict[str, dict[str, Row]] = {
@@ -61,13 +60,13 @@ STUDIES: dict[str, dict[str, Row]] = {
         "short_augment": (AUGMENT, SHORT),
         "short_weight_decay": (WEIGHT_DECAY, SHORT),
         "short_label_smoothing": (SMOOTHING, SHORT),
-        "short_ours": ("r18_32", OURS),
+        "short_ours": ("r18_32", [*OURS, *FLIP]),
     },
-    "held_out": {  # which of these short_ours is was decided by their held-out rows
+    "held_out": {  # short_ours is the best of these by held-out rows
         "heldout_crop_flip_cutout": ("r18_32", HELD_OUT),
-        "heldout_crop_flip": ("r18_32", NO_CUTOUT),
-        "heldout_flip": ("r18_32", NO_CROP),
-        "heldout_flip_sgd": ("r18_32", [*NO_CROP, *SGD, "optim.lr=0.1"]),
+        "heldout_crop_flip": ("r18_32", [*HELD_OUT, FLIP[0]]),
+        "heldout_flip": ("r18_32", [*HELD_OUT, *FLIP]),
+        "heldout_flip_sgd": ("r18_32", [*HELD_OUT, *FLIP, *SGD, "optim.lr=0.1"]),
     },
     "large_batch": {  # AdamW: the rate as it is, by the root of the batch, and in proportion to it
         "batch_250": ("r18_32", larger(250, 0.003)),

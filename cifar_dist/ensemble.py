@@ -106,11 +106,15 @@ def held_out(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
         return None
     parts = []
     for run in runs:
+        if run.recipe.data.holdout == 0:
+            raise UserError(
+                f"{run.folder} held nothing out, others did; leave it out, or take --equal"
+            )
         part = read_logits(run.folder / FOLDER / HELD_OUT)
         if part is None:
             raise UserError(
                 f"{run.folder} has no stored predictions of held-out rows; run "
-                f"`python -m cifar_dist.evaluate {run.folder}` (with data.holdout), or take --equal"
+                f"`python -m cifar_dist.evaluate {run.folder}`, or take --equal"
             )
         parts.append(part)
     return stacked(runs, parts, "held-out rows")

@@ -43,7 +43,7 @@ def test_it_installs_our_versions_and_runs_as_nobody_special(
     (install,) = [rest for verb, rest in instructions if "pip install" in rest]
     assert "-c constraints.txt" in install
     users = [rest for verb, rest in instructions if verb == "USER"]
-    assert users == ["trainer"]
+    assert users == ["10001"]  # by number, so that a cluster can see that it is not root
     assert verbs.index("USER") > max(place for place, verb in enumerate(verbs) if verb == "RUN")
     assert json.loads(said["ENTRYPOINT"])[0] == "tini"
     assert json.loads(said["CMD"])[:3] == ["python", "-m", "cifar_dist.train"]

@@ -21,10 +21,12 @@ from cifar_dist.data.arrow import load_split
 from cifar_dist.data.augment import View
 from cifar_dist.data.batches import take
 from cifar_dist.engine.metrics import accuracy
-from cifar_dist.ensemble import choose_weights, diversity, main, weighted_mean
+from cifar_dist.engine.scores import fit_temperature, reliability
+from cifar_dist.ensemble import choose_weights, diversity, join, main, weighted_mean
 from cifar_dist.errors import UserError
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.recipe import load_recipe
+from cifar_dist.reporting.comparison import read_run
 from cifar_dist.runs import find_teacher
 
 
@@ -130,6 +132,26 @@ def test_two_runs_join_and_teach(
     batch = take(split, torch.arange(len(split.labels)), epoch=0, shard=0)
     assert torch.allclose(teacher(view, batch), mean, atol=1e-4)
     assert "teacher runs/s0" in train(student, cwd=two_runs)
+
+
+@pytest.mark.parametrize("order", [("s0", "s1"), ("s1", "s0")])
+def test_it_is_compared_with_the_best_member_and_tempered_on_held_out_rows(
+    trained: Path, order: tuple[str, str]
+) -> None:
+    runs = [read_run(trained / "runs" / name) for name in order]
+    found, joined, labels = join(runs, equal=False)
+    best = max(found["members"], key=lambda member: member["top1"])
+    assert found["against_best_member"]["run"] == best["run"]
+    stored = load_file(Path(best["run"]) / "predictions.safetensors")
+    right, together = stored["logits"].argmax(1) == labels, joined.argmax(1) == labels
+    assert found["against_best_member"]["only_first"] == int((right & ~together).sum())
+    assert found["against_best_member"]["only_second"] == int((~right & together).sum())
+    held = [load_file(run.folder / "evaluation/held_out.safetensors") for run in runs]
+    weights = [member["weight"] for member in found["members"]]
+    mean = weighted_mean(torch.stack([one["logits"] for one in held]), weights)
+    assert found["temperature"] == pytest.approx(fit_temperature(mean, held[0]["labels"]))
+    tempered = reliability(joined / found["temperature"], labels).ece
+    assert found["ensemble"]["ece_at_temperature"] == pytest.approx(tempered)
 
 
 def test_what_cannot_be_joined_is_one_sentence(

@@ -91,6 +91,8 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
     assert without["rows_left_out"] == 3
     whole = 297 * without["top1"] + 3 * without["top1_of_those"]
     assert whole / 300 == pytest.approx(numbers["top1"])
+    newest = max((run / "checkpoints").iterdir()).name
+    evaluate("runs/tiny", "--checkpoint", newest, cwd=tmp_path)  # asked for by name: no headline
     assert not (run / "evaluation").exists()
 
 
