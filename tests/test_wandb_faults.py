@@ -99,7 +99,7 @@ def test_what_breaks_in_the_middle_costs_no_row_and_no_time(
         reports = lambda: (run / "metrics.jsonl").exists() and len(lines(run)) > 4  # noqa: E731
         wait_until(reports, seconds=120, otherwise=lambda: ranks.output)
         if kind == "killed":
-            assert kill_wandb_of(ranks.processes[0].pid) == 1
+            assert kill_wandb_of(ranks.processes[0].pid) == 1, ranks.output
         else:
             server.deaf.set()
         wait_until((run / "summary.json").exists, seconds=120, otherwise=lambda: ranks.output)
