@@ -92,7 +92,7 @@ def conditions(rows: Rows) -> str:
         return ""
     seconds = statistics.median(row["seconds"] for row in rows)
     hardware = ", ".join(sorted({row["hardware"] for row in rows}))
-    return f"n = {len(rows)}, {rows[0]['epochs']} epochs, {seconds:,.0f} s, {hardware}"
+    return f"n = {len(rows)}, {rows[0]['epochs']:g} epochs, {seconds:,.0f} s, {hardware}"
 
 
 def aims_table(of: dict[str, Rows]) -> str:
