@@ -43,6 +43,9 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
         ending.over.set()
         ending.tell(sentence)
         raise SaidError(sentence) from error
+    except RuntimeError:  # of a collective that another rank has left
+        ending.leave_if_told()
+        raise
     finally:
         ending.over.set()
 
@@ -63,6 +66,12 @@ class Ending:
                 if heard.check(["ending/said"]):
                     self._leave(heard)
                     os._exit(USER_ERROR)
+
+    def leave_if_told(self) -> None:
+        """End like the others where one of them has said why before this rank could listen."""
+        with suppress(RuntimeError):
+            if self.store.check(["ending/said"]):
+                os._exit(USER_ERROR)
 
     def tell(self, sentence: str) -> None:
         """Say it, if no other rank does, and wait until the others know."""
