@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cifar_dist.engine.checkpoint import save_checkpoint
 from cifar_dist.errors import UserError
 from cifar_dist.export import main
+from cifar_dist.exporting import CHECKED_BATCHES, compare, describe
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig, build_model
 from cifar_dist.runs import find_teacher
@@ -108,6 +109,31 @@ def test_a_cosine_head_keeps_its_ranking_and_says_so(
     assert "not the same probabilities" in caplog.text
     assert "not the same probabilities" in (folder / "README.md").read_text()
     assert "Divide the logits" not in (folder / "README.md").read_text()
+
+
+def test_a_network_that_differs_is_not_kept() -> None:
+    """By more than rounding of the largest logit, at any batch size, or by not being a number."""
+    net, same = nn.Linear(3 * 32 * 32, 100), lambda images: images.flatten(1) / 255
+    assert compare(net, net, same) == 0
+    assert compare(lambda inputs: net(inputs) + 1e-5, net, same) == pytest.approx(1e-5, rel=0.2)
+    for wrong in (
+        lambda inputs: net(inputs) + 1e-2,
+        lambda inputs: net(inputs) + 1e-2 * (len(inputs) == CHECKED_BATCHES[-1]),
+        lambda inputs: net(inputs) * torch.nan,
+    ):
+        with pytest.raises(UserError, match="differs from ours"):
+            compare(wrong, net, same)
+
+
+def test_what_goes_in_and_comes_out_is_written_down(make_run: RunMaker) -> None:
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.21, 0.25]
+    usable = load_usable(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
+    said = describe(replace(usable, temperature=1.5), from_bytes=False)
+    assert said["input"]["mean"] == pytest.approx(mean)
+    assert said["input"]["std"] == pytest.approx(std)
+    assert said["input"]["shape"] == ["batch", 3, 48, 48]
+    assert said["temperature"] == 1.5
+    assert said["label_names"] == list(usable.fine)
 
 
 @pytest.mark.parametrize(("to", "uint8"), [("onnx", True), ("onnx", False), ("pt2", True)])
