@@ -12,9 +12,11 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 from safetensors.torch import load_file
 from test_cifair import content, write_cifair
+from torch.nn.functional import cross_entropy
 
-from cifar_dist.data.arrow import data_digest, read_hierarchy
+from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy
 from cifar_dist.engine.scores import confusion
+from cifar_dist.usable import load_usable
 
 
 def evaluate(*arguments: object, cwd: Path, world_size: int = 1, expect: int = 0) -> str:
@@ -86,6 +88,9 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
     assert "same bits" not in output
     numbers = found(tmp_path / "flipped")
     assert numbers["test_time"] == "flips"
+    usable, test = load_usable(run), load_split(middle_data, "test")
+    both = (usable.logits(test.images) + usable.logits(test.images.flip(3))) / 2
+    assert numbers["loss"] == pytest.approx(float(cross_entropy(both, test.labels)), rel=1e-4)
     assert numbers["cifair"]["rows"] == 23
     without = numbers["without_near_duplicates"]
     assert without["rows_left_out"] == 3
