@@ -110,3 +110,9 @@ def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity
         tracking.identity_of(tmp_path)
     (tmp_path / "wandb_id").write_text("abc\n")
     assert tracking.offline_folders(tmp_path, tracking.identity_of(tmp_path)) == [folder]
+
+
+def test_an_id_that_a_file_gives_names_no_other_place(tmp_path: Path) -> None:
+    (tmp_path / "run/wandb/offline-run-1-x").mkdir(parents=True)
+    with pytest.raises(UserError, match="no id of W&B"):
+        tracking.offline_folders(tmp_path / "run", "x/../..")

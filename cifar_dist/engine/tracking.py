@@ -101,6 +101,7 @@ def _has_key(host: str) -> bool:
 INIT_SECONDS = 4  # what a start may wait for a server that answered a moment ago
 FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # what an end may upload, without and with weights
 
+WANDB_ID = re.compile(r"[A-Za-z0-9_-]+")
 SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
 
 # What W&B's summary keeps of each curve beside its last value; the headline is summary.json's.
@@ -121,13 +122,15 @@ def identity_of(folder: Path) -> str:
     if not path.exists():
         write_file(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     identity = path.read_text().strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", identity):  # it becomes part of paths that are deleted
+    if not WANDB_ID.fullmatch(identity):
         raise UserError(f"{path}: is no id of W&B; delete it, and a new one is made")
     return identity
 
 
 def offline_folders(folder: Path, identity: str) -> list[Path]:
-    """The offline runs with this id in a folder, oldest first."""
+    """The offline runs with this id in a folder, oldest first; they may be deleted, so it names no other place."""
+    if not WANDB_ID.fullmatch(identity):
+        raise UserError(f"{folder}: {identity!r} is no id of W&B")
     return sorted(folder.glob(f"wandb/offline-run-*-{identity}"))
 
 
