@@ -49,6 +49,9 @@ LITE0 = [
     *("optim.warmup_epochs=0.5", "ema.decay=0.995"),
 ]
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
+# The student of short_ours, taught by short_lite0: its logits for two views are written down first by
+# python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml run.precision=fp32 and what is here.
+TAUGHT = [*OURS, *FLIP, "augment.views=2", "teacher.run=runs/short_lite0_seed0"]
 Row = tuple[str, list[str]]  # a recipe, and what is changed
 
 
@@ -77,6 +80,10 @@ STUDIES: dict[str, dict[str, Row]] = {
         "heldout_flip_sgd": ("r18_32", [*HELD_OUT, *FLIP, *SGD, "optim.lr=0.1"]),
     },
     "pretrained": {"short_lite0": ("lite0_224", LITE0)},
+    "taught": {
+        "short_taught": ("r18_32_kd_cached", TAUGHT),
+        "short_alone": ("r18_32", [*OURS, *FLIP, "augment.views=2"]),
+    },
     "large_batch": {  # AdamW: the rate as it is, by the root of the batch, and in proportion to it
         "batch_250": ("r18_32", larger(250, 0.003)),
         "batch_2000_same": ("r18_32", larger(2000, 0.003)),

@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--force", action="store_true", help="begin anew, and replace another cache in its place"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     adopt_slurm_ranks()
     log_to_terminal()

@@ -352,7 +352,7 @@ def main(arguments: list[str]) -> int:
         "--force", action="store_true", help="go on although the recipe has changed"
     )
     parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     adopt_slurm_ranks()
     log_to_terminal()
