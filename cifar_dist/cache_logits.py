@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, take
@@ -153,8 +153,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml",
         "accelerate launch -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml augment.views=16",
     )
-    parser.add_argument("recipe", type=Path, help="a student's recipe, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    add_recipe(parser, "a student's recipe, see recipes/")
     parser.add_argument(
         "--sharded", action="store_true", help="share the teacher's weights among the processes"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import textwrap
+from pathlib import Path
 from typing import NoReturn
 
 from cifar_dist.errors import UserError
@@ -34,3 +35,12 @@ def command_parser(command: str, description: str, *examples: str) -> argparse.A
         "--traceback", action="store_true", help="show where in the code an error was found"
     )
     return parser
+
+
+def add_recipe(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """A recipe and changes to it; `parse_intermixed_args` lets options stand between them."""
+    parser.add_argument("recipe", type=Path, help=meaning)
+    # the default says that none is needed, which an error message would else deny
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="changes to it"
+    )

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from cifar_dist import __version__
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_digest
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import holdout_rows, train_batches
@@ -343,8 +343,7 @@ def main(arguments: list[str]) -> int:
         "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
         "recipes/r18_32.yaml name=seed1 run.seed=1",
     )
-    parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
+    add_recipe(parser, "a YAML file, see recipes/")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and its cost"
     )
