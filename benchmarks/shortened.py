@@ -49,6 +49,15 @@ LITE0 = [
     *("optim.warmup_epochs=0.5", "ema.decay=0.995"),
 ]
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
+# speed_75 for three epochs, two of them at 24 px.
+SPEED = [
+    *(
+        "run.epochs=3",
+        "run.eval_every_epochs=1",
+        "model.growing={start: 24, epochs: 3, multiple: 8}",
+    ),
+    "optim.warmup_epochs=0.75",
+]
 # The student of short_ours, taught by short_lite0: its logits for two views are written down first by
 # python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml run.precision=fp32 and what is here.
 TAUGHT = [*OURS, *FLIP, "augment.views=2", "teacher.run=runs/short_lite0_seed0"]
@@ -80,6 +89,7 @@ STUDIES: dict[str, dict[str, Row]] = {
         "heldout_flip_sgd": ("r18_32", [*HELD_OUT, *FLIP, *SGD, "optim.lr=0.1"]),
     },
     "pretrained": {"short_lite0": ("lite0_224", LITE0)},
+    "speed": {"short_speed": ("speed_75", SPEED)},
     "taught": {
         "short_taught": ("r18_32_kd_cached", TAUGHT),
         "short_alone": ("r18_32", [*OURS, *FLIP, "augment.views=2"]),
