@@ -58,9 +58,10 @@ SPEED = [
     ),
     "optim.warmup_epochs=0.75",
 ]
-# The student of short_ours, taught by short_lite0: its logits for two views are written down first by
-# python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml run.precision=fp32 and what is here.
-TAUGHT = [*OURS, *FLIP, "augment.views=2", "teacher.run=runs/short_lite0_seed0"]
+# The student of short_ours in fp32, in which its teacher short_lite0 is the quicker one; the teacher's logits
+# are written down first by cache_logits, with these changes. `short_alone` sees the same two views.
+STUDENT = [*OURS, *FLIP, "run.precision=fp32", "augment.views=2"]
+TAUGHT = [*STUDENT, "teacher.run=runs/short_lite0_seed0"]
 Row = tuple[str, list[str]]  # a recipe, and what is changed
 
 
@@ -92,7 +93,7 @@ STUDIES: dict[str, dict[str, Row]] = {
     "speed": {"short_speed": ("speed_75", SPEED)},
     "taught": {
         "short_taught": ("r18_32_kd_cached", TAUGHT),
-        "short_alone": ("r18_32", [*OURS, *FLIP, "augment.views=2"]),
+        "short_alone": ("r18_32", STUDENT),
     },
     "large_batch": {  # AdamW: the rate as it is, by the root of the batch, and in proportion to it
         "batch_250": ("r18_32", larger(250, 0.003)),
