@@ -2,8 +2,8 @@
 
 Page 2019, "How to Train Your ResNet" (myrtle.ai), the DAWNBench entry for CIFAR-10: eight 3x3
 convolutions, three of them followed by a max-pool, two residual blocks, and a linear layer, which
-is the project's head here. He multiplies the logits by 0.125; with our heads that is a matter of
-the learning rate. float [B,3,S,S], S at least 8 -> [B, 512].
+is the project's head here. He multiplies the logits by 0.125; here the features are, which for a
+linear layer is the same. float [B,3,S,S], S at least 8 -> [B, 512].
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def resnet9(in_chans: int = 3) -> nn.Module:
             stage3=nn.Sequential(conv_norm(256, 512), nn.MaxPool2d(2), Residual(512)),
             pool=nn.AdaptiveMaxPool2d(1),
             flat=nn.Flatten(),
+            scale=Scaled(0.125),
         )
     )
 
@@ -35,6 +36,17 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
+
+
+class Scaled(nn.Module):
+    """factor * x. A head's steps are as long as its input squared: maxima would make them diverge."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
 
 
 def conv_norm(before: int, after: int) -> nn.Module:
