@@ -1,13 +1,120 @@
-"""A command takes its recipe, changes and options in any order, and says what is missing."""
+"""Every command explains itself alike, and ends in one sentence where a person can mend it."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, train
-from cifar_dist.errors import UserError
+from cifar_dist import cache_logits, evaluate, train
+from cifar_dist.errors import INTERRUPTED, UserError, run_command
+from cifar_dist.files import write_file
+
+PACKAGE = Path(__file__).parents[1] / "cifar_dist"
+COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_a_word_on_each_option(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    module = importlib.import_module(f"cifar_dist.{command}")
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    usage, described = shown.split("\n\n", 1)
+    assert usage.startswith(f"usage: python -m cifar_dist.{command} ")
+    assert re.search(rf"examples?:\n  .*cifar_dist\.{command} ?", shown)
+    assert "--traceback" in usage
+    assert max(len(line) for line in described.partition("\n\n")[0].splitlines()) <= 80
+    options = shown.partition("\noptions:\n")[2].partition("\nexample")[0]
+    entries = re.split(r"\n(?=  \S)", options.rstrip())
+    assert len(entries) >= 2
+    for entry in entries:  # "  --name VALUE  its help", or its help on the next line
+        assert re.search(r"\S {2,}\S|\n {10,}\S", entry.strip()), f"no help: {entry}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["runs/a", "--flip"], "unrecognized arguments: --flip; did you mean --flips; `python -m"),
+        (["runs/a", "--split", "valid"], "invalid choice: 'valid'"),
+        ([], "arguments are required: run"),
+    ],
+)
+def test_a_mistyped_option_is_one_sentence(arguments: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        evaluate.main(arguments)
+    assert str(refused.value).endswith("`python -m cifar_dist.evaluate --help` says what there is")
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["command"])
+    for place in ("folder", "file/inside", "n" * 300):
+
+        def write(arguments: list[str], path: Path = tmp_path / place) -> int:
+            write_file(path, "content")
+            return 0
+
+        assert run_command(write) == 2
+        assert re.match(rf"error: .*{place[:4]}.*; free or choose", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
+    """`command | head -1`: no trace, and what comes after the printing is done."""
+    script = (
+        "import sys; from cifar_dist.engine.runtime import log, log_to_terminal; log_to_terminal()\n"
+        "for line in range(20000): log.info(f'line {line}')\n"
+        "print('done', file=sys.stderr)"
+    )
+    command = f"{sys.executable} -c {shlex.quote(script)} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("line 0\n", "done\n")
+
+
+def test_a_trace_is_there_for_who_asks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(arguments: list[str]) -> int:
+        raise UserError("the moon is full; wait a day")
+
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    for main, sentence in (wrong, "the moon is full; wait a day"), (full, "runs/x: No space left"):
+        monkeypatch.setattr(sys, "argv", ["command"])
+        assert run_command(main) == 2
+        assert capsys.readouterr().err.startswith(f"error: {sentence}")
+        monkeypatch.setattr(sys, "argv", ["command", "--traceback"])
+        with pytest.raises((UserError, OSError)):
+            run_command(main)
+
+
+def test_a_bug_keeps_its_trace_and_ctrl_c_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(arguments: list[str]) -> int:
+        raise ZeroDivisionError
+
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(ZeroDivisionError):
+        run_command(bug)
+    assert run_command(interrupted) == INTERRUPTED
 
 
 @pytest.mark.parametrize(
