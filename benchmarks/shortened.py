@@ -51,12 +51,8 @@ LITE0 = [
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
 # speed_75 for three epochs, two of them at 24 px.
 SPEED = [
-    *(
-        "run.epochs=3",
-        "run.eval_every_epochs=1",
-        "model.growing={start: 24, epochs: 3, multiple: 8}",
-    ),
-    "optim.warmup_epochs=0.75",
+    *("run.epochs=3", "run.eval_every_epochs=1", "optim.warmup_epochs=0.75"),
+    "model.growing={start: 24, epochs: 3, multiple: 8}",
 ]
 # The student of short_ours in fp32, in which its teacher short_lite0 is the quicker one; the teacher's logits
 # are written down first by cache_logits, with these changes. `short_alone` sees the same two views.
