@@ -271,6 +271,28 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
     assert numbers["step_milliseconds"]["ours"]["median"] > 0
 
 
+def test_lengths_add_up(recipe: RecipeMaker) -> None:
+    """One of four epochs at 16 px: each size has a rate of its own."""
+    growing = {"start": 16, "epochs": 2, "multiple": 16}
+    path = recipe(model={"growing": growing, "pretrained": True})  # nothing is fetched for it
+    quick = ["--rounds", "3", "--seconds", "0", "--batch", "2"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "lengths.py", path, *quick, "--output", "lengths.json"],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(Path("lengths.json").read_text())
+    assert {"hardware", "torch", "date", "commit"} <= content["machine"].keys()
+    row = content["recipes"]["tiny"]
+    assert row["epochs"] == {"16": 1, "32": 3}
+    rates = {size: rate["median"] for size, rate in row["images_per_second"].items()}
+    assert row["seconds"] == pytest.approx(50_000 / rates["16"] + 150_000 / rates["32"])
+    assert "| `tiny`, fp32 | " in done.stdout
+
+
 PAGE = "before\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nafter\n"
 
 
