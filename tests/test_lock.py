@@ -7,10 +7,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -71,11 +72,12 @@ def test_starts_in_the_same_instant_have_one_winner(tmp_path: Path) -> None:
 
 @contextmanager
 def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the folder's lock, with these variables."""
+    """Another process that holds the folder's lock, with these variables, and looks at it often."""
     script = (
         "import sys, pathlib\n"
-        "from cifar_dist.engine.lock import locked\n"
-        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "from cifar_dist.engine import lock\n"
+        "lock.HEARTBEAT_SECONDS = 0.1\n"
+        "with lock.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('mine', flush=True)\n"
         "    sys.stdin.read()\n"
     )
@@ -153,22 +155,33 @@ def test_a_file_that_says_nothing_holds_for_a_minute(tmp_path: Path, content: st
 
 def test_who_was_taken_over_ends_without_saving(tmp_path: Path) -> None:
     """A suspended process wakes up in a folder that another job holds by now."""
-    script = "import cifar_dist.engine.lock as lock; lock.HEARTBEAT_SECONDS = 0.1\n"
-    script += "import pathlib, sys, time\n"
-    script += "with lock.locked(pathlib.Path(sys.argv[1])):\n    print('mine', flush=True); time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "mine\n"
-    later = tmp_path / "lock/2.json"
-    later.touch()  # one that only looks in
-    time.sleep(0.5)
-    assert process.poll() is None
-    later.write_text(json.dumps(lock._me()))
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 1
-    assert "taken over by another job" in errors
+    with holder(tmp_path) as process:
+        later = tmp_path / "lock/2.json"
+        later.touch()  # one that only looks in
+        time.sleep(0.5)
+        assert process.poll() is None
+        later.write_text(json.dumps(lock._me()))
+        assert process.wait(timeout=10) == 1
+        assert process.stderr is not None
+        assert "taken over by another job" in process.stderr.read()
+
+
+def remove_the_lock(folder: Path) -> None:
+    shutil.rmtree(folder / "lock")
+
+
+def give_its_number_to_another(folder: Path) -> None:
+    (folder / "lock/1.json").write_text(json.dumps(lock._me()))
+
+
+@pytest.mark.parametrize("act", [remove_the_lock, give_its_number_to_another])
+def test_whose_lock_was_removed_ends_without_saving(
+    tmp_path: Path, act: Callable[[Path], None]
+) -> None:
+    with holder(tmp_path) as process:
+        act(tmp_path)
+        assert process.wait(timeout=10) == 1
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert "its lock was removed" in errors
+    assert "Traceback" not in errors

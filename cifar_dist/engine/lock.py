@@ -38,10 +38,10 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
     The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder.
     """
     path = path or folder / "lock"
-    mine = _enter(path)
+    mine, name = _enter(path), json.dumps(_me())
     holder = _other(mine)
     if holder is None:
-        mine.write_text(json.dumps(_me()))
+        mine.write_text(name)
         holder = _other(mine)
     if holder is not None:
         mine.unlink()
@@ -52,16 +52,16 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
 
     def beat() -> None:
         while not stop.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the next one may go through
+            with suppress(OSError):  # the storage does not answer; the next one may go through
+                if _lost(mine, name):
+                    print(
+                        f"error: {folder} was taken over by another job while this one was suspended or "
+                        "its storage did not answer, or its lock was removed; this one ends without saving",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)
                 os.utime(mine)
-            if _lost(mine):
-                print(
-                    f"error: {folder} was taken over by another job while this one was suspended or "
-                    "its storage did not answer; this one ends without saving",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
 
     thread = threading.Thread(target=beat, daemon=True, name="lock heartbeat")
     thread.start()
@@ -70,10 +70,10 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
     finally:
         stop.set()
         thread.join()
-        for dead in _below(mine):
-            dead.unlink(missing_ok=True)
-        mine.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else waits in it
+        with suppress(OSError):  # somebody else waits in it; what is left of the dead is nobody's
+            for dead in _below(mine):
+                dead.unlink(missing_ok=True)
+            mine.unlink(missing_ok=True)
             path.rmdir()
 
 
@@ -100,8 +100,11 @@ def _other(mine: Path) -> str | None:
 
 
 def _numbers(path: Path) -> dict[int, Path]:
-    """The files of a lock by their number."""
-    found = (re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir())
+    """The files of a lock by their number; none where somebody removed it."""
+    try:
+        found = [re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir()]
+    except FileNotFoundError:
+        return {}
     return {int(match[1]): path / match[0] for match in found if match}
 
 
@@ -109,10 +112,17 @@ def _below(mine: Path) -> list[Path]:
     return [file for number, file in _numbers(mine.parent).items() if number < int(mine.stem)]
 
 
-def _lost(mine: Path) -> bool:
-    """Whether a later process found us dead and holds the lock: it has written its name."""
+def _lost(mine: Path, name: str) -> bool:
+    """Whether the lock is no longer ours: a later process, which found us dead, has written its name.
+
+    `name`: what we wrote into our file; where somebody removed the lock, another may have its number.
+    """
+    try:
+        gone = mine.read_text() != name
+    except FileNotFoundError:
+        return True
     later = (n for n, file in _numbers(mine.parent).items() if n > int(mine.stem) and _read(file))
-    return not mine.exists() or any(later)
+    return gone or any(later)
 
 
 def _me() -> dict[str, Any]:
