@@ -137,6 +137,26 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert "tiny & 2 &" in latex.read_text()
 
 
+def test_a_run_with_margins_and_a_teacher_is_shown(
+    tmp_path: Path, runs: Path, hostile_data: Path
+) -> None:
+    taught = quick_recipe(
+        tmp_path,
+        "taught",
+        hostile_data,
+        model={"head": "cosine"},
+        losses={"arcface": {"scale": 8}, "distill": {"weight": 0.5}},
+        teacher={"run": str(runs / "other")},
+    )
+    train(taught, cwd=tmp_path)
+    output = tmp_path / "page.html"
+    assert main([str(runs / "taught"), str(runs / "other"), "--output", str(output)]) == 0
+    text = output.read_text()
+    assert '<code>losses.arcface.scale</code></td><td class="text"><code>8.0</code>' in text
+    assert "<code>teacher.run</code>" in text
+    assert '<code>model.head</code></td><td class="text"><code>cosine</code>' in text
+
+
 def test_without_data_the_numbers_remain(runs: Path, data: Path) -> None:
     output = runs / "page.html"
     (runs / "other").rename(runs / "<i>other")

@@ -159,7 +159,7 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
 
 def changed(recipe: Recipe) -> list[tuple[str, Any]]:
     """What a recipe says beside the defaults."""
-    defaults = flat(resolved(Recipe(name=recipe.name, losses=recipe.losses)))
+    defaults = flat(resolved(Recipe(name=recipe.name)))
     return [
         (name, value)
         for name, value in flat(resolved(recipe)).items()
