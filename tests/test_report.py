@@ -137,6 +137,21 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert "tiny & 2 &" in latex.read_text()
 
 
+def test_a_seed_that_counts_twice_is_said(runs: Path, tmp_path: Path) -> None:
+    for name, bears in (("again", "tiny"), ("ours", "r18_32")):
+        folder = Path(shutil.copytree(runs / "tiny_s0", runs / name))
+        text = (folder / "recipe.yaml").read_text()
+        (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", f"name: {bears}"))
+    output = tmp_path / "page.html"
+    honest, twice = ("tiny_s0", "tiny_s1"), ("tiny_s0", "tiny_s1", "again")
+    for names, said in ((honest, False), (twice, True)):
+        folders = [str(runs / name) for name in names]
+        assert main([*folders, "--output", str(output)]) == 0
+        assert ("tiny: 3 runs, but 2 seed(s)" in output.read_text()) is said
+    assert main([str(runs / "ours"), "--tutorial", "--output", str(output)]) == 0
+    assert '<span class="differs">n = 1, 1 epoch</span>' in output.read_text()
+
+
 def test_a_run_with_margins_and_a_teacher_is_shown(
     tmp_path: Path, runs: Path, hostile_data: Path
 ) -> None:

@@ -167,6 +167,16 @@ def changed(recipe: Recipe) -> list[tuple[str, Any]]:
     ]
 
 
+def repeated_seeds(groups: Sequence[Group]) -> list[str]:
+    """A sentence for each group in which a seed counts more than once."""
+    return [
+        f"{group.label}: {len(group.runs)} runs, but {len(seeds)} seed(s), so its deviation is too "
+        "small; leave out the runs that repeat a seed."
+        for group in groups
+        if len(seeds := {run.recipe.run.seed for run in group.runs}) < len(group.runs)
+    ]
+
+
 def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) -> str:
     """The whole page; all names in it are escaped."""
     groups = group_runs(runs)
@@ -175,8 +185,8 @@ def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) 
         group_of.setdefault(run.folder, len(set(group_of.values())))
     legend = {group_of[run.folder]: f"{run.recipe.name} (not finished)" for run in runs}
     legend |= {place: group.label for place, group in enumerate(groups)}
-    notices: list[str] = []
-    closer = []
+    notices = repeated_seeds(groups)
+    closer, drawn = [], []
     bar = progress_bar(0, len(groups), shown=True, unit="recipe")
     for group in groups:
         for shown in [run for run in group.runs if run.predictions is not None][:1]:
@@ -185,10 +195,12 @@ def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) 
                 notices.append(problem)
                 continue
             if read_digest(where)["content"] == "sample":
-                notices.append(f"{group.label} was trained on the drawn sample, not on CIFAR-100.")
+                drawn.append(group.label)
             closer.append(closer_look(group, shown, where))
         bar.update()
     bar.close()
+    if drawn:
+        notices.append(f"Trained on the drawn sample, not on CIFAR-100: {', '.join(drawn)}.")
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),
         autoescape=True,

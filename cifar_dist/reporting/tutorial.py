@@ -37,33 +37,41 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Measured:
+    said: str  # mean ± standard deviation
+    of: str  # how many runs, how long
+
+
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A row with what we have measured, as text; None where no run exists."""
+    """A row with what we have measured; None where no run exists."""
 
     row: Row
-    protocol_best: str | None  # our run of its protocol, best test epoch: what it publishes
-    protocol_last: str | None  # the same run, last epoch
-    ours: str | None  # our recipe, last epoch
+    protocol_best: Measured | None  # our run of its protocol, best test epoch: what it publishes
+    protocol_last: Measured | None  # the same run, last epoch
+    ours: Measured | None  # our recipe, last epoch
 
 
 def side_by_side(groups: Sequence[Group]) -> list[Beside]:
     """The published rows and the groups whose runs bear the names of the recipes."""
     by_name = {SEED_IN_NAME.sub("", group.runs[0].recipe.name): group for group in groups}
 
-    def text(name: str | None, value: str) -> str | None:
+    def measured(name: str | None, value: str) -> Measured | None:
         group = by_name.get(name or "")
-        if group is None:
+        said = mean_and_deviation(group, value) if group else None
+        if group is None or said is None:
             return None
-        said = mean_and_deviation(group, value)
-        return f"{said} (n = {len(group.runs)}, {group.mean('epochs'):g} epochs)" if said else None
+        epochs = group.mean("epochs")
+        of = f"n = {len(group.runs)}, {epochs:g} epoch{'s' if epochs != 1 else ''}"
+        return Measured(said, of)
 
     return [
         Beside(
             row=row,
-            protocol_best=text(row.config, "best_test_top1"),
-            protocol_last=text(row.config, "top1"),
-            ours=text(row.ours, "top1"),
+            protocol_best=measured(row.config, "best_test_top1"),
+            protocol_last=measured(row.config, "top1"),
+            ours=measured(row.ours, "top1"),
         )
         for row in PUBLISHED
     ]
