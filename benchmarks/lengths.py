@@ -1,7 +1,8 @@
-"""How long recipes take on a GPU or one core: the network's forward and backward alone, so a bound from below.
+"""How long recipes take on a GPU or one core: the network's forward and backward alone.
 
 Each recipe has a turn for each size of picture that it trains at, one after the other in rounds. On a
-CPU, time is that of one thread on its core: what else the machine does stays out.
+CPU, time is that of one thread on its core: what else the machine does stays out. On a GPU, kernels are
+launched one by one here; a training that records its step may be quicker than this for small pictures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tables import markdown, shown
 
 from cifar_dist.engine.runtime import start_processes
 from cifar_dist.engine.step import autocast, check_precision
-from cifar_dist.errors import run_command
+from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_json
 from cifar_dist.nets.backbones import Classifier, build_model
 from cifar_dist.recipe import Recipe, load_recipe
@@ -79,6 +80,9 @@ def main(arguments: list[str]) -> int:
     # Untrained: weights do not change how long a network takes.
     untrained = ["model.pretrained=false"]
     recipes = [load_recipe(path, untrained) for path in options.recipes]
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two recipes have the name {twice}; give one of them another")
     turns = take_turns(
         {
             name: work
