@@ -241,31 +241,36 @@ def test_augmentations_are_drawn() -> None:
     assert len(colours) > 10_000
 
 
-def test_input_writes_all_its_numbers(middle_data: Path) -> None:
-    command: list[str | Path] = [sys.executable, BENCHMARKS / "input.py", "--data", middle_data]
+def measured(script: str, *words: str | Path) -> tuple[str, Any]:
+    """What a benchmark prints, and what it writes."""
     done = subprocess.run(
-        [*command, "--rounds", "1", "--seconds", "0.05", "--output", "input.json"],
+        [sys.executable, BENCHMARKS / script, *words, "--output", "measured.json"],
         capture_output=True,
         text=True,
         env=os.environ,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    numbers = json.loads(Path("input.json").read_text())
+    return done.stdout, json.loads(Path("measured.json").read_text())
+
+
+def test_input_writes_all_its_numbers(middle_data: Path) -> None:
+    quick = ["--rounds", "1", "--seconds", "0.05"]
+    printed, numbers = measured("input.py", "--data", middle_data, *quick)
     assert numbers["threads"] == 1
     assert {"hardware", "cores", "torch", "date", "commit"} <= numbers.keys()
     assert len(numbers["data_path"]) == 11
     assert len(numbers["null_model_loop"]) == 9
     for row in numbers["augmentations"]:
-        assert row["name"] in done.stdout
+        assert row["name"] in printed
         assert row["images_per_cpu_second"]["least"] > 0
     assert [row["name"] for row in numbers["augmentations"]] == list(AUGMENTATIONS)[1:]
     assert len(numbers["host_augmentation"]) == 3
     for row in numbers["host_augmentation"]:
-        assert row["name"] in done.stdout
+        assert row["name"] in printed
         assert row["images_per_second"]["least"] > 0
     for row in numbers["data_path"] + numbers["null_model_loop"]:
-        assert row["name"] in done.stdout
+        assert row["name"] in printed
         for spread in (row["images_per_second"], row["times_the_tutorial"]["by_cpu"]):
             assert 0 < spread["least"] <= spread["median"] <= spread["most"]
     assert numbers["step_milliseconds"]["ours"]["median"] > 0
@@ -276,21 +281,13 @@ def test_lengths_add_up(recipe: RecipeMaker) -> None:
     growing = {"start": 16, "epochs": 2, "multiple": 16}
     path = recipe(model={"growing": growing, "pretrained": True})  # nothing is fetched for it
     quick = ["--rounds", "3", "--seconds", "0", "--batch", "2"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "lengths.py", path, *quick, "--output", "lengths.json"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    content = json.loads(Path("lengths.json").read_text())
+    printed, content = measured("lengths.py", path, *quick)
     assert {"hardware", "torch", "date", "commit"} <= content["machine"].keys()
     row = content["recipes"]["tiny"]
     assert row["epochs"] == {"16": 1, "32": 3}
     rates = {size: rate["median"] for size, rate in row["images_per_second"].items()}
     assert row["seconds"] == pytest.approx(50_000 / rates["16"] + 150_000 / rates["32"])
-    assert "| `tiny`, fp32 | " in done.stdout
+    assert "| `tiny`, fp32 | " in printed
 
 
 PAGE = "before\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nafter\n"
