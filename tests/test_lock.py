@@ -185,3 +185,19 @@ def test_whose_lock_was_removed_ends_without_saving(
         errors = process.stderr.read()
     assert "its lock was removed" in errors
     assert "Traceback" not in errors
+
+
+def test_the_lock_of_another_stays(tmp_path: Path) -> None:
+    """Its number was ours until somebody removed our file."""
+    with locked(tmp_path):
+        (tmp_path / "lock/1.json").write_bytes(b"another's, \xff")
+    assert (tmp_path / "lock/1.json").exists()
+
+
+def test_who_has_lost_the_lock_ends_even_if_nobody_listens(tmp_path: Path) -> None:
+    with holder(tmp_path) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        remove_the_lock(tmp_path)
+        assert process.wait(timeout=10) == 1
+        process.stderr = None

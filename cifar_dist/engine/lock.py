@@ -51,17 +51,21 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
     stop = threading.Event()
 
     def beat() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
+        lost = False
+        while not lost and not stop.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # the storage does not answer; the next one may go through
-                if _lost(mine, name):
-                    print(
-                        f"error: {folder} was taken over by another job while this one was suspended or "
-                        "its storage did not answer, or its lock was removed; this one ends without saving",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(1)
-                os.utime(mine)
+                lost = _lost(mine, name)
+                if not lost:
+                    os.utime(mine)
+        if lost:
+            with suppress(OSError):  # nobody may read it any more
+                print(
+                    f"error: {folder} was taken over by another job while this one was suspended or "
+                    "its storage did not answer, or its lock was removed; this one ends without saving",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            os._exit(1)
 
     thread = threading.Thread(target=beat, daemon=True, name="lock heartbeat")
     thread.start()
@@ -71,10 +75,10 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
         stop.set()
         thread.join()
         with suppress(OSError):  # somebody else waits in it; what is left of the dead is nobody's
-            for dead in _below(mine):
-                dead.unlink(missing_ok=True)
-            mine.unlink(missing_ok=True)
-            path.rmdir()
+            if not _lost(mine, name):
+                for file in (*_below(mine), mine):
+                    file.unlink(missing_ok=True)
+                path.rmdir()
 
 
 def _enter(path: Path) -> Path:
@@ -118,7 +122,7 @@ def _lost(mine: Path, name: str) -> bool:
     `name`: what we wrote into our file; where somebody removed the lock, another may have its number.
     """
     try:
-        gone = mine.read_text() != name
+        gone = mine.read_bytes() != name.encode()
     except FileNotFoundError:
         return True
     later = (n for n, file in _numbers(mine.parent).items() if n > int(mine.stem) and _read(file))
