@@ -10,6 +10,8 @@ import yaml
 
 from cifar_dist.errors import UserError
 
+_INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-3 is a number, `no` and `010` are text; no repeats, no aliases."""
@@ -40,6 +42,15 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: Any) -> int:
+        """Under the tag !!int PyYAML would also read 010 as 8 and 1:30 as 90."""
+        text = self.construct_scalar(node)
+        if not _INTEGER.match(text):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text[:40]!r} is no integer; write decimal digits", node.start_mark
+            )
+        return int(text)
+
 
 # A tag like !!binary or !!set would make what is no plain data; without a constructor it is refused.
 _Loader.yaml_constructors = {
@@ -50,11 +61,12 @@ _Loader.yaml_constructors = {
         *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")),
     )
 }
+_Loader.yaml_constructors["tag:yaml.org,2002:int"] = _Loader.construct_yaml_int
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|)$", ["~", "n", ""]),
     ("bool", r"^(?:true|false)$", list("tf")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    ("int", _INTEGER.pattern, list("-+0123456789")),
     (
         "float",
         r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",

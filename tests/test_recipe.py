@@ -130,6 +130,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nrun: !!map [1]", ["expected a mapping"]),
         ("name: a\noptim: {lr: !!float '" + "1:" * 400 + "1'}", ["too large"]),
         ("name: a\noptim: {lr: !!float nan}", ["not finite"]),
+        ("name: a\nrun: {epochs: !!int 010}", ["'010' is no integer", "decimal"]),
+        ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is no integer"]),
         ("name: a\n1: 2", ["not a word"]),
         ("[" * 30000, ["recipe.yaml"]),
         ("name: a\x00", ["recipe.yaml"]),
