@@ -106,11 +106,15 @@ class Run:
         }
 
 
+def refuse_twice(names: list[str]) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two recipes have the name {twice}; a run is known by its recipe's name")
+
+
 def plan(wanted: list[tuple[Path, list[str]]], seeds: list[int]) -> list[Run]:
     """All runs of (recipe, changes to it); seed by seed: an early end leaves each recipe as many."""
     names = [load_recipe(path, changes).name for path, changes in wanted]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two recipes have the name {twice}; a run is known by its recipe's name")
+    refuse_twice(names)
     runs = []
     for seed in seeds:
         for (path, changes), base in zip(wanted, names, strict=True):

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accuracy import refuse_twice
 from measure import Work, machine, settle, spread, take_turns
 from tables import markdown, shown
 
 from cifar_dist.engine.runtime import start_processes
 from cifar_dist.engine.step import autocast, check_precision
-from cifar_dist.errors import UserError, run_command
+from cifar_dist.errors import run_command
 from cifar_dist.files import write_json
 from cifar_dist.nets.backbones import Classifier, build_model
 from cifar_dist.recipe import Recipe, load_recipe
@@ -80,9 +81,7 @@ def main(arguments: list[str]) -> int:
     # Untrained: weights do not change how long a network takes.
     untrained = ["model.pretrained=false"]
     recipes = [load_recipe(path, untrained) for path in options.recipes]
-    names = [recipe.name for recipe in recipes]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two recipes have the name {twice}; give one of them another")
+    refuse_twice([recipe.name for recipe in recipes])
     turns = take_turns(
         {
             name: work
