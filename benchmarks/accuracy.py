@@ -30,7 +30,7 @@ from cifar_dist.data.arrow import DIGEST, data_digest
 from cifar_dist.engine.results import read_json, read_summary
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file, write_json
-from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, flat, load_recipe, resolved
+from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, changes, flat, load_recipe, resolved
 
 SAVE_SECONDS = 120  # what a training may take to save; then it is killed
 EPILOG = """\
@@ -72,9 +72,9 @@ class Run:
         for row in (row for row in rows if row["recipe"] == self.base):
             before = row["settings"] | ({"data": row["data"]} if "data" in settings else {})
             changed = [
-                f"{name}: {value} -> {settings.get(name)}"
-                for name, value in before.items()
-                if name not in ("name", "run.seed") and value != settings.get(name)
+                f"{name}: {old} -> {new}"
+                for name, old, new in changes(before, settings)
+                if name not in ("name", "run.seed") and not name.startswith(NOT_THE_RECIPE)
             ]
             if changed:
                 raise UserError(

@@ -14,7 +14,7 @@ from accuracy import Row, read_rows
 from shortened import STUDIES
 from tables import markdown, write_page
 
-from cifar_dist.errors import run_command
+from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file
 from cifar_dist.reporting.charts import HEIGHT, WIDTH, Series, line_chart
 from cifar_dist.reporting.tutorial import PUBLISHED
@@ -103,7 +103,7 @@ def aims_table(of: dict[str, Rows]) -> str:
         "its protocol by us, best test epoch",
         "last epoch",
     ]
-    lines = [[*head, "the field", "ours, last epoch", "recipe", "runs of ours"]]
+    lines = [[*head, "its runs", "the field", "ours, last epoch", "recipe", "runs of ours"]]
     told = set()
     for aim in AIMS:
         name = "" if aim.ours in told else aim.ours  # once, at the first row that it is beside
@@ -115,10 +115,11 @@ def aims_table(of: dict[str, Rows]) -> str:
                 aim.tutorial,
                 mean_and_deviation(protocol, "best_test_top1"),
                 mean_and_deviation(protocol, "top1"),
+                conditions(protocol),
                 aim.field,
                 mean_and_deviation(ours, "top1"),
                 f"`{name}`" if name else "",
-                conditions(ours or protocol),
+                conditions(ours),
             ]
         )
     return markdown(lines)
@@ -215,6 +216,22 @@ def page_part(rows: Rows, logs: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def read_all(folder: Path) -> list[Row]:
+    """The rows of all results files; UserError where two hold the same recipe: no mean may mix them."""
+    rows: list[Row] = []
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("accuracy_*.json")):
+        for row in read_rows(path):
+            first = where.setdefault(row["recipe"], path)
+            if first != path:
+                raise UserError(
+                    f"{first} and {path} both hold runs of {row['recipe']}, and its logs have one name: "
+                    "remove the runs from one of them"
+                )
+            rows.append(row)
+    return rows
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/results_page.py",
@@ -223,7 +240,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs/results.md")
     parser.add_argument("--logs", type=Path, default=LOGS)
     options = parser.parse_args(arguments)
-    rows = [row for path in sorted(HERE.glob("results/accuracy_*.json")) for row in read_rows(path)]
+    rows = read_all(HERE / "results")
     write_page(options.page, page_part(rows, options.logs))
     for study in STUDIES:
         if curves := mean_curves(study, options.logs):

@@ -97,6 +97,8 @@ def folder_aside(final: Path) -> Iterator[Path]:
         rename(aside, final)
         sync(final.parent)
     finally:
+        if old.exists() and not final.exists():
+            rename(old, final)  # the new one could not take its place
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -277,13 +277,27 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     path = recipe.folder / "recipe.yaml"
     if not path.exists():
         return []
-    before, after = flat(parse_yaml(path.read_text(), where=str(path))), flat(resolved(recipe))
+    before = flat(parse_yaml(path.read_text(), where=str(path)))
     return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
+        f"{name}: {old} -> {new}"
+        for name, old, new in changes(before, flat(resolved(recipe)))
+        if not name.startswith(NOT_THE_RECIPE) and not name.endswith(PLACEMENT)
+    ]
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, old, new) wherever two flat recipes differ.
+
+    What one of them does not name, since it is older or a section is not there, has its default.
+    """
+    default = flat(resolved(Recipe(name="default")))
+    for name in [name for name in default if name.startswith("losses.")]:
+        del default[name]  # a loss that is not named is none
+    return [
+        (name, old, new)
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-        and not name.startswith(NOT_THE_RECIPE)
-        and not name.endswith(PLACEMENT)
+        if (old := before.get(name, default.get(name)))
+        != (new := after.get(name, default.get(name)))
     ]
 
 

@@ -10,7 +10,16 @@ import yaml
 
 from cifar_dist.errors import UserError
 
-_INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
+# A plain scalar's type by its form, YAML 1.2's; under a tag like !!float PyYAML would read more than that.
+_FORMS = {
+    "null": (re.compile(r"^(?:~|null|)$"), ["~", "n", ""]),
+    "bool": (re.compile(r"^(?:true|false)$"), list("tf")),
+    "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    "float": (
+        re.compile(r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+        list("-+.0123456789"),
+    ),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -42,14 +51,15 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: Any) -> int:
-        """Under the tag !!int PyYAML would also read 010 as 8 and 1:30 as 90."""
-        text = self.construct_scalar(node)
-        if not _INTEGER.match(text):
+    def construct_strict(self, node: Any) -> Any:
+        """What PyYAML makes of a scalar, if its text has the form of its type: `!!int 010` has not."""
+        text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
+        form, _ = _FORMS[kind]
+        if not form.match(text):
             raise yaml.constructor.ConstructorError(
-                None, None, f"{text[:40]!r} is no integer; write decimal digits", node.start_mark
+                None, None, f"{text[:40]!r} is no {kind}; remove the tag", node.start_mark
             )
-        return int(text)
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 
 
 # A tag like !!binary or !!set would make what is no plain data; without a constructor it is refused.
@@ -57,23 +67,13 @@ _Loader.yaml_constructors = {
     tag: yaml.SafeLoader.yaml_constructors[tag]
     for tag in (
         None,  # refuses what no other entry takes
-        *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float")),
         *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")),
     )
 }
-_Loader.yaml_constructors["tag:yaml.org,2002:int"] = _Loader.construct_yaml_int
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|)$", ["~", "n", ""]),
-    ("bool", r"^(?:true|false)$", list("tf")),
-    ("int", _INTEGER.pattern, list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
-        list("-+.0123456789"),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+for _kind, (_form, _first) in _FORMS.items():
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_strict)
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _form, _first)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:

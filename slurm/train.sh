@@ -80,9 +80,10 @@ job=$(ask scontrol --oneliner show job "$SLURM_JOB_ID") || exit "$code"
 run_folder=$(python -m cifar_dist.train --dry-run "$@" 2>/dev/null | sed -n 's/^run folder  *//p')
 new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
 stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
+preempted=$(field PreemptTime) # where nobody can be preempted there is no such field
 if [ "$stopped" = SIGUSR1 ] || [ "$stopped$code" = 75 ]; then # MODULE leaves only its exit code
     why="saved before the time limit"
-elif [ "$(field PreemptTime)" != None ]; then
+elif [ "${preempted:-None}" != None ]; then
     why="preempted" # Slurm forgets to requeue a job that ends within its grace time
 elif [ -z "$stopped" ] && [ "$(new 'checkpoints/step_*')" ]; then
     why="crashed with code $code after it had saved $(new 'checkpoints/step_*')"

@@ -306,6 +306,17 @@ def test_a_job_that_cannot_start_is_not_queued_again(
     assert job.restarts == 0
 
 
+def test_a_crash_is_no_preemption_where_nobody_preempts(tmp_path: Path, cluster: Cluster) -> None:
+    """Slurm prints no PreemptTime for such a job; a job that always crashes must not go on for ever."""
+    options = ["--partition=high", *two_nodes(), ROOT / "slurm/train.sh"]
+    job = cluster.submit(*options, cwd=tmp_path, environment={"MODULE": "no_such_module"})
+    assert cluster.wait(job, *ENDED) == "FAILED"
+    output = (tmp_path / f"slurm-{job}.out").read_text()
+    assert "No module named no_such_module" in output
+    assert "queued again" not in output
+    assert cluster.job(job)["Restarts"] == "0"
+
+
 def test_short_forms_are_read_as_slurm_reads_them(whole_cluster: Cluster) -> None:
     for nodes in ("n1", "n[1-2]", "n[08-11,3],login", "rack1-n[1-2],b", "gpu-7,gpu-8", "n[1,5]"):
         hosts = whole_cluster("scontrol", "show", "hostnames", nodes).split()

@@ -114,7 +114,7 @@ def read_digest(root: Path) -> dict[str, Any]:
     try:
         for name in SPLITS:
             int(digest[name]["rows"]), str(digest[name]["sha256"]), str(digest["content"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damage(root, root / DIGEST, f"lacks {error}") from error
     return digest
 
@@ -283,7 +283,7 @@ def _read_json(root: Path, path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise _damage(root, path, "is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damage(root, path, "is not readable JSON") from error
 
 

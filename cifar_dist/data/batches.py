@@ -57,6 +57,12 @@ def holdout_rows(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"data.holdout={count}: give a multiple of {classes} (the classes) below {len(labels)} (the rows)"
         )
+    fewest = int(torch.bincount(labels, minlength=classes).min())
+    if count // classes >= fewest:
+        raise UserError(
+            f"data.holdout={count}: that is {count // classes} rows of each class, and one class has "
+            f"{fewest}; give less"
+        )
     order = torch.randperm(len(labels), generator=generator("holdout"))
     by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
     first = torch.searchsorted(labels.cpu()[by_class].contiguous(), torch.arange(classes))

@@ -37,7 +37,11 @@ def read_members(source: Path) -> dict[str, bytes]:
             members = _read_archive(source)
     except UserError:
         raise
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error, ValueError) as error:
+    except (
+        *(OSError, EOFError, ValueError),
+        *(tarfile.TarError, lzma.LZMAError, zlib.error),
+        RecursionError,  # tarfile calls itself for a header that another one announces
+    ) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{source} cannot be read ({reason}); get the archive again") from error
     if missing := sorted(OFFICIAL_MD5.keys() - members.keys()):

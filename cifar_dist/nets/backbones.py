@@ -62,7 +62,7 @@ class ModelConfig:
     image_size: Count = 32
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     normalize: bool = True
-    mean: Colour | None = None  # None: of the weights in use, or CIFAR-100's from scratch
+    mean: Colour | None = None  # None: timm's for its weights, CIFAR-100's from scratch
     std: Colour | None = None
     whiten: bool = (
         False  # a fixed first layer that decorrelates 3x3 patches; for training from scratch
@@ -83,6 +83,11 @@ class ModelConfig:
             raise ValueError("growing and second_size both set the size to train at: remove one")
         if self.growing and self.growing.start > self.image_size:
             raise ValueError(f"growing.start is above image_size={self.image_size}: lower it")
+        if self.growing and self.growing.start % self.growing.multiple:
+            raise ValueError(
+                f"growing.start={self.growing.start} is no multiple of growing.multiple="
+                f"{self.growing.multiple}, as all sizes are: change one of them"
+            )
         if self.pretrained and self.weights is not None:
             raise ValueError(
                 "pretrained and weights both say where the weights come from: remove one of them"
@@ -176,7 +181,14 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         source, body, head_state = "the saved model", *split_state(state)
     elif config.weights is not None:
         source = f"model.weights: {config.weights}"
-        body, head_state = split_state(read_weights(Path(config.weights)))
+        file = read_weights(Path(config.weights))
+        body, head_state = split_state(file)
+        if body is not file and config.normalize and not (config.mean and config.std):
+            raise UserError(
+                f"{source} is a run's own model, whose pixels timm does not know; give model.mean and "
+                "model.std (see that run's recipe.yaml; where they are null and it began from scratch: "
+                f"{list(CIFAR_MEAN)} and {list(CIFAR_STD)})"
+            )
     else:
         source, body, head_state = "", None, {}
 
