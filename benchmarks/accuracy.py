@@ -113,12 +113,12 @@ def refuse_twice(names: list[str]) -> None:
 
 def plan(wanted: list[tuple[Path, list[str]]], seeds: list[int]) -> list[Run]:
     """All runs of (recipe, changes to it); seed by seed: an early end leaves each recipe as many."""
-    names = [load_recipe(path, changes).name for path, changes in wanted]
+    names = [load_recipe(path, overrides).name for path, overrides in wanted]
     refuse_twice(names)
     runs = []
     for seed in seeds:
-        for (path, changes), base in zip(wanted, names, strict=True):
-            own = [*changes, f"name={base}_seed{seed}", f"run.seed={seed}"]
+        for (path, overrides), base in zip(wanted, names, strict=True):
+            own = [*overrides, f"name={base}_seed{seed}", f"run.seed={seed}"]
             runs.append(Run(recipe=load_recipe(path, own), base=base, arguments=[str(path), *own]))
     return runs
 

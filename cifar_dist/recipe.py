@@ -111,6 +111,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.shards is not None and self.shards > self.batch_size:
             raise ValueError(f"shards={self.shards} is more than batch_size={self.batch_size} rows")
+        if self.timeout_seconds < 5:
+            raise ValueError("timeout_seconds: a watch that looks each second needs 5 or more")
 
     @property
     def most_skips(self) -> int:
@@ -182,6 +184,11 @@ class Recipe:
             raise ValueError(
                 f"augment.repeats={self.augment.repeats} does not divide "
                 f"run.batch_size={self.run.batch_size}: change one of them"
+            )
+        if self.augment.repeats > 1 and not self.data.shuffle:
+            raise ValueError(
+                "augment.repeats would show the same part of the rows in each epoch where their order is "
+                "fixed: remove it, or set data.shuffle"
             )
         if self.run.stop_after_epochs_without_gain and not self.data.holdout:
             raise ValueError(

@@ -21,7 +21,7 @@ from cifar_dist.engine.checkpoint import (
 )
 from cifar_dist.engine.runtime import log
 from cifar_dist.errors import UserError, is_main_rank
-from cifar_dist.files import remove_folder, sha256, write_file
+from cifar_dist.files import remove_folder, rename, sha256, write_file, write_json
 from cifar_dist.learn.logit_cache import check_cache
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import TeacherConfig, Trained
@@ -67,7 +67,7 @@ def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) ->
 def open_run(
     recipe: Recipe, *, data: str, teachers: list[str], force: bool
 ) -> tuple[Path | None, int | None]:
-    """Rank 0 opens the run folder: (checkpoint to go on from, its shards), both None for a new run.
+    """Rank 0 looks into the run folder: (checkpoint to go on from, its shards), both None for a new run.
 
     A changed recipe, data set or teacher (the latter two by digest) is refused with the difference,
     unless forced. Where not a step was done, it begins anew.
@@ -93,9 +93,27 @@ def open_run(
                 f"{folder} was trained with another recipe ({'; '.join(changed)}); "
                 "give this one a name (name=...), or go on all the same with --force"
             )
+    return saved, None if force and recipe.run.shards else facts.get("shards")
+
+
+def take_over(recipe: Recipe, surroundings: dict[str, Any], saved: Path | None) -> None:
+    """Make the folder this recipe's, from `saved` on: what says otherwise makes room.
+
+    A damaged checkpoint that is newer is renamed, since it would be kept as one of the newest.
+    """
+    folder = recipe.folder
+    for newer in checkpoints(folder / "checkpoints"):
+        if newer == saved:
+            break
+        aside = newer.with_name(f"damaged_{newer.name}")
+        remove_folder(aside)
+        rename(newer, aside)
+    summary = results.read_summary(folder)
+    if summary and summary.get("finished"):  # a forced run is not, until it ends
+        (folder / "summary.json").unlink()
     (folder / "stopped").unlink(missing_ok=True)
     write_file(folder / "recipe.yaml", to_yaml(recipe))
-    return saved, None if force and recipe.run.shards else facts.get("shards")
+    write_json(folder / "environment.json", surroundings)
 
 
 def check_world(recipe: Recipe, *, shards: int, world_size: int) -> None:

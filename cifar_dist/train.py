@@ -51,7 +51,7 @@ from cifar_dist.engine.step import check_precision, make_scaler
 from cifar_dist.engine.tracking import Tracker
 from cifar_dist.engine.watchdog import watched
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file, write_json
+from cifar_dist.files import write_file
 from cifar_dist.keys import key
 from cifar_dist.learn.ema import build_average
 from cifar_dist.learn.losses import logit_scale
@@ -64,7 +64,7 @@ from cifar_dist.learn.optim import (
 )
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
-from cifar_dist.nets.freeze import first_epochs, freeze
+from cifar_dist.nets.freeze import first_epochs, freeze, frozen
 from cifar_dist.nets.pixels import patch_filters
 from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
 from cifar_dist.runs import (
@@ -75,6 +75,7 @@ from cifar_dist.runs import (
     finished_before,
     open_run,
     say_finished,
+    take_over,
     wait_for_data,
 )
 
@@ -106,7 +107,6 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             data=digest,
             teachers=teachers,
         )
-        ranks.main_does(lambda: write_json(folder / "environment.json", surroundings))
         shards = shards or run.shards or ranks.world_size
         check_world(recipe, shards=shards, world_size=ranks.world_size)
 
@@ -157,7 +157,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         ahead = stack.enter_context(streamed(recipe.augment, train_split, rows, batches_of))
         augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
         objective = Objective(augment, recipe.losses, teacher)
-        freeze(model, recipe.model.freeze, epoch=run.epochs - 1)  # for all that ever learns
+        freeze(model, recipe.model.freeze, epoch=None)  # for all that ever learns
         begins = first_epochs(model, recipe.model.freeze)
         state = State(
             model=model,
@@ -167,7 +167,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             window=Window(objective.names, shards=shards, device=device),
         )
         if saved is not None:
-            state.restore(saved, ranks)
+            state.restore(saved, ranks, total_steps=total_steps)
+        ranks.main_does(lambda: take_over(recipe, surroundings, saved))
         if run.compile:
             model.compile()
 
@@ -242,6 +243,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                             epoch=epoch - 1,  # the last one
                             precision=run.precision,
                             ranks=ranks,
+                            frozen=frozen(begins, epoch - 1),
                         )
                     evaluation = look(test_split, test_rows)
                     numbers = dict(evaluation.metrics)

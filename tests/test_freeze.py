@@ -20,7 +20,7 @@ from cifar_dist.engine.runtime import Ranks as RankGroup
 from cifar_dist.errors import UserError
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
 from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.freeze import FreezeConfig, first_epochs, freeze
+from cifar_dist.nets.freeze import FreezeConfig, first_epochs, freeze, frozen
 
 BODY_FIRST_TWO: list[dict[str, Any]] = [{"pattern": "backbone.*", "until_epoch": 2}]
 
@@ -182,3 +182,8 @@ def test_killed_before_and_after_the_boundary(
         world_size=world_size,
     )
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
+
+
+def test_what_is_frozen_in_an_epoch_by_name() -> None:
+    assert frozen({"a": 0, "b": 2, "c": None}, 1) == {"b", "c"}
+    assert frozen({"a": 0, "b": 2, "c": None}, 2) == {"c"}

@@ -151,7 +151,7 @@ def test_mistakes_are_refused_with_file_place_and_remedy(
 
 
 def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
-    text = "name: a\noptim: {lr: 1e-3, weight_decay: 5.0e-4, milestones: [60, 1.5e2]}"
+    text = "name: a\noptim: {lr: 1e-3, weight_decay: 5.0e-4, schedule: multistep, milestones: [60, 1.5e2]}"
     optim = load_recipe(write(tmp_path, text)).optim
     assert (optim.lr, optim.weight_decay, optim.milestones) == (1e-3, 5e-4, (60.0, 150.0))
     words = parse_yaml("[no, yes, on, 0x10, 1_000, 12:30, 2026-01-01]", where="here")

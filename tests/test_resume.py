@@ -120,7 +120,9 @@ def test_an_open_windows_sums_go_on_where_their_shards_run() -> None:
     ):
         window = Window(["loss", "top1"], shards=3, device=torch.device("cpu"))
         ranks = RankGroup(rank, 2, None)
-        window.restore(sums=sums, steps=3, seconds=1.0, skips=[0, 0, 3], ranks=ranks)
+        window.restore(
+            names=["loss", "top1"], sums=sums, steps=3, seconds=1.0, skips=[0, 0, 3], ranks=ranks
+        )
         assert window.sums.tolist() == mine
 
 

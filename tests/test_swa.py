@@ -79,6 +79,28 @@ def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
         assert torch.equal(ours, theirs), name
 
 
+def test_frozen_statistics_stay(middle_data: Path) -> None:
+    """What learnt behind a frozen norm saw its features by the statistics it has."""
+    split = load_split(middle_data, "train")
+    model = build_model(ModelConfig(backbone="test_resnet"), 100).eval()
+    norms: Any = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    kept = next(iter(norms))
+    before = {name: norm.running_var.clone() for name, norm in norms.items()}
+    refresh_statistics(
+        model,
+        Augment(AugmentConfig(), split),
+        split,
+        torch.arange(600),
+        seed=7,
+        epoch=3,
+        precision="fp32",
+        ranks=RankGroup(0, 1, None),
+        frozen={f"{kept}.weight", f"{kept}.bias"},
+    )
+    same = {name for name, norm in norms.items() if torch.equal(norm.running_var, before[name])}
+    assert same == {kept}
+
+
 def take_view(split: Any, augment: Augment, rows: torch.Tensor, *, epoch: int) -> torch.Tensor:
     from cifar_dist.data.batches import take
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,15 +52,21 @@ def refresh_statistics(
     epoch: int,
     precision: Precision,
     ranks: Ranks,
+    frozen: Collection[str] = (),
 ) -> None:
     """Give BatchNorm the statistics of these very weights: means over blocks of an epoch's pictures.
 
     As Izmailov et al. 2018 do for an average, whose statistics no training has seen. Blocks are
     shuffled rows as that epoch shows them, the last partial one left out, and nothing is dropped.
+    A norm all of whose parameters are `frozen`, by name, keeps those that the others learnt behind.
     The same bits at any world size.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [module for module in norms if module.running_mean is not None]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if not module.affine or not {f"{name}.weight", f"{name}.bias"}.issubset(frozen)
+    ]
     if not norms:
         return
     device = split.labels.device

@@ -80,6 +80,7 @@ class Window:
     def restore(
         self,
         *,
+        names: list[str],
         sums: list[list[float]],
         steps: int,
         seconds: float,
@@ -89,9 +90,12 @@ class Window:
         """Go on with the window that a checkpoint left open.
 
         Each rank carries the sums of its own shards, so that every later number meets the same
-        partial sum, and is rounded alike, as without the restart.
+        partial sum, and is rounded alike, as without the restart. With other terms or shards, which
+        only force brings, what the open window held is in no report.
         """
         self.clear()
+        if names != self.names or len(sums) != len(self.sums):
+            return
         mine = slice(ranks.rank, None, ranks.world_size)
         self.sums[mine] = torch.tensor(sums, device=self.sums.device)[mine]
         self.skips = torch.tensor(skips, dtype=torch.int32, device=self.sums.device)

@@ -22,7 +22,7 @@ from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks, log
 from cifar_dist.errors import UserError
 from cifar_dist.learn.ema import Average
-from cifar_dist.learn.optim import saved_state
+from cifar_dist.learn.optim import load_state, saved_state
 
 VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
@@ -113,8 +113,10 @@ class State:
             "seconds": self.seconds,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
+            "optimizer": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "window": {
+                "names": self.window.names,
                 "sums": sums,
                 "steps": self.window.steps,
                 "seconds": self.window.elapsed(),
@@ -150,16 +152,30 @@ class State:
         writing = self.writing
         return bool(writing and writing.done() and writing.exception())
 
-    def restore(self, saved: Path, ranks: Ranks) -> None:
-        """Become the state that `saved` (checked before) holds, on every rank."""
+    def restore(self, saved: Path, ranks: Ranks, *, total_steps: int) -> None:
+        """Become the state that `saved` (checked before) holds, on every rank.
+
+        UserError for what a forced recipe cannot go on from.
+        """
         progress = checkpoint.load_progress(saved)
+        if progress["step"] > total_steps:
+            raise UserError(
+                f"the run has done {progress['step']} steps and this recipe ends after {total_steps}; "
+                "raise run.epochs, or give it a name (name=...)"
+            )
+        before, now = progress.get("optimizer"), type(self.optimizer).__name__
+        if before and before != now:
+            raise UserError(
+                f"{now} cannot go on from the state of {before}; give the run a name (name=...)"
+            )
         self.model.load_state_dict(checkpoint.load_tensors(saved, "model"))
-        self.optimizer.load_state_dict(checkpoint.load_optimizer(saved))
-        self.scaler.load_state_dict(progress["scaler"])
+        load_state(self.optimizer, checkpoint.load_optimizer(saved))
+        if progress["scaler"]:  # not of bf16 or fp32
+            self.scaler.load_state_dict(progress["scaler"])
         if self.ema:
             average = checkpoint.load_tensors(saved, "ema")  # none: asked for only now, by force
             self.ema.model.load_state_dict(average or self.model.state_dict())
-        self.window.restore(**progress["window"], ranks=ranks)
+        self.window.restore(**{"names": self.window.names} | progress["window"], ranks=ranks)
         self.step = self.saved_step = progress["step"]
         self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
         self.seconds_before = progress["seconds"]

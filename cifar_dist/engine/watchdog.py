@@ -133,6 +133,11 @@ def watched(
         if is_out_of_memory(error):
             remedy = f"cut the batch finer: run.shards={2 * shards} --force"
             raise UserError(f"out of memory after step {step()}; {remedy}") from error
+        if "more than 1 value per channel" in str(error):  # BatchNorm's
+            raise UserError(
+                f"a shard of the batch is too small: BatchNorm needs two rows to compare; lower "
+                f"run.shards ({shards}) or raise run.batch_size"
+            ) from error
         if isinstance(error, UserError | OSError) and sentence_of(error):
             raise
         error.add_note(f"This is {me}, after step {step()}.")

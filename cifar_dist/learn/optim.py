@@ -24,7 +24,7 @@ class OptimConfig:
     lr: Positive = 0.001
     weight_decay: NonNegative = 0.0
     momentum: Share = 0.9  # used where the optimizer has one, as are betas and eps
-    betas: tuple[float, float] | None = None
+    betas: tuple[Share, Share] | None = None
     eps: Positive | None = None
     decay_norm_and_bias: bool = False
     layer_decay: Factor | None = (
@@ -39,6 +39,10 @@ class OptimConfig:
     sam: SamConfig | None = None  # two forwards and backwards a step
 
     def __post_init__(self) -> None:
+        if self.milestones and self.schedule != "multistep":
+            raise ValueError(
+                f"milestones belong to schedule: multistep, not to {self.schedule}: remove one"
+            )
         if self.layer_decay is not None and self.decay_norm_and_bias:
             raise ValueError(
                 "layer_decay groups parameters with norms and biases undecayed: remove it, or "
@@ -127,14 +131,17 @@ def build_optimizer(
     if hasattr(model, "group_matcher"):
         options["layer_decay"] = config.layer_decay
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = create_optimizer_v2(
-        learning if config.decay_norm_and_bias else model,
-        config.name,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        **options,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            learning if config.decay_norm_and_bias else model,
+            config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
+        )
+    except (ValueError, LookupError) as error:  # of its own numbers: betas, eps, momentum
+        raise UserError(f"optim: {config.name} cannot be had with these numbers: {error}") from None
     if type(optimizer) is torch.optim.SGD and config.momentum:
         # Fused SGD leaves a momentum as memory happens to be where its first update is left out.
         for group in optimizer.param_groups:
@@ -177,6 +184,24 @@ def keep_scalars_on_device(optimizer: torch.optim.Optimizer, device: torch.devic
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True
+
+
+NUMBERS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")  # a recipe's
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Go on from a `saved_state`, with the recipe's numbers; UserError for another optimizer's state."""
+    groups = optimizer.param_groups
+    numbers = [{name: group[name] for name in NUMBERS if name in group} for group in groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            f"the saved optimizer is another ({error}), so this change cannot go on from its state; "
+            "give the run a name (name=...)"
+        ) from None
+    for group, own in zip(optimizer.param_groups, numbers, strict=True):
+        group |= own
 
 
 def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Growing:
         """The size to train at in an epoch, counted from 0; grows in a straight line, in steps."""
         size = self.start + (image_size - self.start) * epoch / self.epochs
         rounded = max(self.multiple, round(size / self.multiple) * self.multiple)
-        return rounded if epoch < self.epochs else image_size
+        return min(rounded, image_size) if epoch < self.epochs else image_size
 
 
 @config

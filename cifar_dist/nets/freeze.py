@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -20,8 +20,8 @@ class FreezeConfig:
     until_epoch: Count | None = None  # frozen for the first that many; None: for good
 
 
-def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: int) -> bool:
-    """Let learn what learns in `epoch` (from 0), nothing else; whether anything has changed.
+def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: int | None) -> bool:
+    """Let learn what learns in `epoch` (from 0; None: in any), nothing else; whether anything has changed.
 
     BatchNorm all of whose parameters are frozen is in eval mode: its running statistics are used, and
     stay. UserError for a pattern that names nothing, and where nothing is left to learn.
@@ -34,19 +34,29 @@ def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: i
     begins = first_epochs(model, freezes)
     changed = False
     for name, parameter in model.named_parameters():
-        begin = begins[name]
-        learns = begin is not None and begin <= epoch
-        changed |= parameter.requires_grad != learns
-        parameter.requires_grad_(learns)
+        now = learns(begins[name], epoch)
+        changed |= parameter.requires_grad != now
+        parameter.requires_grad_(now)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
-            f"model.freeze: nothing learns in epoch {epoch + 1}; leave out head.* at least"
+            f"model.freeze: nothing learns in {'any epoch' if epoch is None else f'epoch {epoch + 1}'}; "
+            "leave out head.* at least"
         )
     for module in model.modules():
         own = list(module.parameters())
         if isinstance(module, _BatchNorm) and own:
             module.train(any(parameter.requires_grad for parameter in own))
     return changed
+
+
+def learns(begin: int | None, epoch: int | None) -> bool:
+    """Whether what begins to learn in epoch `begin` (None: in none) does so in `epoch` (None: in any)."""
+    return begin is not None and (epoch is None or begin <= epoch)
+
+
+def frozen(begins: Mapping[str, int | None], epoch: int) -> set[str]:
+    """Names of the parameters that do not learn in `epoch`."""
+    return {name for name, begin in begins.items() if not learns(begin, epoch)}
 
 
 def first_epochs(model: nn.Module, freezes: Sequence[FreezeConfig] | None) -> dict[str, int | None]:
