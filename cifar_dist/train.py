@@ -101,11 +101,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             lambda: open_run(recipe, data=digest, teachers=teachers, force=force)
         )
         surroundings = run_folder.environment(
-            world_size=ranks.world_size,
-            threads=torch.get_num_threads(),
-            device=device,
-            data=digest,
-            teachers=teachers,
+            world_size=ranks.world_size, device=device, data=digest, teachers=teachers
         )
         shards = shards or run.shards or ranks.world_size
         check_world(recipe, shards=shards, world_size=ranks.world_size)

@@ -2,8 +2,9 @@
 # sbatch --array=0-35 [sbatch options] slurm/table.sh [section.key=value ...]
 # The tutorial's table in one submission: each of RECIPES with each of SEEDS is a task of a job array,
 # queued again by itself as slurm/train.sh does it. `--array=0-35%4` runs four at a time.
-#   RECIPES="recipes/kd/*.yaml" SEEDS="0 1" sbatch --array=0-7 slurm/table.sh
-# With a task too many it says how many there are. A recipe with a teacher needs that teacher's run
+#   RECIPES="recipes/kd/*.yaml" SEEDS="0 1" sbatch --array=0-11 slurm/table.sh
+# With a task too many or too few it says how many there are. A run has its recipe's name and the seed:
+# NAME_seed0. A recipe with a teacher needs that teacher's run
 # first (slurm/teacher_student.sh). Then: python -m cifar_dist.report runs/*
 #SBATCH --job-name=cifar_dist_table
 #SBATCH --nodes=1
@@ -25,6 +26,10 @@ if [ -z "$task" ] || [ "$task" -ge "$tasks" ]; then
     echo "slurm/table.sh: ${#recipes[@]} recipes x ${#seeds[@]} seeds: sbatch --array=0-$((tasks - 1))" >&2
     exit 2
 fi
+if [ "${SLURM_ARRAY_TASK_MAX:-$tasks}" -lt $((tasks - 1)) ]; then
+    echo "slurm/table.sh: warning: --array ends at $SLURM_ARRAY_TASK_MAX, the table at $((tasks - 1))" >&2
+fi
 recipe=${recipes[task / ${#seeds[@]}]}
 seed=${seeds[task % ${#seeds[@]}]}
-exec bash slurm/train.sh "$recipe" "name=$(basename "$recipe" .yaml)_seed$seed" "run.seed=$seed" "$@"
+name=$(sed -n 's/^name: *\([^ ]*\).*/\1/p' "$recipe")
+exec bash slurm/train.sh "$recipe" "name=${name}_seed$seed" "run.seed=$seed" "$@"

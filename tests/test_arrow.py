@@ -133,6 +133,13 @@ def test_writing_replaces_in_one_step(root: Path) -> None:
     assert list(root.parent.iterdir()) == [root]
 
 
+@pytest.mark.parametrize("harm", ['{"train": {"rows": Infinity, "sha256": ""}}', "[" * 200_000])
+def test_a_digest_that_is_none_is_refused(root: Path, harm: str) -> None:
+    (root / "digest.json").write_text(harm)
+    with pytest.raises(UserError, match=r"digest\.json"):
+        read_digest(root)
+
+
 def refused(root: Path, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load_split(root, "train", "cpu")

@@ -116,3 +116,6 @@ def test_holdout_is_stratified_constant_and_disjoint() -> None:
     for count in (51, 200, 400):
         with pytest.raises(UserError, match=f"data.holdout={count}"):
             holdout_rows(labels, count)
+    few = torch.tensor([0] * 500 + [1] * 500 + [2] * 20)
+    with pytest.raises(UserError, match="100 rows of each class, and one class has 20"):
+        holdout_rows(few, 300)

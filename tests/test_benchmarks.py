@@ -99,6 +99,8 @@ def test_two_recipes_two_seeds_then_nothing_to_do(
         UserError, match=r"one_seed0 with other settings \(optim\.lr: 0\.003 -> 0\.5\)"
     ):
         run(paths[0], "--budget", 10, "--seeds", "7", "optim.lr=0.5")
+    with pytest.raises(UserError, match=r"other settings .*optim\.sam\.rho: None -> 0\.05"):
+        run(paths[0], "--budget", 10, "--seeds", "7", "optim.sam={rho: 0.05}")
     code, _ = run(paths[0], "--budget", 0, "--seeds", "1,2", "run.report_every_steps=1")
     assert "1 of 2 runs remain: one_seed2" in capfd.readouterr().out
 
@@ -219,9 +221,9 @@ def test_the_page_of_results_has_means_deviations_and_blanks(tmp_path: Path) -> 
     (tmp_path / "short_baseline_seed1.jsonl").write_text(json.dumps({"kind": "eval", "top1": 20.0}))
     text = results_page.page_part(rows, tmp_path)
     (first,) = (line for line in text.splitlines() if "`r18_32`" in line)
-    assert "| 44.26 | 44.00 | 43.00 | 78.43" in first
+    assert "| 44.26 | 44.00 | 43.00 | n = 1, 2 epochs, 1,000 s, one core | 78.43" in first
     assert "| 79.00 +- 1.00 | `r18_32` | n = 3, 2 epochs, 1,000 s, one core |" in first
-    assert "| + label smoothing 0.1 | 44.81 |  |  |  |  |  |  |" in text
+    assert "| + label smoothing 0.1 | 44.81 |  |  |  |  |  |  |  |" in text
     assert "| `short_baseline` | 20.00 | 21.00 | 40.00 | n = 1, 2 epochs" in text
     assert "| `short_baseline` | 2 | 15.0 |" in text
     assert "| `heldout_flip` | 31.50 | 30.00 |" in text
@@ -229,6 +231,24 @@ def test_the_page_of_results_has_means_deviations_and_blanks(tmp_path: Path) -> 
     assert "torch 2.15.0; 2026-11-24; commit 0123456" in text
     picture = results_page.curves_picture(results_page.mean_curves("tutorial", tmp_path))
     assert "short_baseline" in "".join(ElementTree.fromstring(picture).itertext())
+
+
+def test_runs_of_one_recipe_from_two_files_are_never_mixed(tmp_path: Path) -> None:
+    files = {"cpu": ["short_ours", "short_mended"], "cuda": ["r18_32"]}
+
+    def write() -> None:
+        for device, recipes in files.items():
+            rows = [finished_row(recipe, 0, 50.0) for recipe in recipes]
+            content = {"what": "accuracy", "runs": rows}
+            (tmp_path / f"accuracy_{device}.json").write_text(json.dumps(content))
+
+    write()
+    read = results_page.read_all(tmp_path)
+    assert [row["recipe"] for row in read] == ["short_ours", "short_mended", "r18_32"]
+    files["cuda"].append("short_ours")
+    write()
+    with pytest.raises(UserError, match=r"cpu\.json and .*cuda\.json both hold runs of short_ours"):
+        results_page.read_all(tmp_path)
 
 
 def test_augmentations_are_drawn() -> None:

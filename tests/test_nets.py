@@ -346,11 +346,13 @@ def test_vectors_of_a_norm_that_changed_places_are_never_loaded_in_order(tmp_pat
 def test_a_models_own_weights_come_back_with_the_head_where_it_fits(tmp_path, stem):
     scratch = build_model(ModelConfig(stem=stem), 10).eval()
     path = save(scratch.state_dict(), tmp_path / "model.safetensors")
-    again = build_model(ModelConfig(stem=stem, weights=path), 10).eval()
-    again.pixels = scratch.pixels  # with weights, the normalisation is ImageNet's
+    with pytest.raises(UserError, match=r"give model\.mean and model\.std"):
+        build_model(ModelConfig(stem=stem, weights=path), 10)
+    seen = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
+    again = build_model(ModelConfig(stem=stem, weights=path, **seen), 10).eval()
     with torch.no_grad():
         assert torch.equal(again(IMAGES).logits, scratch(IMAGES).logits)
-    other = build_model(ModelConfig(stem=stem, weights=path), 11).backbone.state_dict()
+    other = build_model(ModelConfig(stem=stem, weights=path, **seen), 11).backbone.state_dict()
     assert all(torch.equal(v, other[name]) for name, v in scratch.backbone.state_dict().items())
 
 

@@ -458,6 +458,15 @@ def test_too_many_members_are_refused(tmp_path: Path) -> None:
         read_members(path)
 
 
+def test_headers_that_announce_headers_without_end_are_refused(tmp_path: Path) -> None:
+    """tarfile calls itself for each of them."""
+    long_name = entry("././@LongLink", 10, tarfile.GNUTYPE_LONGNAME)
+    block = long_name.tobuf(tarfile.GNU_FORMAT) + b"x" * 10 + b"\0" * 502
+    (tmp_path / "a.tar").write_bytes(block * 3000)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_members(tmp_path / "a.tar")
+
+
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     for name in ("a.tar", "a.tar.gz", "a.tar.xz"):
         whole = archive(tmp_path / name).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -205,6 +206,25 @@ def test_a_rename_whose_answer_was_lost_is_done(tmp_path: Path) -> None:
     rename(tmp_path / "old", tmp_path / "new")
     with pytest.raises(FileNotFoundError):
         rename(tmp_path / "old", tmp_path / "nowhere")
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = tmp_path / "data", os.rename
+    with folder_aside(folder) as aside:
+        (aside / "a").write_text("old")
+
+    def fail_once(old: Path, new: Path) -> None:
+        if new == folder and old.name.endswith(".part"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output"), folder_aside(folder) as aside:
+        (aside / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_folder_disappears_at_once_although_a_file_in_it_cannot(tmp_path: Path) -> None:

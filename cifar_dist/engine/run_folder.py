@@ -16,7 +16,7 @@ import cifar_dist
 
 
 def environment(
-    *, world_size: int, threads: int, device: torch.device, data: str, teachers: list[str]
+    *, world_size: int, device: torch.device, data: str, teachers: list[str]
 ) -> dict[str, Any]:
     """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
 
@@ -46,7 +46,7 @@ def environment(
         "hardware": torch.cuda.get_device_name(device) if is_cuda else processor_name(),
         "device": device.type,
         "world_size": world_size,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "data": data,
         "teachers": teachers,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
