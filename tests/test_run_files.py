@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import train
 
+from cifar_dist import export, predict, report
 from cifar_dist.engine.metrics import MetricsFile
 from cifar_dist.errors import UserError
 from cifar_dist.recipe import load_recipe
@@ -65,3 +66,48 @@ def test_a_summary_without_a_headline_is_of_no_finished_run(
     assert finished_before(recipe) is None
     assert "finished, top1" in train("runs/tiny/recipe.yaml", cwd=run.parents[1])
     assert "top1" in json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("damage", ['{"top1": 1', "[1]"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("summary.json", "training"),
+        ("environment.json", "training"),
+        ("evaluation/evaluation.json", r"cifar_dist\.evaluate"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence_and_an_absent_one_is_not(
+    run: Path, tmp_path: Path, name: str, remedy: str, damage: str
+) -> None:
+    readers = {
+        "report": lambda: report.main([str(run), "--output", str(tmp_path / "page.html")]),
+        "predict": lambda: predict.main([str(run), "--dataset", "test:0"]),
+        "export": lambda: export.main(
+            [str(run), "--to", "teacher", "--output", str(tmp_path / "exported"), "--force"]
+        ),
+    }
+    if name == "summary.json":
+        del readers["predict"]  # which does not read it
+    path = run / name
+    path.unlink(missing_ok=True)
+    for command, read in readers.items():
+        assert read() == 0, command
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(damage)
+    for command, read in readers.items():
+        with pytest.raises(UserError, match=rf"{name} is damaged; .*{remedy}"):
+            pytest.fail(f"{command} ended with {read()}")
+
+
+@pytest.mark.parametrize("damage", ['{"top1": 1', "[1]"])
+@pytest.mark.parametrize("name", ["summary.json", "environment.json"])
+def test_a_training_writes_a_damaged_file_anew(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    before = json.loads((run / name).read_text())
+    (run / name).write_text(damage)
+    assert finished_before(load_recipe(run / "recipe.yaml")) is None
+    assert "finished, top1" in train("runs/tiny/recipe.yaml", cwd=run.parents[1])
+    assert json.loads((run / name).read_text()).keys() == before.keys()
