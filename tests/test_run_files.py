@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import RecipeMaker, taught
 from ranks import train
 
 from cifar_dist import export, predict, report
@@ -111,3 +113,11 @@ def test_a_training_writes_a_damaged_file_anew(
     assert finished_before(load_recipe(run / "recipe.yaml")) is None
     assert "finished, top1" in train("runs/tiny/recipe.yaml", cwd=run.parents[1])
     assert json.loads((run / name).read_text()).keys() == before.keys()
+
+
+@pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, taught("nobody")])
+def test_a_start_that_is_refused_leaves_no_folder(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
+) -> None:
+    train(recipe(**sections), cwd=tmp_path, world_size=2, expect=2)
+    assert not (tmp_path / "runs/tiny").exists()
