@@ -1,10 +1,11 @@
-"""Floor 0. How every command explains itself."""
+"""Floor 0. How every command explains itself, and what it does not overwrite."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import textwrap
+from collections.abc import Set
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +36,15 @@ def command_parser(command: str, description: str, *examples: str) -> argparse.A
         "--traceback", action="store_true", help="show where in the code an error was found"
     )
     return parser
+
+
+def check_output(folder: Path, names: Set[str], *, force: bool) -> None:
+    """Refuse a folder that is there already: for good unless all in it bears our `names`, else unless forced."""
+    if folder.exists():
+        foreign = not folder.is_dir() or {path.name for path in folder.iterdir()} - names
+        if foreign or not force:
+            remedy = "choose another --output" if foreign else "choose another --output, or --force"
+            raise UserError(f"{folder} is there already; {remedy}")
 
 
 def add_recipe(parser: argparse.ArgumentParser, meaning: str) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import check_output, command_parser
 from cifar_dist.engine.metrics import accuracy
 from cifar_dist.engine.runtime import log, log_to_terminal
 from cifar_dist.engine.scores import (
@@ -33,6 +33,8 @@ from cifar_dist.errors import UserError, run_command
 from cifar_dist.files import write_file, write_json
 from cifar_dist.findings import FOLDER, HELD_OUT
 from cifar_dist.reporting.comparison import Run, read_logits, read_run
+
+OURS = {"ensemble.json", "predictions.safetensors", "teachers.yaml"}
 
 
 def choose_weights(logits: Tensor, labels: Tensor) -> list[float]:
@@ -110,10 +112,10 @@ def held_out(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
             raise UserError(
                 f"{run.folder} held nothing out, others did; leave it out, or take --equal"
             )
-        part = read_logits(run.folder / FOLDER / HELD_OUT)
+        part = read_logits(run.folder / FOLDER / HELD_OUT) if run.evaluation else None
         if part is None:
             raise UserError(
-                f"{run.folder} has no stored predictions of held-out rows; run "
+                f"{run.folder} has no stored predictions of held-out rows at its end; run "
                 f"`python -m cifar_dist.evaluate {run.folder}`, or take --equal"
             )
         parts.append(part)
@@ -198,12 +200,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("ensemble"), metavar="FOLDER", help="default: ensemble"
     )
+    parser.add_argument("--force", action="store_true", help="replace an earlier ensemble")
     options = parser.parse_args(arguments)
 
     log_to_terminal()
     folders = list(dict.fromkeys(options.runs))
     if len(folders) < 2:
         raise UserError("give two runs or more to join, like runs/a runs/b")
+    check_output(options.output, OURS, force=options.force)
     runs = [read_run(folder) for folder in folders]
     found, logits, labels = join(runs, equal=options.equal)
     tell(found)

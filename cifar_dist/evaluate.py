@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from cifar_dist import findings
 from cifar_dist.command_line import command_parser
@@ -31,6 +30,7 @@ from cifar_dist.errors import UserError, run_command
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.near_duplicates import read_list
 from cifar_dist.recipe import Recipe
+from cifar_dist.reporting.comparison import read_logits
 from cifar_dist.runs import load_model, load_run
 
 
@@ -137,6 +137,21 @@ def evaluate_run(
     return evaluation, held, found, hierarchy
 
 
+def compare(run: Path, evaluation: Evaluation, *, mends: bool) -> None:
+    """Say whether the run's own predictions are the same bits; write lost ones anew if it `mends`."""
+    path = run / "predictions.safetensors"
+    try:
+        stored = read_logits(path)
+    except UserError:
+        stored = None
+    if stored is not None:
+        same = torch.equal(stored[0], evaluation.logits)
+        log.info(f"{'the same bits as' if same else 'other bits than'} {path}")
+    elif mends:
+        results.write_predictions(run, evaluation)
+        log.info(f"{path} was missing or damaged; written anew")
+
+
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "evaluate",
@@ -164,7 +179,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--near-duplicates", type=Path, metavar="FILE", help="a list of cifar_dist.near_duplicates"
     )
-    parser.add_argument("--data", type=Path, help="another place of the same data")
+    parser.add_argument(
+        "--data", type=Path, help="another place of the run's data; other data need an --output"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -177,7 +194,23 @@ def main(arguments: list[str]) -> int:
     log_to_terminal()
     recipe, saved = load_run(options.run, options.checkpoint)
     data = options.data or Path(recipe.data.path)
-    surroundings = results.read_json(options.run / "environment.json") or {}
+    surroundings = results.read_facts(options.run, "environment.json")
+    summary = results.read_facts(options.run, "summary.json")
+    same_data = findings.trained_on(surroundings, data)
+    is_headline = options.checkpoint is None and options.split == "test" and not options.flips
+    headline = options.run / findings.FOLDER
+    output = options.output or (headline if is_headline else None)
+    to_headline = output is not None and output.resolve() == headline.resolve()
+    if to_headline and not same_data:
+        raise UserError(
+            f"{data} holds other data than {options.run} was trained on; to evaluate on them all the "
+            "same, give another place with --output"
+        )
+    if to_headline and not is_headline:
+        raise UserError(
+            f"{headline} is for the newest checkpoint on the test split, without flips; "
+            "choose another --output"
+        )
     accelerator = start_processes(
         timeout_seconds=recipe.run.timeout_seconds,
         threads=recipe.run.threads or surroundings.get("threads"),  # other threads, other last bits
@@ -197,15 +230,13 @@ def main(arguments: list[str]) -> int:
             device=accelerator.device,
         )
         with_flips = ", mean of each picture and its mirror image" if options.flips else ""
+        other_data = "" if same_data else f" of other data ({data})"
         where = f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows"
-        tell(found, where + with_flips)
-        is_headline = options.checkpoint is None and options.split == "test" and not options.flips
+        tell(found, where + other_data + with_flips)
         if ranks.is_main:
-            before = options.run / "predictions.safetensors"
-            if is_headline and before.exists():
-                same = torch.equal(load_file(before)["logits"], evaluation.logits)
-                log.info(f"{'the same bits as' if same else 'other bits than'} {before}")
-            output = options.output or (options.run / findings.FOLDER if is_headline else None)
+            if is_headline and same_data:
+                is_last = saved.name == results.last_checkpoint(summary)
+                compare(options.run, evaluation, mends=is_last and bool(summary.get("finished")))
             if output is not None:
                 facts = {
                     "run": recipe.name,
@@ -221,7 +252,7 @@ def main(arguments: list[str]) -> int:
                 if held is not None:
                     findings.write_held_out(output, held.logits, held.labels)
                 log.info(f"written to {output}")
-                if output == options.run / findings.FOLDER:
+                if to_headline:
                     track_evaluation(
                         recipe.tracking,
                         options.run,

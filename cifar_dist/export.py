@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import check_output, command_parser
 from cifar_dist.engine.runtime import log, log_to_terminal
 from cifar_dist.errors import UserError, run_command
 from cifar_dist.exporting import OURS, export
@@ -46,11 +46,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--uint8 is for onnx and pt2; --to {options.to} has a fixed form")
     usable = load_usable(options.run, options.checkpoint, options.data)
     output = options.output or Path("exported") / f"{usable.recipe.name}_{options.to}"
-    if output.exists():
-        foreign = not output.is_dir() or {path.name for path in output.iterdir()} - OURS
-        if foreign or not options.force:
-            remedy = "choose another --output" if foreign else "choose another --output, or --force"
-            raise UserError(f"{output} is there already; {remedy}")
+    check_output(output, OURS, force=options.force)
     said = export(usable, options.run, output, to=options.to, from_bytes=options.uint8)
     log.info(f"{output}: {options.to} of {usable.checkpoint}; {said}")
     return 0

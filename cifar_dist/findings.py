@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cifar_dist.data.arrow import Hierarchy
+from cifar_dist.data.arrow import Hierarchy, data_digest
 from cifar_dist.engine.metrics import accuracy
-from cifar_dist.engine.results import read_json
+from cifar_dist.engine.results import read_facts, read_object
+from cifar_dist.engine.runtime import log
 from cifar_dist.engine.scores import (
     bootstrap_interval,
     class_scores,
@@ -133,6 +134,36 @@ def write_held_out(folder: Path, logits: Tensor, labels: Tensor) -> None:
     write_file(folder / HELD_OUT, save({"logits": logits.contiguous(), "labels": labels}))
 
 
-def read_findings(run: Path) -> dict[str, Any] | None:
-    """What `evaluate` wrote about a run's test split; None where it has not run."""
-    return read_json(run / FOLDER / "evaluation.json")
+def trained_on(environment: dict[str, Any], data: Path) -> bool:
+    """Whether `data` are, by digest, those of a run's environment.json, as far as it says."""
+    return environment.get("data") in (None, data_digest(data))
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """What lies in a run's folder of its evaluation, whenever it was made; None where there is none."""
+    remedy = f"`python -m cifar_dist.evaluate {run}` writes it anew"
+    return read_object(run / FOLDER / "evaluation.json", remedy)
+
+
+def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:
+    """What `evaluate` wrote about a run's test split at this checkpoint.
+
+    None where it has not run; with a warning, where what it wrote is of something else.
+    """
+    found = read_evaluation(run)
+    if found is None:
+        return None
+    data = read_facts(run, "environment.json").get("data")
+    wanted = {"checkpoint": checkpoint, "split": "test", "test_time": "one view", "data": data}
+    others = [
+        f"{name} {found.get(name)}, not {value}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if others:
+        log.warning(
+            f"{run / FOLDER} is left out, as it is of another evaluation ({'; '.join(others)}); "
+            f"`python -m cifar_dist.evaluate {run}` makes that of the newest checkpoint"
+        )
+        return None
+    return found

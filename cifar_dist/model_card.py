@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.engine import results
-from cifar_dist.findings import read_findings
 from cifar_dist.near_duplicates import OFFICIAL_LIST
 from cifar_dist.recipe import to_yaml
 from cifar_dist.usable import Usable
@@ -32,12 +31,12 @@ teacher: {{run: THIS_FOLDER}}""",
 
 def model_card(usable: Usable, run: Path, *, to: str, from_bytes: bool, said: str) -> str:
     """Markdown with the Hub's YAML header; numbers come from the run's files."""
-    summary, found = results.read_summary(run) or {}, read_findings(run) or {}
-    surroundings = results.read_json(run / "environment.json") or {}
+    summary, found = results.read_facts(run, "summary.json"), usable.findings or {}
+    surroundings = results.read_facts(run, "environment.json")
     official = results.read_json(OFFICIAL_LIST)["data"]
     is_official = surroundings.get("data") == official
     data = "CIFAR-100" if is_official else "other data in the layout of CIFAR-100"
-    is_last = usable.checkpoint.name == f"step_{summary.get('steps', -1):08d}"
+    is_last = usable.checkpoint.name == results.last_checkpoint(summary)
     recipe, side = usable.recipe, usable.recipe.model.image_size
     shape = (
         "uint8 [N, 3, 32, 32], RGB"

@@ -41,7 +41,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     log_to_terminal()
-    folders = [path for path in dict.fromkeys(options.runs) if not path.is_file()]  # of runs/*
+    folders = []
+    for path in dict.fromkeys(options.runs):  # of runs/*, where other things may lie as well
+        if path.is_dir() and not (path / "recipe.yaml").exists():
+            log.warning(f"passed over: {path} is no run folder (no recipe.yaml in it)")
+        elif not path.is_file():
+            folders.append(path)
     if not folders:
         raise UserError("none of these is a run folder; give some, like runs/debug")
     runs = [read_run(folder) for folder in folders]

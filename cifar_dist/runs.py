@@ -135,9 +135,11 @@ def finished_before(recipe: Recipe) -> dict[str, Any] | None:
     """The summary of this very recipe with these very data and teachers when it is finished, else None."""
     folder = recipe.folder
     summary = results.read_summary(folder)
-    if not summary or not summary.get("finished") or recipe_changes(recipe):
+    if not summary or not summary.get("finished") or "top1" not in summary:
         return None
-    surroundings = results.read_json(folder / "environment.json") or {}
+    surroundings = results.read_json(folder / "environment.json")
+    if not isinstance(surroundings, dict) or recipe_changes(recipe):
+        return None
     same = surroundings.get("data") == data_digest(Path(recipe.data.path))
     teachers = [find_teacher(teacher).digest for teacher in recipe.taught_by]
     return summary if same and surroundings.get("teachers", []) == teachers else None

@@ -27,19 +27,19 @@ UPLOAD_SECONDS = 600
 def rebuild(folder: Path) -> Path:
     """Replace the run's offline folders by one that holds all of it; the new folder."""
     recipe = load_recipe(folder / "recipe.yaml")
+    lines = MetricsFile(folder / "metrics.jsonl").read()
+    summary = results.read_facts(folder, "summary.json")
+    environment = results.read_facts(folder, "environment.json")
     if (folder / "wandb_id").exists():
         for old in offline_folders(folder, identity_of(folder)):
             shutil.rmtree(old)
     tracker = Tracker()
-    environment = results.read_json(folder / "environment.json") or {}
     offline = replace(recipe.tracking, mode="offline")
     tracker.start(offline, folder, resolved(recipe), environment, recipe.taught_by)
-    for line in MetricsFile(folder / "metrics.jsonl").read():
+    for line in lines:
         tracker.log(line)
     alive = tracker.run is not None
-    tracker.finish(
-        results.read_summary(folder) or {}, stored(folder, recipe, environment.get("data"))
-    )
+    tracker.finish(summary, stored(folder, recipe, environment.get("data")))
     made = offline_folders(folder, identity_of(folder)) if alive else []
     if len(made) != 1:
         raise UserError(f"{folder}: W&B wrote no offline run; see the warning above")
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
     summary = folder / "summary.json"
     now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
     note = folder / "wandb_synced.json"
-    before = results.read_json(note) or {}
+    before = results.read_object(note, "remove it and start this again") or {}
     offline = Path(before.get("offline", ""))
     if before.get("of") != now or not offline.is_dir():
         offline, before = rebuild(folder), {"on_server": before.get("on_server", [])}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cifar_dist.data.arrow import Hierarchy, read_hierarchy
 from cifar_dist.engine.evaluation import block_size
+from cifar_dist.engine.results import read_facts
 from cifar_dist.engine.step import autocast
 from cifar_dist.errors import UserError
-from cifar_dist.findings import read_findings
+from cifar_dist.findings import read_evaluation, read_findings, trained_on
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.nets.backbones import Classifier
 from cifar_dist.recipe import Recipe
@@ -28,6 +30,7 @@ class Usable:
     model: Classifier
     fine: tuple[str, ...]
     superclass: tuple[str, ...]  # of each fine class; "" where the data do not say
+    findings: dict[str, Any] | None  # what `evaluate` wrote about this very checkpoint
     temperature: float | None  # fitted on held-out rows by `evaluate`; None where it was not
 
     @property
@@ -56,23 +59,30 @@ def load_usable(run: Path, checkpoint: str | None = None, data: Path | None = No
     fine, superclass = class_names_of(run, data or Path(recipe.data.path))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, saved, len(fine)).eval().requires_grad_(False)
-    fitted = (read_findings(run) or {}).get("temperature") if checkpoint is None else None
+    found = read_findings(run, saved.name)
+    fitted = (found or {}).get("temperature")
     return Usable(
         recipe=recipe,
         checkpoint=saved,
         model=model.to(device).to(memory_format=torch.channels_last),
         fine=fine,
         superclass=superclass,
+        findings=found,
         temperature=fitted["value"] if fitted else None,
     )
 
 
 def class_names_of(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fine classes and the superclass of each: from the data, or else from the run's evaluation."""
+    """Fine classes and the superclass of each: from the run's data, or else from its evaluation."""
+    environment = read_facts(run, "environment.json")
     if (data / "digest.json").exists():
+        if not trained_on(environment, data):
+            raise UserError(
+                f"{data} holds other data than {run} was trained on; give the place of those with --data"
+            )
         return names_of(read_hierarchy(data))
-    found = read_findings(run)
-    if found is None:
+    found = read_evaluation(run)
+    if found is None or found.get("data") != environment.get("data"):
         raise UserError(
             f"{data} has no data, so the classes have no names; give its place with --data"
         )

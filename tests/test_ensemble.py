@@ -154,12 +154,39 @@ def test_it_is_compared_with_the_best_member_and_tempered_on_held_out_rows(
     assert found["ensemble"]["ece_at_temperature"] == pytest.approx(tempered)
 
 
+def test_nothing_is_overwritten_by_chance(
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(two_runs)
+    caplog.set_level("INFO")
+    before = Path("runs/s0/predictions.safetensors").read_bytes()
+    Path("file").write_text("years of work")
+    for output in ("runs/s0", "file"):
+        with pytest.raises(UserError, match=f"{output} is there already; choose another --output$"):
+            main(["runs/s0", "runs/s1", "--equal", "--output", output, "--force"])
+    assert not caplog.messages  # nothing was computed
+    assert Path("runs/s0/predictions.safetensors").read_bytes() == before
+    assert Path("file").read_text() == "years of work"
+    assert main(["runs/s0", "runs/s1", "--equal"]) == 0
+    with pytest.raises(UserError, match=r"ensemble is there already; .*--force"):
+        main(["runs/s0", "runs/s1", "--equal"])
+    assert main(["runs/s1", "runs/s0", "--equal", "--force"]) == 0
+    said = json.loads(Path("ensemble/ensemble.json").read_text())
+    assert [member["run"] for member in said["members"]] == ["runs/s1", "runs/s0"]
+
+
 def test_what_cannot_be_joined_is_one_sentence(
     two_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(two_runs)
     with pytest.raises(UserError, match="two runs or more"):
         main(["runs/s0", "runs/s0"])
+    path = Path("runs/s1/evaluation/evaluation.json")
+    written = path.read_text()
+    path.write_text(json.dumps(json.loads(written) | {"checkpoint": "step_00000001"}))
+    with pytest.raises(UserError, match=r"cifar_dist\.evaluate runs/s1"):
+        main(["runs/s0", "runs/s1"])  # chosen on what an earlier checkpoint says
+    path.write_text(written)
     Path("runs/s1/evaluation/held_out.safetensors").unlink()
     with pytest.raises(UserError, match=r"cifar_dist\.evaluate runs/s1"):
         main(["runs/s0", "runs/s1"])
@@ -172,7 +199,7 @@ def test_what_cannot_be_joined_is_one_sentence(
         "runs/s1/predictions.safetensors",
     )
     with pytest.raises(UserError, match="other test rows"):
-        main(["runs/s0", "runs/s1", "--equal"])
+        main(["runs/s0", "runs/s1", "--equal", "--force"])
     Path("runs/s1/predictions.safetensors").unlink()
     with pytest.raises(UserError, match="no predictions yet"):
-        main(["runs/s0", "runs/s1", "--equal"])
+        main(["runs/s0", "runs/s1", "--equal", "--force"])

@@ -14,9 +14,21 @@ from safetensors.torch import load_file
 from test_cifair import content, write_cifair
 from torch.nn.functional import cross_entropy
 
-from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy
+from cifar_dist import predict, report
+from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy, write_dataset
+from cifar_dist.data.sample import draw_sample
 from cifar_dist.engine.scores import confusion
+from cifar_dist.errors import UserError
+from cifar_dist.reporting.comparison import read_run
 from cifar_dist.usable import load_usable
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other pictures of the same classes."""
+    root = tmp_path_factory.mktemp("other") / "data"
+    write_dataset(root, *draw_sample(train_per_class=2, test_per_class=1), content="other")
+    return root
 
 
 def evaluate(*arguments: object, cwd: Path, world_size: int = 1, expect: int = 0) -> str:
@@ -99,6 +111,77 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
     newest = max((run / "checkpoints").iterdir()).name
     evaluate("runs/tiny", "--checkpoint", newest, cwd=tmp_path)  # asked for by name: no headline
     assert not (run / "evaluation").exists()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_a_finished_runs_lost_predictions_are_written_anew(run: Path, harm: str) -> None:
+    path, summary = run / "predictions.safetensors", run / "summary.json"
+    before, finished = path.read_bytes(), summary.read_text()
+    if harm == "damaged":
+        path.write_bytes(before[:-100])
+        with pytest.raises(UserError, match=r"damaged.*`python -m cifar_dist.evaluate.*anew"):
+            read_run(run)
+    else:
+        path.unlink()
+    cut = path.read_bytes() if path.exists() else None
+    summary.write_text(json.dumps(json.loads(finished) | {"finished": False}))
+    evaluate("runs/tiny", cwd=run.parents[1])
+    assert (path.read_bytes() if path.exists() else None) == cut
+    summary.write_text(finished)
+    output = evaluate("runs/tiny", cwd=run.parents[1])
+    assert "written anew" in output
+    assert path.read_bytes() == before
+
+
+def test_an_evaluation_of_other_things_is_left_out(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate("runs/tiny", cwd=tmp_path)
+    path, page = run / "evaluation/evaluation.json", tmp_path / "page.html"
+    written = found(run / "evaluation")
+    assert load_usable(run).temperature == written["temperature"]["value"]
+    assert load_usable(run, written["checkpoint"]).findings == written
+    assert read_run(run).evaluation == written
+    assert not caplog.records
+    others = {
+        "checkpoint": "step_00000005",
+        "split": "train",
+        "test_time": "flips",
+        "data": "f" * 64,
+    }
+    for name, value in others.items():
+        path.write_text(json.dumps(written | {name: value}))
+        for read in (lambda: read_run(run).evaluation, lambda: load_usable(run).temperature):
+            caplog.clear()
+            assert read() is None
+            (said,) = caplog.messages
+            assert str(value) in said
+            assert f"`python -m cifar_dist.evaluate {run}`" in said
+    path.write_text('{"top1": 1}')
+    assert report.main([str(run), "--output", str(page)]) == 0
+    assert "For temperature and near-duplicates" in page.read_text()
+
+
+def test_the_place_of_the_headline_is_for_nothing_else(
+    run: Path, tmp_path: Path, other_data: Path
+) -> None:
+    place = "runs/../runs/tiny/evaluation"
+    for arguments, said in {
+        ("--data", other_data): "holds other data than runs/tiny was trained on",
+        ("--data", other_data, "--output", place): "holds other data than runs/tiny",
+        ("--split", "train", "--output", place): "choose another --output",
+        ("--flips", "--output", place): "choose another --output",
+        ("--checkpoint", "step_00000025", "--output", place): "choose another --output",
+    }.items():
+        output = evaluate("runs/tiny", *arguments, cwd=tmp_path, expect=2)
+        assert said in output
+        assert not (run / "evaluation").exists()
+    output = evaluate("runs/tiny", "--data", other_data, "--output", "apart", cwd=tmp_path)
+    assert "other data" in output
+    assert "bits" not in output
+    assert found(tmp_path / "apart")["data"] == data_digest(other_data)
+    with pytest.raises(UserError, match="holds other data"):
+        predict.main([str(run), "--dataset", "test:0", "--data", str(other_data)])
 
 
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:

@@ -18,6 +18,7 @@ from ranks import train
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cifar_dist.data.arrow import data_digest
 from cifar_dist.engine.checkpoint import save_checkpoint
 from cifar_dist.errors import UserError
 from cifar_dist.export import main
@@ -211,15 +212,16 @@ def test_nothing_is_overwritten_by_chance(make_run: RunMaker) -> None:
     assert (folder / "thesis.tex").exists()
 
 
-def test_the_card_is_valid_and_true(make_run: RunMaker) -> None:
+def test_the_card_is_valid_and_true(make_run: RunMaker, data: Path) -> None:
     run = make_run("r", ema=True)
     summary = {"top1": 12.345, "top5": 40.0, "loss": 3.2, "steps": 1, "finished": True}
     (run / "summary.json").write_text(json.dumps(summary))
-    (run / "environment.json").write_text(json.dumps({"data": "f" * 64}))
+    digest = data_digest(data)
+    (run / "environment.json").write_text(json.dumps({"data": digest}))
     card = (export(run, "teacher") / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["datasets"] == ["cifar100"]
     assert "| top-1, % of the test split, last epoch | 12.35 |" in body or "12.34" in body
-    assert "f" * 64 in body
+    assert digest in body
     assert "moving average" in body
     assert "other data in the layout of CIFAR-100" in body

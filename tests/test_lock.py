@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -68,6 +68,21 @@ def test_starts_in_the_same_instant_have_one_winner(tmp_path: Path) -> None:
     for (_, left), (got, _) in itertools.pairwise(holds):
         assert left <= got
     assert not (tmp_path / "run/lock").exists()
+
+
+@pytest.mark.parametrize("cause", [None, ValueError])
+def test_a_folder_that_the_lock_made_goes_if_nothing_came_into_it(
+    tmp_path: Path, cause: type[Exception] | None
+) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there", "empty", "filled"):
+        with suppress(ValueError), locked(tmp_path / name):
+            if name == "filled":
+                (tmp_path / name / "recipe.yaml").touch()
+            if cause:
+                raise cause
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "filled"}
+    assert not (tmp_path / "filled/lock").exists()
 
 
 @contextmanager

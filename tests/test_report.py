@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cifar_dist.data.arrow import write_dataset
 from cifar_dist.data.pickles import RawMeta
 from cifar_dist.data.sample import draw_sample
 from cifar_dist.errors import UserError
+from cifar_dist.recipe import load_recipe
 from cifar_dist.report import main
 from cifar_dist.reporting.charts import MOST_POINTS, Series, line_chart, number, thinned, ticks
 from cifar_dist.reporting.comparison import (
@@ -183,6 +185,21 @@ def test_without_data_the_numbers_remain(runs: Path, data: Path) -> None:
     assert "<img" not in text
 
 
+def test_folders_that_are_no_runs_are_passed_over(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (runs / "empty").mkdir()
+    (runs / "notes.txt").touch()
+    folders = [str(runs / name) for name in ("empty", "notes.txt", "other")]
+    assert main([*folders, "--output", str(tmp_path / "page.html")]) == 0
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == f"passed over: {runs / 'empty'} is no run folder (no recipe.yaml in it)"
+    with pytest.raises(UserError, match="none of these is a run folder"):
+        main([str(runs / "empty"), str(runs / "notes.txt")])
+    with pytest.raises(UserError, match="typo is no run folder"):
+        main([str(runs / "other"), str(runs / "typo")])
+
+
 def test_broken_runs_are_one_sentence(runs: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         main([str(runs / "nothing")])
@@ -245,3 +262,21 @@ def test_the_tutorials_rows_and_pages_name_recipes_that_exist() -> None:
         assert row.ours is None or f"`{row.ours}`" in shown
     for name in re.findall(r"recipes/([\w/]+\.yaml)", page):
         assert (recipes / name).exists(), name
+
+
+def test_the_tutorials_loop_trains_all_and_teachers_before_students() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs/tutorial.md").read_text()
+    _, loop, rest = page.partition("for recipe in ")
+    assert loop
+    listed = rest.partition("; do")[0].replace("\\\n", " ")
+    command = f"shopt -s failglob; printf '%s\\n' {listed}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True
+    )
+    recipes = [load_recipe(root / path) for path in done.stdout.split()]
+    assert {row.config for row in PUBLISHED} <= {recipe.name for recipe in recipes}
+    trained: set[str] = set()
+    for recipe in recipes:
+        assert {teacher.run for teacher in recipe.taught_by} <= trained, recipe.name
+        trained.add(f"runs/{recipe.name}")

@@ -35,9 +35,10 @@ def machine() -> str:
 def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
     """Hold a folder for this process (rank 0 of its job); UserError where another holds it.
 
-    The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder.
+    The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder. A folder that
+    was not there goes again if it is still empty.
     """
-    path = path or folder / "lock"
+    path, is_new = path or folder / "lock", not folder.exists()
     mine, name = _enter(path), json.dumps(_me())
     holder = _other(mine)
     if holder is None:
@@ -79,18 +80,19 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
                 for file in (*_below(mine), mine):
                     file.unlink(missing_ok=True)
                 path.rmdir()
+                if is_new:
+                    folder.rmdir()  # unless there is something in it
 
 
 def _enter(path: Path) -> Path:
     """An empty file of our own with the next number; exclusive creation, so nobody else's."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
-        with suppress(
-            FileExistsError, FileNotFoundError
-        ):  # another was first, or removed the folder
+        with suppress(FileNotFoundError):  # another removed the folder
+            path.mkdir(parents=True, exist_ok=True)
             mine = path / f"{max(_numbers(path), default=0) + 1}.json"
-            mine.touch(exist_ok=False)
-            return mine
+            with suppress(FileExistsError):  # another was first
+                mine.touch(exist_ok=False)
+                return mine
 
 
 def _other(mine: Path) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.engine.step import Step
+from cifar_dist.errors import UserError
 from cifar_dist.files import naming, write_file
 
 Line = dict[str, Any]
@@ -145,16 +146,23 @@ class MetricsFile:
             os.fsync(file.fileno())
 
     def read(self) -> list[Line]:
-        """The lines; one that a crash cut in the middle is left out."""
+        """The lines; a last one that a crash left unfinished is left out.
+
+        UserError for any other that cannot be read, since what is after it would be lost.
+        """
         if not self.path.exists():
             return []
+        *finished, rest = self.path.read_bytes().split(b"\n")
         lines = []
-        for text in self.path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+        for number, text in enumerate(finished, 1):
+            line = _parsed(text)
+            if line is None:
+                raise UserError(
+                    f"{self.path}:{number}: this line is damaged; restore the file, or take the line out"
+                )
+            lines.append(line)
+        last = _parsed(rest)
+        return lines if last is None else [*lines, last]
 
     def truncate(self, step: int) -> list[Line]:
         """Drop what a checkpoint at `step` has not seen; returns what remains."""
@@ -162,6 +170,22 @@ class MetricsFile:
         if self.path.exists():
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return kept
+
+
+def _parsed(text: bytes) -> Line | None:
+    """A line of metrics.jsonl, or None for what is none."""
+    try:
+        line = json.loads(text.decode())
+    except ValueError:
+        return None
+    if (
+        isinstance(line, dict)
+        and isinstance(line.get("kind"), str)
+        and isinstance(line.get("step"), int)
+        and isinstance(line.get("epoch"), int | float)
+    ):
+        return line
+    return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

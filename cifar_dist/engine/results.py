@@ -13,6 +13,7 @@ from cifar_dist.engine.evaluation import Evaluation
 from cifar_dist.engine.metrics import Line, MetricsFile
 from cifar_dist.engine.runtime import log
 from cifar_dist.engine.tracking import Tracker
+from cifar_dist.errors import UserError
 from cifar_dist.files import write_file, write_json
 
 
@@ -65,8 +66,32 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The run's summary, or None where there is none that can be read."""
-    return read_json(folder / "summary.json")
+    """The run's summary for who can make it anew, or None where there is none that can be read."""
+    summary = read_json(folder / "summary.json")
+    return summary if isinstance(summary, dict) else None
+
+
+def last_checkpoint(summary: dict[str, Any]) -> str:
+    """The name of the checkpoint that a summary's numbers are of."""
+    return f"step_{summary.get('steps', -1):08d}"
+
+
+def read_facts(folder: Path, name: str) -> dict[str, Any]:
+    """A run's summary.json or environment.json; empty where there is none, UserError for a damaged one."""
+    return read_object(folder / name, "start the run's training again to write it anew") or {}
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no file; UserError with the remedy for a damaged one."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; {remedy}")
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -60,13 +60,15 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder} is no run folder (no recipe.yaml in it); give one, like runs/debug"
         )
+    summary = results.read_facts(folder, "summary.json")
+    last = results.last_checkpoint(summary)
     return Run(
         folder=folder,
         recipe=load_recipe(folder / "recipe.yaml"),
-        summary=results.read_summary(folder) or {},
+        summary=summary,
         lines=MetricsFile(folder / "metrics.jsonl").read(),
-        environment=results.read_json(folder / "environment.json") or {},
-        evaluation=read_findings(folder),
+        environment=results.read_facts(folder, "environment.json"),
+        evaluation=read_findings(folder, last) if summary.get("finished") else None,
         predictions=read_logits(folder / "predictions.safetensors"),
     )
 
@@ -80,7 +82,8 @@ def read_logits(path: Path) -> tuple[Tensor, Tensor] | None:
         return tensors["logits"], tensors["labels"]
     except (SafetensorError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); remove it, then train or evaluate again to write it anew"
+            f"{path} is damaged ({error}); `python -m cifar_dist.evaluate RUN` writes it anew for a "
+            "finished run"
         ) from None
 
 

@@ -11,11 +11,11 @@ import jinja2
 import torch
 
 from cifar_dist import __version__
-from cifar_dist.data.arrow import data_digest, load_split, read_digest, read_hierarchy
+from cifar_dist.data.arrow import load_split, read_digest, read_hierarchy
 from cifar_dist.data.batches import holdout_rows
 from cifar_dist.engine.runtime import progress_bar
 from cifar_dist.engine.scores import class_scores, confusion, fold
-from cifar_dist.findings import name_of, numbers
+from cifar_dist.findings import name_of, numbers, trained_on
 from cifar_dist.recipe import Recipe, flat, resolved
 from cifar_dist.reporting.charts import (
     COLOURS,
@@ -80,7 +80,7 @@ def data_of(run: Run, asked: Path | None) -> tuple[Path | None, str]:
     remedy = "give its place with --data to see classes, confusions and pictures"
     if not (data / "digest.json").exists():
         return None, f"{run.recipe.name}: {data} has no data here; {remedy}"
-    if data_digest(data) != run.environment.get("data"):
+    if not trained_on(run.environment, data):
         return None, f"{run.recipe.name}: {data} holds other data than it was trained on; {remedy}"
     return data, ""
 
