@@ -56,8 +56,9 @@ def read_picture(path: Path) -> Tensor:
                     white = Image.new("RGBA", upright.size, "white")
                     upright = Image.alpha_composite(white, upright.convert("RGBA"))
                 small = ImageOps.fit(upright.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's readers raises what it likes of a broken file
         reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
+        reason = reason or type(error).__name__
         raise UserError(f"{path} is no picture that can be read ({reason}); give another") from None
     return torch.from_numpy(numpy.array(small)).permute(2, 0, 1).contiguous()
 
