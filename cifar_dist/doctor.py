@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import cifar_dist
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import data_digest
 from cifar_dist.engine.lock import machine
 from cifar_dist.engine.runtime import (
@@ -205,9 +205,8 @@ def main(arguments: list[str]) -> int:
         "recipes/r50_224.yaml",
         "sbatch --nodes=2 slurm/doctor.sh recipes/r50_224.yaml",
     )
-    parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
-    options = parser.parse_args(arguments)
+    add_recipe(parser, "a YAML file, see recipes/")
+    options = parser.parse_intermixed_args(arguments)
     adopt_slurm_ranks()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)

@@ -178,7 +178,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/r18_32")
     parser.add_argument(
-        "images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders of them"
+        "images",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="IMAGE",
+        help="files, or folders of them",
     )
     parser.add_argument(
         "--dataset", metavar="ROWS", help="rows of the data: test:0-99, train:5, test"
@@ -189,7 +194,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them into a PNG")
     parser.add_argument("--checkpoint", metavar="NAME", help="default: the newest")
     parser.add_argument("--data", type=Path, help="another place of the run's data")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
     if bool(options.images) == bool(options.dataset):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, evaluate, train
+from cifar_dist import cache_logits, doctor, evaluate, predict, train
 from cifar_dist.errors import INTERRUPTED, UserError, run_command
 from cifar_dist.files import write_file
 
@@ -129,7 +129,18 @@ def test_options_may_stand_among_the_changes(
     assert "seed: 7," in said
 
 
-@pytest.mark.parametrize("command", [train, cache_logits])
+@pytest.mark.parametrize("option", [["--checkpoint", "step_1"], ["--json", "seen.json"]])
+def test_options_may_stand_before_pictures(option: list[str]) -> None:
+    with pytest.raises(UserError, match="runs/absent is no run folder"):
+        predict.main(["runs/absent", *option, "cat.png"])
+
+
+def test_options_may_stand_before_the_changes_of_a_check() -> None:
+    with pytest.raises(UserError, match=r"debug.yaml: run\.epochs: "):
+        doctor.main(["recipes/debug.yaml", "--traceback", "run.epochs=-2"])
+
+
+@pytest.mark.parametrize("command", [train, cache_logits, doctor])
 def test_only_the_recipe_is_missing(command) -> None:
     with pytest.raises(UserError, match=r"required: recipe; "):
-        command.main(["--force"])
+        command.main(["--traceback"])
