@@ -31,6 +31,7 @@ from cifar_dist.engine.runtime import (
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracking import decide_mode
 from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.files import making
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 from cifar_dist.runs import check_world
 
@@ -86,7 +87,8 @@ def shared_folder(ranks: Ranks, folder: Path) -> Finding:
     """Whether each rank sees within 5 s what every other has written to the folder."""
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         (folder / f".doctor_{ranks.rank}").write_text(str(ranks.rank))
 
     ranks.together(write)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cifar_dist.errors import UserError
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -20,6 +22,15 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Within, a path that is made and yet not found is the person's to mend: /proc answers so."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: nothing can be made there; choose another place") from None
 
 
 def sync(path: Path) -> None:
@@ -57,10 +68,11 @@ def remove_folder(folder: Path) -> None:
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content` in one step; a reader sees the old file or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with making(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with naming(path), aside.open("wb") as file:
+        with making(path), naming(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -82,11 +94,13 @@ def folder_aside(final: Path) -> Iterator[Path]:
     An existing `final` is moved out of the way first and removed last, so that at no time there is
     less than one complete folder on the disk.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with making(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    with making(final):
+        aside.mkdir()
     try:
         yield aside
         for path in aside.rglob("*"):

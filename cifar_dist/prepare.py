@@ -30,6 +30,7 @@ from cifar_dist.data.members import FOLDER, OFFICIAL_MD5, is_official, read_memb
 from cifar_dist.data.pickles import RawMeta, RawSplit, check_hierarchy, read_meta, read_pickle
 from cifar_dist.data.sample import draw_sample, pickle_members
 from cifar_dist.errors import UserError, run_command
+from cifar_dist.files import making
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
@@ -149,7 +150,8 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`, which is made if absent and goes again if it stays empty."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{error.filename} is not a folder; choose another --output") from error
     descriptor = os.open(folder, os.O_RDONLY)

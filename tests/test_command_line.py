@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, doctor, evaluate, predict, train
+from cifar_dist import cache_logits, doctor, evaluate, predict, prepare, train
 from cifar_dist.errors import INTERRUPTED, UserError, run_command
-from cifar_dist.files import write_file
+from cifar_dist.files import folder_aside, write_file
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
@@ -72,6 +72,30 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
         assert run_command(write) == 2
         assert re.match(rf"error: .*{place[:4]}.*; free or choose", capsys.readouterr().err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
+def test_a_place_where_nothing_can_be_made_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def file(arguments: list[str]) -> int:
+        write_file(place, "content")
+        return 0
+
+    def folder(arguments: list[str]) -> int:
+        with folder_aside(place):
+            return 0
+
+    def data(arguments: list[str]) -> int:
+        return prepare.main(["--sample", "--output", str(place)])
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    for place, main in itertools.product(
+        (Path("/proc/absent"), Path("/proc/absent/inner")), (file, folder, data)
+    ):
+        assert run_command(main) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)
 
 
 def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
