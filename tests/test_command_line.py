@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -96,6 +98,23 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence(
         assert run_command(main) == 2
         said = capsys.readouterr().err
         assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
+
+    def tell(arguments: list[str]) -> int:
+        print(name)
+        raise UserError(name)
+
+    said = {}
+    for stream in ("stdout", "stderr"):
+        said[stream] = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+        monkeypatch.setattr(sys, stream, said[stream])
+    assert run_command(tell) == 2
+    for stream, start in ("stdout", b""), ("stderr", b"error: "):
+        said[stream].seek(0)
+        assert said[stream].buffer.read() == start + b"caf\\udce9 \\xfc.png\n"
 
 
 def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
