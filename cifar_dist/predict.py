@@ -24,7 +24,11 @@ from cifar_dist.files import write_file, write_json
 from cifar_dist.reporting.pictures import png
 from cifar_dist.usable import Usable, load_usable
 
-ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ENDINGS = {  # of files in folders
+    *(".apng", ".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2"),
+    *(".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+}
 TOP = 5
 
 

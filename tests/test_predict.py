@@ -17,7 +17,7 @@ from cifar_dist.data.arrow import load_split
 from cifar_dist.engine.runtime import log
 from cifar_dist.engine.scores import fit_temperature
 from cifar_dist.errors import UserError
-from cifar_dist.predict import find_pictures, main, read_picture
+from cifar_dist.predict import ENDINGS, find_pictures, main, read_picture
 
 
 def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -93,6 +93,15 @@ def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
     sideways.save(tmp_path / "turned.png", exif=exif)
     turned = read_picture(tmp_path / "turned.png").float().mean((0, 1))
     assert turned[:10].mean() > 200 > 50 > turned[-10:].mean()
+
+
+def test_folders_hold_what_the_page_says(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE", "c.ico", "d.pgm", "e.pdf"):
+        Image.new("L", (40, 40)).save(tmp_path / name)
+    found = [Path(name).name for name in find_pictures([tmp_path])]
+    assert found == ["a.jfif", "b.JPE", "c.ico", "d.pgm"]
+    page = " ".join((Path(__file__).parents[1] / "docs/insight.md").read_text().split())
+    assert f"of a folder those called {', '.join(sorted(ENDINGS))}; " in page
 
 
 def test_a_broken_picture_is_passed_over_whatever_its_reader_raises(
