@@ -20,7 +20,7 @@ from cifar_dist.data.arrow import load_split
 from cifar_dist.data.image_ops import SIDE
 from cifar_dist.engine.runtime import log, log_to_terminal
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file, write_json
+from cifar_dist.files import try_place, write_file, write_json
 from cifar_dist.reporting.pictures import png
 from cifar_dist.usable import Usable, load_usable
 
@@ -203,6 +203,9 @@ def main(arguments: list[str]) -> int:
     log_to_terminal()
     if bool(options.images) == bool(options.dataset):
         raise UserError("give pictures or --dataset, one of them")
+    written = [path for path in (options.json, options.picture) if path]
+    for path in written:
+        try_place(path)
     usable = load_usable(options.run, options.checkpoint, options.data)
     truths = None
     if options.dataset:
@@ -221,8 +224,8 @@ def main(arguments: list[str]) -> int:
             "probabilities are not calibrated: python -m cifar_dist.evaluate fits a temperature "
             "for runs with data.holdout"
         )
-    for written in filter(None, (options.json, options.picture)):
-        log.info(f"written to {written}")
+    for path in written:
+        log.info(f"written to {path}")
     return 0
 
 

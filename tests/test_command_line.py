@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, doctor, evaluate, predict, prepare, train
+from cifar_dist import cache_logits, doctor, evaluate, near_duplicates, predict, prepare, train
 from cifar_dist.errors import INTERRUPTED, UserError, run_command
 from cifar_dist.files import folder_aside, write_file
 
@@ -98,6 +98,28 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence(
         assert run_command(main) == 2
         said = capsys.readouterr().err
         assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)
+
+
+def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(near_duplicates, "load_split", work)
+    monkeypatch.setattr(predict, "load_usable", work)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
+        for main, words in (
+            (near_duplicates.main, ["--output", str(place)]),
+            (predict.main, ["runs/a", "a.png", "--json", str(place)]),
+            (predict.main, ["runs/a", "a.png", "--picture", str(place)]),
+        ):
+            with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+                main(words)
+    for place in (tmp_path / "file", tmp_path / "new/folder/seen.json"):
+        with pytest.raises(AssertionError):
+            near_duplicates.main(["--output", str(place)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
