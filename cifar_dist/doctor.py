@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import cifar_dist
-from cifar_dist.command_line import command_parser
+from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import data_digest
 from cifar_dist.engine.lock import machine
 from cifar_dist.engine.runtime import (
@@ -31,6 +31,7 @@ from cifar_dist.engine.runtime import (
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracking import decide_mode
 from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.files import making
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 from cifar_dist.runs import check_world
 
@@ -86,7 +87,8 @@ def shared_folder(ranks: Ranks, folder: Path) -> Finding:
     """Whether each rank sees within 5 s what every other has written to the folder."""
 
     def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         (folder / f".doctor_{ranks.rank}").write_text(str(ranks.rank))
 
     ranks.together(write)
@@ -205,9 +207,8 @@ def main(arguments: list[str]) -> int:
         "recipes/r50_224.yaml",
         "sbatch --nodes=2 slurm/doctor.sh recipes/r50_224.yaml",
     )
-    parser.add_argument("recipe", type=Path, help="a YAML file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to it")
-    options = parser.parse_args(arguments)
+    add_recipe(parser, "a YAML file, see recipes/")
+    options = parser.parse_intermixed_args(arguments)
     adopt_slurm_ranks()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)

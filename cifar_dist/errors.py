@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +53,9 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     --traceback both keep their trace.
     """
     arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name need not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(arguments)
     except KeyboardInterrupt:

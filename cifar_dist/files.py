@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from cifar_dist.errors import UserError
 
 
 @contextmanager
@@ -20,6 +22,15 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Within, a path that is made and yet not found is the person's to mend: /proc answers so."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: nothing can be made there; choose another place") from None
 
 
 def sync(path: Path) -> None:
@@ -54,20 +65,43 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new empty file in the folder of `path`, which is made; it goes away unless it was renamed."""
+    with making(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with making(path), naming(path):
+            aside.touch()
+        yield aside
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content` in one step; a reader sees the old file or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _beside(path) as aside:
         with naming(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def try_place(path: Path) -> None:
+    """Raise before the work what `write_file` would raise after it; changes nothing."""
+    absent = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with _beside(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    finally:
+        for folder in absent:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,11 +116,13 @@ def folder_aside(final: Path) -> Iterator[Path]:
     An existing `final` is moved out of the way first and removed last, so that at no time there is
     less than one complete folder on the disk.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with making(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    with making(final):
+        aside.mkdir()
     try:
         yield aside
         for path in aside.rglob("*"):

@@ -20,7 +20,7 @@ from cifar_dist.data.arrow import data_digest, load_split
 from cifar_dist.engine.results import read_json
 from cifar_dist.engine.runtime import log, log_to_terminal, progress_bar
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file
+from cifar_dist.files import try_place, write_file
 
 # Cosines of two views of a picture at 16 x 16 px; a pair has to reach both. On CIFAR-100 they find
 # 281 pairs, some 40 of which are, to the eye, other things that look alike (apples, cans, clocks).
@@ -100,6 +100,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     log_to_terminal()
+    try_place(options.output)
     train, test = (load_split(options.data, name).images for name in ("train", "test"))
     pairs = find_near_duplicates(train, test, show=True)
     found = {

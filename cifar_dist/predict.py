@@ -20,11 +20,15 @@ from cifar_dist.data.arrow import load_split
 from cifar_dist.data.image_ops import SIDE
 from cifar_dist.engine.runtime import log, log_to_terminal
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file, write_json
+from cifar_dist.files import try_place, write_file, write_json
 from cifar_dist.reporting.pictures import png
 from cifar_dist.usable import Usable, load_usable
 
-ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+ENDINGS = {  # of files in folders
+    *(".apng", ".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2"),
+    *(".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+}
 TOP = 5
 
 
@@ -56,8 +60,9 @@ def read_picture(path: Path) -> Tensor:
                     white = Image.new("RGBA", upright.size, "white")
                     upright = Image.alpha_composite(white, upright.convert("RGBA"))
                 small = ImageOps.fit(upright.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's readers raises what it likes of a broken file
         reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
+        reason = reason or type(error).__name__
         raise UserError(f"{path} is no picture that can be read ({reason}); give another") from None
     return torch.from_numpy(numpy.array(small)).permute(2, 0, 1).contiguous()
 
@@ -177,7 +182,12 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/r18_32")
     parser.add_argument(
-        "images", nargs="*", type=Path, metavar="IMAGE", help="files, or folders of them"
+        "images",
+        nargs="*",
+        default=[],
+        type=Path,
+        metavar="IMAGE",
+        help="files, or folders of them",
     )
     parser.add_argument(
         "--dataset", metavar="ROWS", help="rows of the data: test:0-99, train:5, test"
@@ -188,11 +198,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them into a PNG")
     parser.add_argument("--checkpoint", metavar="NAME", help="default: the newest")
     parser.add_argument("--data", type=Path, help="another place of the run's data")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
     if bool(options.images) == bool(options.dataset):
         raise UserError("give pictures or --dataset, one of them")
+    written = [path for path in (options.json, options.picture) if path]
+    for path in written:
+        try_place(path)
     usable = load_usable(options.run, options.checkpoint, options.data)
     truths = None
     if options.dataset:
@@ -211,8 +224,8 @@ def main(arguments: list[str]) -> int:
             "probabilities are not calibrated: python -m cifar_dist.evaluate fits a temperature "
             "for runs with data.holdout"
         )
-    for written in filter(None, (options.json, options.picture)):
-        log.info(f"written to {written}")
+    for path in written:
+        log.info(f"written to {path}")
     return 0
 
 

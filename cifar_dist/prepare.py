@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,10 +31,14 @@ from cifar_dist.data.members import FOLDER, OFFICIAL_MD5, is_official, read_memb
 from cifar_dist.data.pickles import RawMeta, RawSplit, check_hierarchy, read_meta, read_pickle
 from cifar_dist.data.sample import draw_sample, pickle_members
 from cifar_dist.errors import UserError, run_command
+from cifar_dist.files import making
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
 SAMPLE = "sample"
+ELSEWHERE = (
+    "choose another place (--output of prepare, data.path of a recipe)"  # train prepares too
+)
 
 Content = Literal["official", "sample", "other"]
 
@@ -64,7 +69,8 @@ def prepare(
             members = _read_source(source, output)
             content = "official" if is_official(members) else "other"
             if content != expected and expected is not None:
-                raise UserError(f"{source} is not the official CIFAR-100; add --any-content")
+                command = _command(output, "--any-content", "--source", source)
+                raise UserError(f"{source} is not the official CIFAR-100; take it with {command}")
         train, test, meta = _parse(members, source)
         if held is not None:
             digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
@@ -83,16 +89,25 @@ def prepare(
     )
 
 
+def _command(output: Path, *options: str) -> str:
+    words = ["python", "-m", "cifar_dist.prepare", *options, "--output", str(output)]
+    return f"`{shlex.join(words)}`"
+
+
 def _read_source(source: str, output: Path) -> dict[str, bytes]:
     if not source.startswith(("http://", "https://")):
         path = Path(source).expanduser()
         if not path.exists():
-            raise UserError(f"{source} does not exist; give --source an archive, folder or URL")
+            raise UserError(
+                f"{source} does not exist; give an archive, a folder or a URL "
+                "(--source of prepare, data.source of a recipe)"
+            )
         return read_members(path)
     # Named after the URL, so that a download never goes on with the beginning of another.
     key = hashlib.sha256(source.encode()).hexdigest()[:8]
     part = output.with_name(f"{output.name}.{key}.part")
-    download(source, part, md5=ARCHIVE_MD5.get(source))
+    remedy = f"get it in another way and give it with {_command(output, '--source', 'FILE')}"
+    download(source, part, md5=ARCHIVE_MD5.get(source), remedy=remedy)
     try:
         return read_members(part)
     except UserError as error:
@@ -122,7 +137,10 @@ def _held(output: Path) -> dict[str, Any] | None:
 
 def _say_held(output: Path, *, same: bool) -> None:
     if not same:
-        raise UserError(f"{output} holds other data; choose another --output, or add --force")
+        raise UserError(
+            f"{output} holds other data; {ELSEWHERE}, or replace them with "
+            f"{_command(output, '--force')} and the --source or --sample of yours"
+        )
     print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
 
 
@@ -132,7 +150,7 @@ def _refuse_foreign(output: Path) -> None:
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
     if names and "dataset_dict.json" not in names:
-        raise UserError(f"{output} is not a data set of ours; choose another --output")
+        raise UserError(f"{output} is not a data set of ours; {ELSEWHERE}")
     known = {"dataset_dict.json", DIGEST}
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
@@ -141,7 +159,7 @@ def _refuse_foreign(output: Path) -> None:
     for path in output.rglob("*"):
         name = path.relative_to(output).as_posix()
         if name not in known and (path.is_symlink() or not path.is_dir()):
-            raise UserError(f"{output} holds {name}, which is not ours; choose another --output")
+            raise UserError(f"{output} holds {name}, which is not ours; {ELSEWHERE}")
 
 
 @contextmanager
@@ -149,9 +167,10 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`, which is made if absent and goes again if it stays empty."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename} is not a folder; choose another --output") from error
+        raise UserError(f"{error.filename} is not a folder; {ELSEWHERE}") from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import itertools
+import os
 import re
 import shlex
 import subprocess
@@ -13,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, evaluate, train
+from cifar_dist import cache_logits, doctor, evaluate, near_duplicates, predict, prepare, train
 from cifar_dist.errors import INTERRUPTED, UserError, run_command
-from cifar_dist.files import write_file
+from cifar_dist.files import folder_aside, write_file
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
@@ -74,6 +76,69 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
+def test_a_place_where_nothing_can_be_made_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def file(arguments: list[str]) -> int:
+        write_file(place, "content")
+        return 0
+
+    def folder(arguments: list[str]) -> int:
+        with folder_aside(place):
+            return 0
+
+    def data(arguments: list[str]) -> int:
+        return prepare.main(["--sample", "--output", str(place)])
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    for place, main in itertools.product(
+        (Path("/proc/absent"), Path("/proc/absent/inner")), (file, folder, data)
+    ):
+        assert run_command(main) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)
+
+
+def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*arguments: object, **options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(near_duplicates, "load_split", work)
+    monkeypatch.setattr(predict, "load_usable", work)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
+        for main, words in (
+            (near_duplicates.main, ["--output", str(place)]),
+            (predict.main, ["runs/a", "a.png", "--json", str(place)]),
+            (predict.main, ["runs/a", "a.png", "--picture", str(place)]),
+        ):
+            with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+                main(words)
+    for place in (tmp_path / "file", tmp_path / "new/folder/seen.json"):
+        with pytest.raises(AssertionError):
+            near_duplicates.main(["--output", str(place)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
+
+    def tell(arguments: list[str]) -> int:
+        print(name)
+        raise UserError(name)
+
+    said = {}
+    for stream in ("stdout", "stderr"):
+        said[stream] = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+        monkeypatch.setattr(sys, stream, said[stream])
+    assert run_command(tell) == 2
+    for stream, start in ("stdout", b""), ("stderr", b"error: "):
+        said[stream].seek(0)
+        assert said[stream].buffer.read() == start + b"caf\\udce9 \\xfc.png\n"
+
+
 def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
     """`command | head -1`: no trace, and what comes after the printing is done."""
     script = (
@@ -129,7 +194,18 @@ def test_options_may_stand_among_the_changes(
     assert "seed: 7," in said
 
 
-@pytest.mark.parametrize("command", [train, cache_logits])
+@pytest.mark.parametrize("option", [["--checkpoint", "step_1"], ["--json", "seen.json"]])
+def test_options_may_stand_before_pictures(option: list[str]) -> None:
+    with pytest.raises(UserError, match="runs/absent is no run folder"):
+        predict.main(["runs/absent", *option, "cat.png"])
+
+
+def test_options_may_stand_before_the_changes_of_a_check() -> None:
+    with pytest.raises(UserError, match=r"debug.yaml: run\.epochs: "):
+        doctor.main(["recipes/debug.yaml", "--traceback", "run.epochs=-2"])
+
+
+@pytest.mark.parametrize("command", [train, cache_logits, doctor])
 def test_only_the_recipe_is_missing(command) -> None:
     with pytest.raises(UserError, match=r"required: recipe; "):
-        command.main(["--force"])
+        command.main(["--traceback"])

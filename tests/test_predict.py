@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from ranks import Ranks
 from safetensors.torch import load_file
 
 from cifar_dist.data.arrow import load_split
+from cifar_dist.engine.runtime import log
 from cifar_dist.engine.scores import fit_temperature
 from cifar_dist.errors import UserError
-from cifar_dist.predict import find_pictures, main, read_picture
+from cifar_dist.predict import ENDINGS, find_pictures, main, read_picture
 
 
 def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -91,6 +93,39 @@ def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
     sideways.save(tmp_path / "turned.png", exif=exif)
     turned = read_picture(tmp_path / "turned.png").float().mean((0, 1))
     assert turned[:10].mean() > 200 > 50 > turned[-10:].mean()
+
+
+def test_folders_hold_what_the_page_says(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.JPE", "c.ico", "d.pgm", "e.pdf"):
+        Image.new("L", (40, 40)).save(tmp_path / name)
+    found = [Path(name).name for name in find_pictures([tmp_path])]
+    assert found == ["a.jfif", "b.JPE", "c.ico", "d.pgm"]
+    page = " ".join((Path(__file__).parents[1] / "docs/insight.md").read_text().split())
+    assert f"of a folder those called {', '.join(sorted(ENDINGS))}; " in page
+
+
+def test_a_broken_picture_is_passed_over_whatever_its_reader_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(log, "warning", warned.append)
+    turned = struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0")
+    wrong = struct.pack("<HHI4s", 0x0103, 2, 3, b"ab\0\0")  # a text where a number has to be
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + wrong + bytes(4)
+    Image.new("RGB", (40, 40)).save(tmp_path / "broken.jpg", exif=exif)
+    Image.new("RGB", (40, 40)).save(tmp_path / "fine.png")
+    assert list(find_pictures([tmp_path])) == [str(tmp_path / "fine.png")]
+    (sentence,) = warned
+    assert "broken.jpg is no picture that can be read (required argument is not an" in sentence
+
+    def full(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "fit", full)
+    with pytest.raises(
+        UserError, match=r"fine\.png is no picture that can be read \(MemoryError\)"
+    ):
+        read_picture(tmp_path / "fine.png")
 
 
 def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:

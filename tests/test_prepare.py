@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,7 @@ from cifar_dist.data.pickles import RawSplit
 from cifar_dist.data.sample import pickle_members, write_pickles
 from cifar_dist.errors import UserError
 from cifar_dist.prepare import prepare
+from cifar_dist.runs import wait_for_data
 
 TRAIN, TEST, META = small_data()
 
@@ -162,7 +164,7 @@ def refused(source: str | None, output: Path, match: str, **options: bool) -> No
 
 
 def test_refusals_leave_nothing_behind(source: str, output: Path, tmp_path: Path) -> None:
-    refused(source, output, "not the official CIFAR-100; add --any-content")
+    refused(source, output, "not the official CIFAR-100; .*--any-content")
     refused(str(tmp_path / "absent"), output, "does not exist", any_content=True)
     refused("ftp://example.org/a", output, "does not exist", any_content=True)
     Path(source).write_bytes(ARCHIVE[:5000])
@@ -180,6 +182,22 @@ def test_refusals_leave_nothing_behind(source: str, output: Path, tmp_path: Path
     moved.coarse_labels[:] = (moved.coarse_labels + 1) % 20
     (folder / "test").write_bytes(pickle_members(TRAIN, moved, META)["test"])
     refused(str(folder), output, "lies in two coarse classes", any_content=True)
+
+
+def test_who_called_train_is_told_the_whole_command(
+    server: Server, source: str, output: Path, tmp_path: Path
+) -> None:
+    absent = server.url.replace("small.tar.gz", "absent")
+    place = "choose another place (--output of prepare, data.path of a recipe)"
+    for asked, path, said in (
+        (source, output, f"`python -m cifar_dist.prepare --any-content --source {source} --output"),
+        (absent, output, f"`python -m cifar_dist.prepare --source FILE --output {output}`"),
+        (source, Path(source), place),
+        (source, Path(source) / "data", place),
+        (str(tmp_path / "no"), output, "(--source of prepare, data.source of a recipe)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            wait_for_data(path, asked)
 
 
 def test_a_file_in_the_way_is_refused(source: str, tmp_path: Path) -> None:
@@ -309,7 +327,7 @@ def test_a_complete_part_is_not_fetched_again(server: Server, tmp_path: Path) ->
 
 
 def test_a_wrong_md5_is_refused_and_deleted(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"md5 differs.*--source FILE"):
+    with pytest.raises(UserError, match=r"md5 differs.*in another way"):
         download(server.url, tmp_path / "part", md5="0" * 32)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,10 +22,11 @@ TIMEOUT_SECONDS = 5  # to connect, and of silence
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's errors
 
 
-def download(url: str, part: Path, *, md5: str | None = None) -> None:
+def download(
+    url: str, part: Path, *, md5: str | None = None, remedy: str = "get it in another way"
+) -> None:
     """Fetch `url` into `part`, going on where an earlier try ended; UserError if that fails."""
     have = part.stat().st_size if part.exists() else 0
-    remedy = "get it in another way and give it with --source FILE"
     try:
         place = urlsplit(url)
         port = place.port or (443 if place.scheme == "https" else 80)
@@ -49,7 +50,7 @@ def download(url: str, part: Path, *, md5: str | None = None) -> None:
             raise UserError(f"{url} answers {error.code} {error.reason}; {remedy}") from error
         if error.headers.get("Content-Range") != f"bytes */{have}":
             part.unlink()  # what is here is no beginning of what is there
-            return download(url, part, md5=md5)
+            return download(url, part, md5=md5, remedy=remedy)
         total = have
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, OSError) and error.errno in OUR_DISK:
