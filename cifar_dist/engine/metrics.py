@@ -164,12 +164,11 @@ class MetricsFile:
         last = _parsed(rest)
         return lines if last is None else [*lines, last]
 
-    def truncate(self, step: int) -> list[Line]:
-        """Drop what a checkpoint at `step` has not seen; returns what remains."""
+    def truncate(self, step: int) -> None:
+        """Drop what a checkpoint at `step` has not seen."""
         kept = [line for line in self.read() if line["step"] <= step]
         if self.path.exists():
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return kept
 
 
 def _parsed(text: bytes) -> Line | None:
