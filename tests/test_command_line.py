@@ -81,20 +81,20 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def file(arguments: list[str]) -> int:
-        write_file(place, "content")
+        write_file(Path(arguments[0]), "content")
         return 0
 
     def folder(arguments: list[str]) -> int:
-        with folder_aside(place):
+        with folder_aside(Path(arguments[0])):
             return 0
 
     def data(arguments: list[str]) -> int:
-        return prepare.main(["--sample", "--output", str(place)])
+        return prepare.main(["--sample", "--output", arguments[0]])
 
-    monkeypatch.setattr(sys, "argv", ["command"])
     for place, main in itertools.product(
         (Path("/proc/absent"), Path("/proc/absent/inner")), (file, folder, data)
     ):
+        monkeypatch.setattr(sys, "argv", ["command", str(place)])
         assert run_command(main) == 2
         said = capsys.readouterr().err
         assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)

@@ -348,11 +348,11 @@ def test_a_models_own_weights_come_back_with_the_head_where_it_fits(tmp_path, st
     path = save(scratch.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"give model\.mean and model\.std"):
         build_model(ModelConfig(stem=stem, weights=path), 10)
-    seen = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
-    again = build_model(ModelConfig(stem=stem, weights=path, **seen), 10).eval()
+    config = ModelConfig(stem=stem, weights=path, mean=CIFAR_MEAN, std=CIFAR_STD)
+    again = build_model(config, 10).eval()
     with torch.no_grad():
         assert torch.equal(again(IMAGES).logits, scratch(IMAGES).logits)
-    other = build_model(ModelConfig(stem=stem, weights=path, **seen), 11).backbone.state_dict()
+    other = build_model(config, 11).backbone.state_dict()
     assert all(torch.equal(v, other[name]) for name, v in scratch.backbone.state_dict().items())
 
 
