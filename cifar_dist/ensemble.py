@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> int:
         "--output", type=Path, default=Path("ensemble"), metavar="FOLDER", help="default: ensemble"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier ensemble")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
     folders = list(dict.fromkeys(options.runs))

@@ -8,7 +8,7 @@ from pathlib import Path
 from cifar_dist.command_line import command_parser
 from cifar_dist.engine.runtime import log, log_to_terminal
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file
+from cifar_dist.files import try_place, write_file
 from cifar_dist.reporting.comparison import group_runs, latex_table, read_run
 from cifar_dist.reporting.page import page
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--title", default="cifar_dist: runs compared", help="of the page")
     parser.add_argument("--data", type=Path, help="another place of the runs' data")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
     folders = []
@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> int:
             folders.append(path)
     if not folders:
         raise UserError("none of these is a run folder; give some, like runs/debug")
+    for place in filter(None, (options.output, options.latex)):
+        try_place(place)
     runs = [read_run(folder) for folder in folders]
     write_file(
         options.output,

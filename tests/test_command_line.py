@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist import cache_logits, doctor, evaluate, near_duplicates, predict, prepare, train
+from cifar_dist import (
+    cache_logits,
+    doctor,
+    ensemble,
+    evaluate,
+    near_duplicates,
+    predict,
+    prepare,
+    report,
+    train,
+)
 from cifar_dist.errors import INTERRUPTED, UserError, run_command
 from cifar_dist.files import folder_aside, write_file
 
@@ -106,10 +116,13 @@ def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(near_duplicates, "load_split", work)
     monkeypatch.setattr(predict, "load_usable", work)
+    monkeypatch.setattr(report, "read_run", work)
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
         for main, words in (
             (near_duplicates.main, ["--output", str(place)]),
+            (report.main, ["runs/a", "--output", str(place)]),
+            (report.main, ["runs/a", "--latex", str(place)]),
             (predict.main, ["runs/a", "a.png", "--json", str(place)]),
             (predict.main, ["runs/a", "a.png", "--picture", str(place)]),
         ):
@@ -198,6 +211,12 @@ def test_options_may_stand_among_the_changes(
 def test_options_may_stand_before_pictures(option: list[str]) -> None:
     with pytest.raises(UserError, match="runs/absent is no run folder"):
         predict.main(["runs/absent", *option, "cat.png"])
+
+
+@pytest.mark.parametrize("command", [report, ensemble])
+def test_options_may_stand_between_runs(command) -> None:
+    with pytest.raises(UserError, match="runs/absent is no run folder"):
+        command.main(["runs/absent", "--output", "absent", "runs/b"])
 
 
 def test_options_may_stand_before_the_changes_of_a_check() -> None:

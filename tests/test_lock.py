@@ -216,3 +216,9 @@ def test_who_has_lost_the_lock_ends_even_if_nobody_listens(tmp_path: Path) -> No
         remove_the_lock(tmp_path)
         assert process.wait(timeout=10) == 1
         process.stderr = None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
+def test_where_nothing_can_be_made_is_said() -> None:
+    with pytest.raises(UserError, match="nothing can be made there"), locked(Path("/proc/absent")):
+        raise AssertionError

@@ -86,13 +86,14 @@ def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") 
 
 def _enter(path: Path) -> Path:
     """An empty file of our own with the next number; exclusive creation, so nobody else's."""
-    while True:
+    for _ in range(1000):
         with suppress(FileNotFoundError):  # another removed the folder
             path.mkdir(parents=True, exist_ok=True)
             mine = path / f"{max(_numbers(path), default=0) + 1}.json"
             with suppress(FileExistsError):  # another was first
                 mine.touch(exist_ok=False)
                 return mine
+    raise UserError(f"{path}: nothing can be made there; choose another place")
 
 
 def _other(mine: Path) -> str | None:
