@@ -171,7 +171,8 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         # What the run leaves.
         metrics_file = MetricsFile(folder / "metrics.jsonl")
         tracker = Tracker()
-        ranks.main_does(lambda: metrics_file.truncate(state.step))
+        last_look = ranks.main_does(lambda: metrics_file.truncate(state.step))
+        state.evaluated_step = min(state.evaluated_step, last_look)  # a lost one is due again
         if ranks.is_main:
             tracker.start(recipe.tracking, folder, resolved(recipe), surroundings, recipe.taught_by)
         log.info(

@@ -16,7 +16,10 @@ from cifar_dist.errors import UserError
 from cifar_dist.recipe import load_recipe
 from cifar_dist.runs import finished_before
 
-LINES = [{"kind": "train", "step": step, "epoch": step / 2, "loss": 1.5} for step in (1, 2, 3)]
+LINES = [
+    {"kind": kind, "step": step, "epoch": step / 2, "loss": 1.5}
+    for step, kind in enumerate(("train", "eval", "train"), 1)
+]
 TEXTS = [json.dumps(line) for line in LINES]
 
 
@@ -25,7 +28,7 @@ def test_a_crash_may_cut_the_last_line(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(f"{TEXTS[0]}\n{TEXTS[1]}\n{cut}".encode(errors="surrogateescape"))
     assert MetricsFile(path).read() == LINES[:2]
-    MetricsFile(path).truncate(1)
+    assert MetricsFile(path).truncate(1) == 0
     assert path.read_text() == f"{TEXTS[0]}\n"
 
 
@@ -34,7 +37,7 @@ def test_a_last_line_that_lacks_but_its_end_is_one(tmp_path: Path) -> None:
     assert MetricsFile(path).read() == []
     path.write_text("\n".join(TEXTS))
     assert MetricsFile(path).read() == LINES
-    MetricsFile(path).truncate(3)
+    assert MetricsFile(path).truncate(3) == 2  # where it was evaluated
     assert path.read_text() == "".join(f"{text}\n" for text in TEXTS)
 
 
@@ -101,6 +104,25 @@ def test_a_damaged_file_is_one_sentence_and_an_absent_one_is_not(
     for command, read in readers.items():
         with pytest.raises(UserError, match=rf"{name} is damaged; .*{remedy}"):
             pytest.fail(f"{command} ended with {read()}")
+
+
+def test_a_last_evaluation_that_was_lost_is_made_anew(run: Path) -> None:
+    summary, metrics = run / "summary.json", run / "metrics.jsonl"
+    before, lines = json.loads(summary.read_text()), MetricsFile(metrics).read()
+    assert [line["kind"] for line in lines].count("eval") == 1
+    metrics.write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line["kind"] == "train")
+    )
+    headless = {name: value for name, value in before.items() if "top1" not in name}
+    summary.write_text(json.dumps(headless))
+    for _ in range(2):
+        output = train("runs/tiny/recipe.yaml", cwd=run.parents[1])
+        assert f"finished, top1 {before['top1']:.2f} %" in output
+        after = json.loads(summary.read_text())
+        assert {name: after[name] for name in ("top1", "top5", "loss", "val_top1")} == {
+            name: before[name] for name in ("top1", "top5", "loss", "val_top1")
+        }
+        assert MetricsFile(metrics).read() == lines
 
 
 @pytest.mark.parametrize("damage", ['{"top1": 1', "[1]"])

@@ -164,11 +164,12 @@ class MetricsFile:
         last = _parsed(rest)
         return lines if last is None else [*lines, last]
 
-    def truncate(self, step: int) -> None:
-        """Drop what a checkpoint at `step` has not seen."""
+    def truncate(self, step: int) -> int:
+        """Drop what a checkpoint at `step` has not seen; the step of the last evaluation that remains, or 0."""
         kept = [line for line in self.read() if line["step"] <= step]
         if self.path.exists():
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        return max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
 
 
 def _parsed(text: bytes) -> Line | None:
