@@ -111,8 +111,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.shards is not None and self.shards > self.batch_size:
             raise ValueError(f"shards={self.shards} is more than batch_size={self.batch_size} rows")
-        if self.timeout_seconds < 5:
-            raise ValueError("timeout_seconds: a watch that looks each second needs 5 or more")
+        if self.timeout_seconds < 4:
+            raise ValueError("timeout_seconds: a watch that looks each second needs 4 or more")
 
     @property
     def most_skips(self) -> int:

@@ -136,7 +136,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nema: !!null x", ["'x' is no null"]),
         ("name: a\nrun: {epochs: !!int 010}", ["'010' is no int", "remove the tag"]),
         ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is no int"]),
-        ("name: a\nrun: {timeout_seconds: 2}", ["timeout_seconds", "5 or more"]),
+        ("name: a\nrun: {timeout_seconds: 2}", ["timeout_seconds", "4 or more"]),
         ("name: a\noptim: {milestones: [3]}", ["milestones", "multistep"]),
         ("name: a\noptim: {betas: [0.9, 1.0]}", ["optim.betas", "less than 1"]),
         (

@@ -183,7 +183,8 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         source = f"model.weights: {config.weights}"
         file = read_weights(Path(config.weights))
         body, head_state = split_state(file)
-        if body is not file and config.normalize and not (config.mean and config.std):
+        is_told = not config.normalize or (config.mean and config.std)
+        if body is not file and cfg.mean != CIFAR_MEAN and not is_told:
             raise UserError(
                 f"{source} is a run's own model, whose pixels timm does not know; give model.mean and "
                 "model.std (see that run's recipe.yaml; where they are null and it began from scratch: "
