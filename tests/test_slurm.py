@@ -91,7 +91,7 @@ def straight(path: Path, cwd: Path) -> Path:
 def test_a_warned_job_is_queued_again_and_ends_with_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
-    path = recipe(run=LONG | {"epochs": 20})
+    path = recipe(run=LONG | {"epochs": 80})  # 480 steps, some seconds
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     job.wait_for_step(run, 1)
