@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
         """What PyYAML makes of a scalar, if its text has the form of its type: `!!int 010` has not."""
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
         form, _ = _FORMS[kind]
-        if not form.match(text):
+        if not form.fullmatch(text):  # `$` would let a line end pass
             raise yaml.constructor.ConstructorError(
                 None, None, f"{text[:40]!r} is no {kind}; remove the tag", node.start_mark
             )

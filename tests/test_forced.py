@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from compare import lines
 from conftest import RecipeMaker
 from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 
 from cifar_dist.engine.checkpoint import checkpoints, load_optimizer
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import Ranks as RankGroup
+from cifar_dist.errors import UserError
 from cifar_dist.files import sha256
+from cifar_dist.learn.optim import OptimConfig, build_optimizer
 
 SHORT = {"epochs": 2}  # 12 steps
 
@@ -106,3 +111,22 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(
     newest.rename(folder / "step_00000200")  # what follows has lower numbers
     train(*arguments, "run.keep_checkpoints=1", cwd=tmp_path)
     assert {path.name for path in folder.iterdir()} == {"damaged_step_00000200", "step_00000120"}
+
+
+def test_a_shard_of_one_row_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
+    output = train(recipe(run=SHORT), "run.shards=10", cwd=tmp_path, expect=2)
+    assert "BatchNorm needs two rows" in output
+    assert "Traceback" not in output
+
+
+def test_a_window_of_other_shards_or_terms_is_not_counted() -> None:
+    open_window = {"steps": 10, "seconds": 1.0, "skips": [0, 0, 10], "ranks": RankGroup(0, 1, None)}
+    for names, sums in ((["loss"], [[450.0]]), (["other"], [[225.0], [225.0]])):
+        window = Window(["loss"], shards=2, device=torch.device("cpu"))
+        window.restore(names=names, sums=sums, **open_window)  # type: ignore[arg-type]
+        assert (window.steps, window.sums.sum().item()) == (0, 0.0)
+
+
+def test_numbers_that_an_optimizer_refuses_are_one_sentence() -> None:
+    with pytest.raises(UserError, match="sgd cannot be had with these numbers: Nesterov"):
+        build_optimizer(OptimConfig(name="sgd", momentum=0.0), torch.nn.Linear(1, 1))

@@ -133,6 +133,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\noptim: {lr: !!float 1_0}", ["'1_0' is no float"]),
         ("name: a\noptim: {lr: !!float nan}", ["'nan' is no float"]),
         ("name: a\naugment: {flip: !!bool yes}", ["'yes' is no bool"]),
+        ('name: a\nrun: {epochs: !!int "10\\n"}', ["is no int"]),
         ("name: a\nema: !!null x", ["'x' is no null"]),
         ("name: a\nrun: {epochs: !!int 010}", ["'010' is no int", "remove the tag"]),
         ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is no int"]),
