@@ -73,7 +73,7 @@ class Pipeline:
         check_names(transforms, where="augment.host")
         library = load_library()
         # The names above and nothing else: what a recipe says is looked up in this dict.
-        kinds = {name: getattr(library, name) for name in (*SINGLE, *GROUPS)}
+        kinds = {name: vars(library)[name] for name in (*SINGLE, *GROUPS)}
         self.compose = library.Compose([build(kinds, one) for one in transforms])
         # All transforms, nested ones too, draw from these two; `rekey` starts both anew.
         self.bits = numpy.random.Philox(0)
