@@ -31,5 +31,5 @@ if [ "${SLURM_ARRAY_TASK_MAX:-$tasks}" -lt $((tasks - 1)) ]; then
 fi
 recipe=${recipes[task / ${#seeds[@]}]}
 seed=${seeds[task % ${#seeds[@]}]}
-name=$(sed -n 's/^name: *\([^ ]*\).*/\1/p' "$recipe")
+name=$(sed -n "s/^name: *[\"']\{0,1\}\([^ \"']*\).*/\1/p" "$recipe")
 exec bash slurm/train.sh "$recipe" "name=${name}_seed$seed" "run.seed=$seed" "$@"

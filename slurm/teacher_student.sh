@@ -5,7 +5,7 @@
 # where sbatch is. SBATCH_* variables and these options hold for all three:
 #   SBATCH_OPTIONS="--account=A --nodes=2" bash slurm/teacher_student.sh ...
 # A student whose teacher.placement is not `cached` needs no second job and gets none.
-set -eu
+set -eu -o pipefail
 if [ $# -lt 2 ]; then
     sed -n '2,7s/^# //p' "$0"
     exit 2

@@ -72,8 +72,13 @@ ask() {
         "queued again; what was saved is complete: submit it again, and it goes on" >&2
     return 1
 }
+# One task of an array has the array's own number, to which all of them answer.
+mine() { grep "^JobId=$SLURM_JOB_ID "; }
 field() { grep -o " $1=[^ ]*" <<<"$job" | cut -d = -f 2; }
-job=$(ask scontrol --oneliner show job "$SLURM_JOB_ID") || exit "$code"
+job=$(ask scontrol --oneliner show job "$SLURM_JOB_ID" | mine) || exit "$code"
+task=$(field ArrayTaskId)
+alone=${task:+$(field ArrayJobId)_$task} # what names it and no other
+alone=${alone:-$SLURM_JOB_ID}
 [ "$(field JobState)" = RUNNING ] || exit "$code" # cancelled, or Slurm itself queues it again
 
 # Where the recipe writes its run folder, asked of the program itself; what is new in it.
@@ -92,8 +97,8 @@ else
 fi
 echo "slurm/train.sh: $why; queued again"
 requeue() { # unless Slurm has done it by now
-    job=$(scontrol --oneliner show job "$SLURM_JOB_ID") || return
-    [ "$(field JobState)" != RUNNING ] || scontrol requeue "$SLURM_JOB_ID"
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID" | mine) || return
+    [ "$(field JobState)" != RUNNING ] || scontrol requeue "$alone"
 }
 ask requeue
 exit "$code"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,6 +316,48 @@ def test_a_crash_is_no_preemption_where_nobody_preempts(tmp_path: Path, cluster:
     assert "No module named no_such_module" in output
     assert "queued again" not in output
     assert cluster.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.fault
+def test_every_task_of_an_array_is_queued_again(tmp_path: Path, cluster: Cluster) -> None:
+    """The last one has the number of the whole array, to which scontrol answers with all of them."""
+    (tmp_path / "at_second.py").write_text(
+        "import os\nraise SystemExit(0 if int(os.environ.get('SLURM_RESTART_COUNT', 0)) else 75)\n"
+    )
+    options = [
+        "--array=0-2",
+        "--cpus-per-task=1",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=1",
+        ROOT / "slurm/train.sh",
+    ]
+    chosen = {"MODULE": "at_second", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    job = cluster.submit(*options, cwd=tmp_path, environment=chosen)
+    wait_until(lambda: cluster("squeue", "-h") == "", seconds=180)
+    said = cluster("scontrol", "--oneliner", "show", "job", job).splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert " JobState=COMPLETED " in line, line
+        assert " Restarts=1 " in line, line
+
+
+def test_a_student_without_a_teacher_is_not_submitted(tmp_path: Path, recipe: RecipeMaker) -> None:
+    submitted = tmp_path / "sbatch"
+    submitted.write_text("#!/bin/sh\ntouch submitted\n")
+    submitted.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", ROOT / "slurm/teacher_student.sh", recipe("a"), recipe("b")]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "b.yaml has no teacher" in done.stderr
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_short_forms_are_read_as_slurm_reads_them(whole_cluster: Cluster) -> None:
