@@ -6,7 +6,9 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +58,9 @@ def prepare(
     source = source or OFFICIAL_URL
     output = output.expanduser().resolve()
     with _alone(output.parent):
+        for path in output.parent.iterdir():  # of one that was killed
+            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
+                shutil.rmtree(path, ignore_errors=True)
         _refuse_foreign(output)
         held = None if force else _held(output)
         expected = SAMPLE if source == SAMPLE else None if any_content else "official"

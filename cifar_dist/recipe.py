@@ -284,7 +284,7 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     path = recipe.folder / "recipe.yaml"
     if not path.exists():
         return []
-    before = flat(parse_yaml(path.read_text(), where=str(path)))
+    before = flat(parse_yaml(path.read_text(errors="replace"), where=str(path)))
     return [
         f"{name}: {old} -> {new}"
         for name, old, new in changes(before, flat(resolved(recipe)))

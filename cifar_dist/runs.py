@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cifar_dist import signals
 from cifar_dist.data.arrow import class_names, data_digest, read_digest
 from cifar_dist.engine import results
 from cifar_dist.engine.checkpoint import (
@@ -30,14 +31,18 @@ from cifar_dist.prepare import prepare
 from cifar_dist.recipe import Recipe, load_recipe, recipe_changes, to_yaml, validate
 
 OWN_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how to build the model
+TOLD = {"top1", "epochs", "seconds"}  # of a finished run
 SAMPLE_NOTE = (
     "This is the drawn sample, not CIFAR-100. The real thing: "
     "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
 )
 
 
-def wait_for_data(path: Path, source: str | None) -> None:
-    """Get the missing Arrow data: rank 0 prepares them, the others wait for the file."""
+def wait_for_data(path: Path, source: str | None) -> bool:
+    """Get the missing Arrow data: rank 0 prepares them, the others wait for the file.
+
+    False where a signal came first.
+    """
     if is_main_rank():
         if source is None:
             raise UserError(
@@ -46,12 +51,15 @@ def wait_for_data(path: Path, source: str | None) -> None:
         prepare(source, path)
     waited = 0
     while not (path / "digest.json").exists():
+        if signals.received():
+            return False
         time.sleep(0.2)
         waited += 1
         if waited % 300 == 0:
             log.warning(
                 f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
             )
+    return True
 
 
 def say_finished(recipe: Recipe, summary: dict[str, Any], *, is_sample: bool) -> None:
@@ -135,7 +143,7 @@ def finished_before(recipe: Recipe) -> dict[str, Any] | None:
     """The summary of this very recipe with these very data and teachers when it is finished, else None."""
     folder = recipe.folder
     summary = results.read_summary(folder)
-    if not summary or not summary.get("finished") or "top1" not in summary:
+    if not summary or not summary.get("finished") or not summary.keys() >= TOLD:
         return None
     surroundings = results.read_json(folder / "environment.json")
     if not isinstance(surroundings, dict) or recipe_changes(recipe):
@@ -167,11 +175,20 @@ def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]
     return recipe, saved
 
 
+def judged_file(recipe: Recipe, saved: Path) -> str:
+    """The file of the weights that a checkpoint is judged by: the average's where the recipe has one."""
+    name = "ema.safetensors" if recipe.ema else "model.safetensors"
+    if not (saved / name).exists():  # checked as a whole: it never was there
+        raise UserError(
+            f"{saved} has no average yet, as the run was forced on with `ema` since; let it save once more"
+        )
+    return name
+
+
 def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
-    """The model that a checkpoint is judged by: its average where the recipe has one."""
-    return build_model(
-        recipe.model, num_classes, load_tensors(saved, "ema" if recipe.ema else "model")
-    )
+    """The model that a checkpoint is judged by."""
+    name = judged_file(recipe, saved).removesuffix(".safetensors")
+    return build_model(recipe.model, num_classes, load_tensors(saved, name))
 
 
 def exported_teacher(folder: Path) -> Trained:
@@ -180,6 +197,7 @@ def exported_teacher(folder: Path) -> Trained:
     if (
         not isinstance(said, dict)
         or said.keys() != {"model", "logit_scale"}
+        or not isinstance(said["logit_scale"], int | float)
         or not weights.is_file()
     ):
         raise UserError(f"{folder} is damaged; export the teacher again")
@@ -203,7 +221,7 @@ def find_teacher(asked: TeacherConfig) -> Trained:
     if (path / OWN_EXPORT).exists():
         return exported_teacher(path)
     recipe, saved = load_run(path)
-    name = "ema.safetensors" if recipe.ema else "model.safetensors"
+    name = judged_file(recipe, saved)
     return Trained(
         model=recipe.model,
         weights=saved / name,

@@ -159,7 +159,9 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             model=model,
             optimizer=build_optimizer(recipe.optim, model, begins),
             scaler=make_scaler(run.precision, device),
-            ema=build_average(recipe.ema, model, steps_per_epoch=steps_per_epoch),
+            ema=build_average(
+                recipe.ema, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+            ),
             window=Window(objective.names, shards=shards, device=device),
         )
         if saved is not None:
@@ -171,7 +173,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         # What the run leaves.
         metrics_file = MetricsFile(folder / "metrics.jsonl")
         tracker = Tracker()
-        last_look = ranks.main_does(lambda: metrics_file.truncate(state.step))
+        last_look = ranks.main_does(lambda: metrics_file.truncate(state.step, state.evaluated_step))
         state.evaluated_step = min(state.evaluated_step, last_look)  # a lost one is due again
         if ranks.is_main:
             tracker.start(recipe.tracking, folder, resolved(recipe), surroundings, recipe.taught_by)
@@ -340,7 +342,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.train recipes/debug.yaml",
         "accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20",
         "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
-        "recipes/r18_32.yaml name=seed1 run.seed=1",
+        "recipes/r50_224.yaml name=r50_224_s1 run.seed=1",
     )
     add_recipe(parser, "a YAML file, see recipes/")
     parser.add_argument(
@@ -367,8 +369,8 @@ def main(arguments: list[str]) -> int:
     is_sample = read_digest(path)["content"] == "sample" if has_data else source == "sample"
     if is_sample:
         log.info(SAMPLE_NOTE)
-    if not has_data:
-        wait_for_data(path, source)
+    if not has_data and not wait_for_data(path, source):
+        return signals.STOPPED
     summary = finished_before(recipe)
     if summary is not None and not options.force:
         say_finished(recipe, summary, is_sample=is_sample)

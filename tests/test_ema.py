@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from cifar_dist.learn.ema import Ema, EmaConfig
+from cifar_dist.errors import UserError
+from cifar_dist.learn.ema import Ema, EmaConfig, build_average
 
 
 def one_number(value: float) -> Any:
@@ -54,6 +56,13 @@ def test_only_every_few_steps():
         ema.update(model, step)
         seen.append(ema.model.weight.item())
     assert seen == [0, 0, 0.5, 0.5, 0.5, 0.75]
+
+
+def test_an_average_that_would_never_begin_is_refused():
+    config = EmaConfig(every_steps=11)
+    with pytest.raises(UserError, match=r"ema\.every_steps=11 is more than all 10 steps"):
+        build_average(config, one_number(0.0), steps_per_epoch=5, total_steps=10)
+    build_average(config, one_number(0.0), steps_per_epoch=5, total_steps=11)
 
 
 def test_the_average_is_a_separate_model_in_eval_mode():

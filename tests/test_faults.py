@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -147,6 +150,24 @@ def test_out_of_memory_is_one_sentence_of_its_rank(
     assert ranks.output.count(remedy) == ranks.output.count("error:") == 1
     assert world_size == 1 or f"error: rank {last} (" in ranks.output
     assert ranks.processes[last].exitcode == 2
+
+
+def test_out_of_memory_before_the_first_step_is_one_sentence(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """A real limit, met as the model is made."""
+    path = recipe(model={"backbone": "vit_giant_patch14_clip_224", "image_size": 224})
+    command = f"ulimit -v 5000000; exec {sys.executable} -m cifar_dist.train {path}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "error: out of memory (" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from compare import lines
 from conftest import RecipeMaker
 from ranks import Ranks, train
@@ -18,6 +19,8 @@ from cifar_dist.engine.runtime import Ranks as RankGroup
 from cifar_dist.errors import UserError
 from cifar_dist.files import sha256
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
+from cifar_dist.learn.teacher import TeacherConfig
+from cifar_dist.runs import find_teacher, load_model, load_run
 
 SHORT = {"epochs": 2}  # 12 steps
 
@@ -125,6 +128,30 @@ def test_a_window_of_other_shards_or_terms_is_not_counted() -> None:
         window = Window(["loss"], shards=2, device=torch.device("cpu"))
         window.restore(names=names, sums=sums, **open_window)  # type: ignore[arg-type]
         assert (window.steps, window.sums.sum().item()) == (0, 0.0)
+
+
+def test_what_broke_before_a_stop_is_named_after_it() -> None:
+    ranks, device = RankGroup(0, 1, None), torch.device("cpu")
+    before = Window(["loss", "cross_entropy"], shards=2, device=device)
+    before.broken[1, 1] = 1
+    kept = {"sums": before.read(), "broken": before.read_broken(), "skips": [1, 1, 0]}
+    after = Window(["loss", "cross_entropy"], shards=2, device=device)
+    after.restore(names=after.names, steps=1, seconds=1.0, ranks=ranks, **kept)  # type: ignore[arg-type]
+    assert after.what_broke(ranks) == "cross_entropy on rank 0"
+
+
+def test_a_teacher_that_has_no_average_yet_is_one_sentence(
+    tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(ema=None), cwd=tmp_path)
+    run = tmp_path / "runs/tiny"
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content | {"ema": {}}))  # as --force does
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no average yet"):
+        find_teacher(TeacherConfig(run="runs/tiny"))
+    with pytest.raises(UserError, match="has no average yet"):
+        load_model(*load_run(run), 100)
 
 
 def test_numbers_that_an_optimizer_refuses_are_one_sentence() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from small_data import cut, small_data
 
+from cifar_dist import signals
 from cifar_dist.data import download as download_module
 from cifar_dist.data.arrow import class_names, content_digest, load_split, read_digest, read_split
 from cifar_dist.data.download import download
@@ -206,6 +208,27 @@ def test_a_file_in_the_way_is_refused(source: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not a data set of ours|not a folder"):
             prepare(source, output, any_content=True, force=True)
     assert (tmp_path / "file").read_text() == "text"
+
+
+def test_what_a_killed_one_left_goes_away(source: str, output: Path) -> None:
+    left = output.with_name(f".{output.name}.123.part")
+    other = output.with_name(f".{output.name}.mine.part")
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "begun").touch()
+    prepare(source, output, any_content=True)
+    assert not left.exists()
+    assert other.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_wait_for_data(
+    output: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("RANK", "1")  # which waits for rank 0
+    monkeypatch.setattr(signals, "_received", [])
+    signals._note(number, None)
+    assert wait_for_data(output, "sample") is False
 
 
 def test_two_at_once_write_it_once(source: str, output: Path) -> None:

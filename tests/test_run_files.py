@@ -28,7 +28,7 @@ def test_a_crash_may_cut_the_last_line(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(f"{TEXTS[0]}\n{TEXTS[1]}\n{cut}".encode(errors="surrogateescape"))
     assert MetricsFile(path).read() == LINES[:2]
-    assert MetricsFile(path).truncate(1) == 0
+    assert MetricsFile(path).truncate(1, 0) == 0
     assert path.read_text() == f"{TEXTS[0]}\n"
 
 
@@ -37,8 +37,16 @@ def test_a_last_line_that_lacks_but_its_end_is_one(tmp_path: Path) -> None:
     assert MetricsFile(path).read() == []
     path.write_text("\n".join(TEXTS))
     assert MetricsFile(path).read() == LINES
-    assert MetricsFile(path).truncate(3) == 2  # where it was evaluated
+    assert MetricsFile(path).truncate(3, 2) == 2  # where it was evaluated
     assert path.read_text() == "".join(f"{text}\n" for text in TEXTS)
+
+
+def test_an_evaluation_that_the_checkpoint_has_not_seen_is_dropped(tmp_path: Path) -> None:
+    """A stop saves before the evaluation of its step, which the next start makes, and may not survive."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{text}\n" for text in TEXTS))
+    assert MetricsFile(path).truncate(2, 0) == 0
+    assert MetricsFile(path).read() == LINES[:1]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,7 @@ def test_another_line_that_cannot_be_read_is_said_and_nothing_is_lost(
     texts = [*TEXTS[:place], bad, *TEXTS[place + 1 :]]
     content = "".join(f"{text}\n" for text in texts).encode(errors="surrogateescape")
     path.write_bytes(content)
-    for act in (MetricsFile(path).read, lambda: MetricsFile(path).truncate(3)):
+    for act in (MetricsFile(path).read, lambda: MetricsFile(path).truncate(3, 3)):
         with pytest.raises(UserError, match=rf"metrics\.jsonl:{place + 1}: .*restore"):
             act()
     assert path.read_bytes() == content

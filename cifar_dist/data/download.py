@@ -14,6 +14,7 @@ from urllib.request import Request, getproxies, urlopen
 
 from tqdm import tqdm
 
+from cifar_dist import signals
 from cifar_dist.data.members import MAX_ARCHIVE_BYTES
 from cifar_dist.errors import UserError
 from cifar_dist.network import ANSWER_SECONDS, answers
@@ -81,6 +82,8 @@ def _receive(response: HTTPResponse, part: Path, have: int) -> int | None:
         tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar,
     ):
         while chunk := response.read(1 << 20):
+            if signals.received():  # where a training prepares; what is there is gone on with
+                raise KeyboardInterrupt
             file.write(chunk)
             bar.update(len(chunk))
             if file.tell() > MAX_ARCHIVE_BYTES:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.distributed_c10d import _get_default_store
@@ -29,12 +30,14 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
     the others, which would wait for it, end too.
     """
     if accelerator.num_processes == 1:
-        yield
+        with memory_in_words():
+            yield
         end_processes(accelerator)
         return
     ending = Ending(accelerator.process_index, accelerator.num_processes)
     try:
-        yield
+        with memory_in_words():
+            yield
         end_processes(accelerator)
     except (UserError, OSError) as error:
         sentence = sentence_of(error)
@@ -48,6 +51,29 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
         raise
     finally:
         ending.over.set()
+
+
+@contextmanager
+def memory_in_words() -> Iterator[None]:
+    """The sentence for who needs more memory than there is, where nobody nearer by has a better one."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more is there'}); look "
+            "what else is on the device, or make less of the run: a smaller model, a teacher with "
+            "placement: sharded or cached, data.place=host"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no more memory to give; on a CPU torch has no own error."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    )
 
 
 class Ending:

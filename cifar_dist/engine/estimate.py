@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
 from cifar_dist.nets.backbones import num_parameters
 
-SAMPLES = 2  # BatchNorm needs two to train
+SAMPLES = 4  # BatchNorm needs two to train, in each half where these have sizes of their own
 
 
 def activation_bytes(model: nn.Module) -> tuple[int, int]:

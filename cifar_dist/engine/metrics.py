@@ -55,6 +55,10 @@ class Window:
         """All ranks' sums, [shards][terms]; each entry has one rank that contributes to it."""
         return summed(self.sums).tolist()
 
+    def read_broken(self) -> list[list[int]]:
+        """Which of all ranks' terms were not finite, as 0 or 1, [shards][terms]."""
+        return summed(self.broken).tolist()
+
     def report(self, *, batch_size: int, may_skip: bool) -> dict[str, float]:
         """Each term's mean over the samples of the steps that were made (NaN: none was), and the pace."""
         skipped = int(self.skips[1])
@@ -69,7 +73,7 @@ class Window:
 
     def what_broke(self, ranks: Ranks) -> str:
         """Which terms were not finite, and on which rank; all ranks call it together."""
-        found = summed(self.broken).tolist()
+        found = self.read_broken()
         places = [
             f"{name} on rank {shard % ranks.world_size}"
             for shard, row in enumerate(found)
@@ -87,6 +91,7 @@ class Window:
         seconds: float,
         skips: list[int],
         ranks: Ranks,
+        broken: list[list[int]] | None = None,
     ) -> None:
         """Go on with the window that a checkpoint left open.
 
@@ -99,6 +104,8 @@ class Window:
             return
         mine = slice(ranks.rank, None, ranks.world_size)
         self.sums[mine] = torch.tensor(sums, device=self.sums.device)[mine]
+        if broken is not None:  # an older checkpoint does not say
+            self.broken[mine] = torch.tensor(broken, dtype=torch.uint8)[mine].to(self.sums.device)
         self.skips = torch.tensor(skips, dtype=torch.int32, device=self.sums.device)
         self.steps, self.seconds = steps, seconds
 
@@ -164,9 +171,16 @@ class MetricsFile:
         last = _parsed(rest)
         return lines if last is None else [*lines, last]
 
-    def truncate(self, step: int) -> int:
-        """Drop what a checkpoint at `step` has not seen; the step of the last evaluation that remains, or 0."""
-        kept = [line for line in self.read() if line["step"] <= step]
+    def truncate(self, step: int, evaluated: int) -> int:
+        """Drop what a checkpoint at `step` has not seen; the step of the last evaluation that remains, or 0.
+
+        `evaluated`: the last evaluation that it has seen. One at its own step may have come later.
+        """
+        kept = [
+            line
+            for line in self.read()
+            if line["step"] <= (evaluated if line["kind"] == "eval" else step)
+        ]
         if self.path.exists():
             write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
@@ -176,7 +190,7 @@ def _parsed(text: bytes) -> Line | None:
     """A line of metrics.jsonl, or None for what is none."""
     try:
         line = json.loads(text.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if (
         isinstance(line, dict)

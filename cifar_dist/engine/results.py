@@ -78,7 +78,12 @@ def last_checkpoint(summary: dict[str, Any]) -> str:
 
 def read_facts(folder: Path, name: str) -> dict[str, Any]:
     """A run's summary.json or environment.json; empty where there is none, UserError for a damaged one."""
-    return read_object(folder / name, "start the run's training again to write it anew") or {}
+    remedy = "start the run's training again to write it anew"
+    facts = read_object(folder / name, remedy) or {}
+    for key in ("steps", "world_size", "seconds", "epochs", "top1", "top5", "parameters"):
+        if not isinstance(facts.get(key, 0), int | float):
+            raise UserError(f"{folder / name} is damaged ({key} is no number); {remedy}")
+    return facts
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
@@ -87,7 +92,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged; {remedy}")
@@ -98,5 +103,5 @@ def read_json(path: Path) -> Any:
     """A JSON file's value, or None where there is none that can be read."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -104,7 +104,7 @@ class State:
         data) are kept beside, to be compared on the next start.
         """
         self.finish_saving(ranks)
-        sums = self.window.read()  # all ranks take part
+        sums, broken = self.window.read(), self.window.read_broken()  # all ranks take part
         self.saved_step, self.last_save = self.step, time.perf_counter()
         if not ranks.is_main:
             return
@@ -121,6 +121,7 @@ class State:
                 "steps": self.window.steps,
                 "seconds": self.window.elapsed(),
                 "skips": self.window.skips.tolist(),
+                "broken": broken,
             },
         }
         tensors = {"model": self.model.state_dict()}

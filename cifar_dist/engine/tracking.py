@@ -61,7 +61,10 @@ def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
     if asked == "offline" or forced == "offline":
         return "offline", "asked for"
     server = server_address()
-    host = urlsplit(server)
+    try:
+        host = urlsplit(server)
+    except ValueError as error:
+        return "offline", f"WANDB_BASE_URL is no address ({error})"
     if not _has_key(host.hostname or ""):
         if asked == "online":
             return "offline", "no API key; run `wandb login`"

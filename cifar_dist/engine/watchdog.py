@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
+from cifar_dist.engine.ending import is_out_of_memory
 from cifar_dist.engine.lock import machine, process_start
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.errors import UserError, sentence_of
@@ -149,11 +149,3 @@ def watched(
     finally:
         over.set()
         register.stop.set()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine had no more memory to give; on a CPU torch has no own error."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
-    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.config import Count, Share, config
+from cifar_dist.errors import UserError
 
 
 @config
@@ -94,10 +95,16 @@ Average = Ema | Swa
 
 
 def build_average(
-    config: EmaConfig | None, model: nn.Module, *, steps_per_epoch: int
+    config: EmaConfig | None, model: nn.Module, *, steps_per_epoch: int, total_steps: int
 ) -> Average | None:
+    """UserError where the run would end before the first averaging."""
     if config is None:
         return None
+    if config.every_steps > total_steps:
+        raise UserError(
+            f"ema.every_steps={config.every_steps} is more than all {total_steps} steps, so the "
+            "average would stay the first weights; lower it, or remove ema"
+        )
     if config.kind == "swa":
         return Swa(config, model, steps_per_epoch=steps_per_epoch)
     return Ema(config, model)
