@@ -6,6 +6,7 @@ where a recipe is read (recipe.py). Nothing here imports the validator, so hot m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, TypeVar, dataclass_transform
 
@@ -13,12 +14,13 @@ from annotated_types import Ge, Gt, Interval
 
 T = TypeVar("T")
 
-Count = Annotated[int, Gt(0)]  # 1, 2, 3, ...
+Count = Annotated[int, Interval(gt=0, lt=1 << 31)]  # 1, 2, 3, ...
 Index = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]  # both ends allowed
 Factor = Annotated[float, Interval(gt=0, le=1)]
+Angle = Annotated[float, Interval(ge=0, lt=math.pi)]  # radians, not degrees
 Share = Annotated[float, Interval(ge=0, lt=1)]  # 1 itself makes no sense (a dropout rate, ...)
 
 

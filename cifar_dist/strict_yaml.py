@@ -51,6 +51,18 @@ class _Loader(yaml.SafeLoader):
             seen.add(name)
         return super().construct_mapping(node, deep)
 
+    def construct_text(self, node: Any) -> str:
+        """A text; one like ~/data, which only shells expand, would make a folder of that name."""
+        text = self.construct_scalar(node)
+        if text.startswith("~/"):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{text[:40]!r}: nothing expands the ~ here; write the whole path",
+                node.start_mark,
+            )
+        return text
+
     def construct_strict(self, node: Any) -> Any:
         """What PyYAML makes of a scalar, if its text has the form of its type: `!!int 010` has not."""
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
@@ -67,9 +79,10 @@ _Loader.yaml_constructors = {
     tag: yaml.SafeLoader.yaml_constructors[tag]
     for tag in (
         None,  # refuses what no other entry takes
-        *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")),
+        *(f"tag:yaml.org,2002:{name}" for name in ("seq", "map")),
     )
 }
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
 _Loader.yaml_implicit_resolvers = {}
 for _kind, (_form, _first) in _FORMS.items():
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_strict)

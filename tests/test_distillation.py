@@ -14,7 +14,7 @@ import yaml
 from compare import assert_same_bits, lines, tensors
 from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import Ranks, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import EVERY_STEP, wait_for_step
 
 from cifar_dist.data.arrow import Split
@@ -22,8 +22,14 @@ from cifar_dist.data.augment import View
 from cifar_dist.data.batches import take
 from cifar_dist.engine.checkpoint import checkpoints
 from cifar_dist.engine.runtime import rank_mesh
+from cifar_dist.errors import UserError
 from cifar_dist.files import sha256
-from cifar_dist.learn.teacher import TeacherConfig, build_teacher, parameters_without_numbers
+from cifar_dist.learn.teacher import (
+    TeacherConfig,
+    build_teacher,
+    parameters_without_numbers,
+    shard_by_shard,
+)
 from cifar_dist.nets.backbones import ModelConfig, build_model, create_backbone
 from cifar_dist.recipe import load_recipe
 from cifar_dist.runs import find_teacher
@@ -231,6 +237,14 @@ def test_parameters_are_built_without_numbers_and_buffers_with_them() -> None:
     assert not any(p.is_meta for p in create_backbone(config, pretrained=False).parameters())
 
 
+def test_one_whose_buffers_need_numbers_is_refused_sharded(teacher: TeacherMaker) -> None:
+    swin = "swinv2_tiny_window8_256"
+    folder = teacher("swin", backbone=swin, image_size=64)
+    trained = find_teacher(TeacherConfig(run=str(folder)))
+    with pytest.raises(UserError, match=r"buffers cannot be rebuilt; use placement: whole"):
+        shard_by_shard(trained, 100, mesh=None)  # type: ignore[arg-type]
+
+
 def test_a_missing_teacher_is_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(**taught("nobody"))
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
@@ -323,6 +337,12 @@ def test_a_file_teaches_like_the_run_that_it_came_from(
     assert_same_bits(tmp_path / "runs/from_run", tmp_path / "runs/from_file")
     wrong = train(path, "name=wrong", "teacher.model.backbone=test_vit", cwd=tmp_path, expect=2)
     assert "the teacher big.safetensors" in wrong
+    half = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(half, exported)
+    for placement in ("whole", "sharded"):
+        options = [f"name=half_{placement}", f"teacher.placement={placement}"]
+        train(path, *options, cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/half_whole", tmp_path / "runs/half_sharded")
     Path(exported).write_bytes(b"not a file of tensors")
     assert "error: " in train(path, "name=wrong", cwd=tmp_path, expect=2)
     Path(exported).unlink()

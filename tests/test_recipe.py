@@ -139,6 +139,11 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is no int"]),
         ("name: a\nrun: {timeout_seconds: 2}", ["timeout_seconds", "4 or more"]),
         ("name: a\noptim: {milestones: [3]}", ["milestones", "multistep"]),
+        (
+            "name: a\nmodel: {head: cosine}\nlosses: {arcface: {margin: 28.6}}",
+            ["losses.arcface.margin", "less than 3.14"],
+        ),
+        ("name: a\ndata: {path: ~/data}", ["'~/data'", "the whole path"]),
         ("name: a\noptim: {betas: [0.9, 1.0]}", ["optim.betas", "less than 1"]),
         (
             "name: a\nmodel: {growing: {start: 24, epochs: 3}}",

@@ -46,6 +46,11 @@ class Canvas:
         )
 
 
+def canvas_bytes(pictures: int, *, padding: int, mirrored: bool) -> int:
+    """What a canvas of so many pictures takes."""
+    return (1 + mirrored) * pictures * 3 * (SIDE + 2 * padding) ** 2
+
+
 def canvas_of(images: Tensor, *, padding: int, mirrored: bool) -> Canvas:
     """uint8 [N, 3, 32, 32] on a canvas: a copy of (1 + mirrored) (1 + padding / 16)^2 the size."""
     side = SIDE + 2 * padding

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ class Streamed:
     def __init__(self, split: Split, steps: Iterator[Sequence[Tensor]]) -> None:
         self.images, self.device, self.steps = split.images, split.labels.device, steps
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.thread = ThreadPoolExecutor(1, "pictures")
+        # A new thread is on the first GPU, whichever is the rank's, and would open it.
+        begin = partial(torch.cuda.set_device, self.stream.device) if self.stream else None
+        self.thread = ThreadPoolExecutor(1, "pictures", initializer=begin)
         self.coming = deque(self.thread.submit(self.fetch) for _ in range(AHEAD))
         self.here: deque[tuple[Tensor, Tensor]] = deque()  # rows and pictures of this step
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import Index, NonNegative, Positive, config
+from cifar_dist.config import Angle, Index, NonNegative, Positive, config
 from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.margin_losses import ArcFace
 from cifar_dist.nets.heads import HeadName, Outputs
@@ -76,7 +76,7 @@ class MarginDistill(TaughtLoss):
     mixes: ClassVar[bool] = False
     temperature: Positive = 4.0
     scale: Positive = 8.0
-    margin: NonNegative = 0.35  # radians
+    margin: Angle = 0.35  # radians
     straight_through: bool = True
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.config import Count, NonNegative, Positive, config
+from cifar_dist.config import Angle, Count, NonNegative, Positive, config
 from cifar_dist.learn.loss import Loss
 from cifar_dist.nets.heads import HeadName, Outputs
 
@@ -34,7 +34,7 @@ class ArcFace(Loss):
 
     head: ClassVar[HeadName | None] = "cosine"
     scale: Positive = 8.0
-    margin: NonNegative = 0.35  # radians
+    margin: Angle = 0.35  # radians
     straight_through: bool = False
 
     def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:

@@ -213,8 +213,11 @@ def shard_by_shard(trained: Trained, num_classes: int, mesh: DeviceMesh) -> Clas
         shapes = {
             name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names
         }
-        with parameters_without_numbers():
-            model = freeze(build_model(trained.model, num_classes, shapes))
+        try:
+            with parameters_without_numbers():
+                model = freeze(build_model(trained.model, num_classes, shapes))
+        except NotImplementedError:  # buffers that are filled from what has no numbers yet
+            raise UserError("its buffers cannot be rebuilt; use placement: whole") from None
         shard_frozen(model, mesh)
         state = model.state_dict()
         model.load_state_dict(
@@ -265,11 +268,12 @@ def rows_of(file: Any, name: str, place: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's ceil(rows / ranks) rows of a sharded tensor of the file, or all of another one."""
     device = torch.device(mesh.device_type)
     if not isinstance(place, DTensor):
-        return file.get_tensor(name).to(device)
+        return file.get_tensor(name).to(device, place.dtype)
     dimension = place.placements.index(Shard(0))  # of the mesh; a second one has replicas
     rows = -(-place.shape[0] // mesh.size(dimension))
     start = min(rows * mesh.get_local_rank(dimension), place.shape[0])
-    local = file.get_slice(name)[start : start + rows].to(device, copy=True)  # not a view of all
+    local = file.get_slice(name)[start : start + rows]
+    local = local.to(device, place.dtype, copy=True)  # not a view of all
     return DTensor.from_local(
         local, mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
     )

@@ -44,7 +44,7 @@ class Growing:
 
     start: Count
     epochs: Count
-    multiple: Count = 32  # sizes are rounded to multiples of it
+    multiple: Count = 32  # sizes are rounded to it, so the last one comes a little earlier
 
     def size_in(self, epoch: int, image_size: int) -> int:
         """The size to train at in an epoch, counted from 0; grows in a straight line, in steps."""
