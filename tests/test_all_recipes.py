@@ -13,6 +13,7 @@ from compare import lines
 from conftest import TeacherMaker
 from ranks import Ranks, train
 
+from cifar_dist.dry_run import plan
 from cifar_dist.learn.losses import LOSSES
 from cifar_dist.learn.optim import build_optimizer
 from cifar_dist.nets.backbones import build_model
@@ -37,7 +38,12 @@ SMALL = {  # by how a backbone's name begins
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_a_recipe_trains(
-    tmp_path: Path, data: Path, middle_data: Path, teacher: TeacherMaker, path: Path
+    tmp_path: Path,
+    data: Path,
+    middle_data: Path,
+    teacher: TeacherMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    path: Path,
 ) -> None:
     """As written but for the network, the pictures' size, and 32 rows a batch in two shards at most."""
     recipe = load_recipe(ROOT / path)
@@ -77,6 +83,8 @@ def test_a_recipe_trains(
     for name, loss in recipe.losses.items():  # those of pairs find few among 16 rows of 100 classes
         assert first[name] != second[name] or not loss.classifies
     assert second["step"] == 2
+    monkeypatch.chdir(tmp_path)  # where its teachers are
+    assert "in the whole training" in plan(load_recipe(ROOT / path, arguments))
 
 
 def test_the_real_networks_build_as_their_recipes_say() -> None:

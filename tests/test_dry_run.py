@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cifar_dist.dry_run import plan
 from cifar_dist.engine.estimate import readable
+from cifar_dist.errors import UserError
 from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
 from cifar_dist.recipe import validate
 
@@ -43,6 +46,53 @@ def test_a_model_larger_than_the_machine_is_planned() -> None:
 )
 def test_numbers_are_readable(number: float, text: str) -> None:
     assert readable(number) == text
+
+
+def flops(said: str) -> float:
+    """Of the whole training."""
+    number, unit = said.partition(", ")[2].split(" in the whole")[0].split()[-2:]
+    return float(number) * 1000 ** " kMGTP".index(unit)
+
+
+def test_an_epoch_costs_what_its_size_costs() -> None:
+    def said(**model: object) -> str:
+        raw = {"name": "a", "model": {"backbone": "test_resnet", "image_size": 64, **model}}
+        return plan(validate(raw | {"run": {"epochs": 4, "batch_size": 250}}, where="here"))
+
+    large, small = flops(said()), flops(said(image_size=32))
+    grown = flops(said(growing={"start": 32, "epochs": 2}))  # 32, 64, 64, 64: 48 is rounded up
+    assert grown == pytest.approx((3 * large + small) / 4, rel=0.01)
+    both = flops(said(second_size=32))
+    assert both == pytest.approx((large + small) / 2, rel=0.01)
+
+
+def test_a_live_teacher_is_counted(tmp_path: Path) -> None:
+    run = {"name": "a", "losses": {"distill": {}, "cross_entropy": {}}}
+    run |= {"model": {"backbone": "test_resnet"}}
+    teacher = {"run": str(tmp_path / "t.safetensors"), "model": {"backbone": "test_resnet"}}
+    alone = flops(plan(validate({"name": "a", "model": run["model"]}, where="here")))
+    taught = plan(validate(run | {"teacher": teacher}, where="here"))
+    assert flops(taught) == pytest.approx(4 / 3 * alone, rel=0.01)
+    assert "of the teacher's" in taught
+    away = plan(validate(run | {"teacher": {"run": str(tmp_path / "no")}}, where="here"))
+    assert flops(away) == pytest.approx(alone, rel=0.01)
+    assert f"without what {tmp_path / 'no'} costs" in away
+
+
+@pytest.mark.parametrize("keys", [{"run": {"batch_size": 60000}}, {"data": {"holdout": 60000}}])
+def test_what_cannot_make_a_step_is_refused(keys: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"rows to train on.*lower"):
+        plan(validate({"name": "a", "model": {"backbone": "test_resnet"}, **keys}, where="here"))
+
+
+def test_the_data_take_what_the_canvas_takes() -> None:
+    def gibibytes(**augment: object) -> float:
+        raw = {"name": "a", "model": {"backbone": "test_resnet"}, "augment": augment}
+        said = plan(validate(raw, where="here"))
+        return float(said.partition("a shard), and ")[2].split()[0])
+
+    assert gibibytes() == pytest.approx(0.14, abs=0.006)
+    assert gibibytes(crop_padding=4, flip=True) == pytest.approx(0.14 + 0.447, abs=0.006)
 
 
 def test_two_passes_cost_twice_and_keep_the_weights() -> None:
