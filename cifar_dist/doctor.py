@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import secrets
 import shutil
 import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch.distributed as dist
 
 import cifar_dist
 from cifar_dist.command_line import add_recipe, command_parser
-from cifar_dist.data.arrow import data_digest
+from cifar_dist.data.arrow import SPLITS, data_digest, read_digest, read_split
 from cifar_dist.engine.lock import machine
 from cifar_dist.engine.runtime import (
     Ranks,
@@ -30,7 +32,7 @@ from cifar_dist.engine.runtime import (
 )
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracking import decide_mode
-from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.errors import UserError, is_main_rank, run_command, sentence_of
 from cifar_dist.files import making
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 from cifar_dist.runs import check_world
@@ -85,23 +87,29 @@ def devices(ranks: Ranks, device: torch.device) -> Finding:
 
 def shared_folder(ranks: Ranks, folder: Path) -> Finding:
     """Whether each rank sees within 5 s what every other has written to the folder."""
+    mine = ranks.main_does(lambda: f".doctor_{secrets.token_hex(4)}_")  # another may be at work
 
     def write() -> None:
         with making(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        (folder / f".doctor_{ranks.rank}").write_text(str(ranks.rank))
+        (folder / f"{mine}{ranks.rank}").write_text(str(ranks.rank))
 
-    ranks.together(write)
-    wanted = {f".doctor_{rank}" for rank in range(ranks.world_size)}
+    try:
+        ranks.together(write)
+    except (UserError, OSError) as error:
+        with suppress(OSError):  # nothing of it is there
+            (folder / f"{mine}{ranks.rank}").unlink()
+        return Finding("run.output", False, sentence_of(error) or str(error))
+    wanted = {f"{mine}{rank}" for rank in range(ranks.world_size)}
     begun = time.monotonic()
     while True:
-        missing = wanted - {path.name for path in folder.glob(".doctor_*")}
+        missing = wanted - {path.name for path in folder.glob(f"{mine}*")}
         if not missing or time.monotonic() - begun > SEE_SECONDS:
             break
         time.sleep(0.1)
     blind = [rank for rank, names in enumerate(ranks.each(sorted(missing))) if names]
     slowest = max(ranks.each(time.monotonic() - begun))
-    (folder / f".doctor_{ranks.rank}").unlink()
+    (folder / f"{mine}{ranks.rank}").unlink()
     if blind:
         says = f"rank {blind[0]} does not see what others write; choose a shared run.output"
         return Finding("run.output", False, f"{folder}: {says}")
@@ -111,6 +119,30 @@ def shared_folder(ranks: Ranks, folder: Path) -> Finding:
         free > 1,
         f"{folder}: seen by all after {slowest:.1f} s, {free:,.0f} GiB free",
     )
+
+
+def data(recipe: Recipe, ranks: Ranks) -> Finding:
+    """Whether all ranks see the same data, whole, and enough for a step."""
+    path = Path(recipe.data.path)
+    if not all(ranks.each((path / "digest.json").exists())):
+        says = f"{path}: some rank sees none; run python -m cifar_dist.prepare"
+        return Finding("data", False, says)
+
+    def digest() -> str:
+        for name in SPLITS:
+            read_split(path, name)
+        rows = read_digest(path)["train"]["rows"] - recipe.data.holdout
+        if rows < recipe.run.batch_size:
+            raise UserError(
+                f"run.batch_size={recipe.run.batch_size} is more than the {max(rows, 0)} rows"
+            )
+        return data_digest(path)[:12]
+
+    try:
+        seen = ranks.together(digest)
+    except (UserError, OSError) as error:
+        return Finding("data", False, str(error))
+    return same(ranks, "data", seen[ranks.rank], "prepare it once, in a shared folder")
 
 
 def clocks(ranks: Ranks) -> Finding:
@@ -170,8 +202,6 @@ def examine(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[Finding]
 
     packages = " ".join(f"{name} {version(name)}" for name in ("torch", "timm", "accelerate"))
     versions = f"Python {platform.python_version()} {packages}"
-    data = Path(recipe.data.path)
-    has_data = all(ranks.each((data / "digest.json").exists()))
     mode, reason = decide_mode(recipe.tracking.mode) if ranks.is_main else ("off", "")
     return [
         devices(ranks, device),
@@ -183,11 +213,7 @@ def examine(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[Finding]
             hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12],
             "start all from one file",
         ),
-        same(ranks, "data", data_digest(data)[:12], "prepare it once, in a shared folder")
-        if has_data
-        else Finding(
-            "data", False, f"{data}: some rank sees none; run python -m cifar_dist.prepare"
-        ),
+        data(recipe, ranks),
         tried(ranks, "precision", precision),
         tried(ranks, "shards", shards),
         shared_folder(ranks, Path(recipe.run.output)),
@@ -205,7 +231,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.doctor recipes/r18_32.yaml",
         "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.doctor "
         "recipes/r50_224.yaml",
-        "sbatch --nodes=2 slurm/doctor.sh recipes/r50_224.yaml",
+        "sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/doctor.sh recipes/r50_224.yaml",
     )
     add_recipe(parser, "a YAML file, see recipes/")
     options = parser.parse_intermixed_args(arguments)

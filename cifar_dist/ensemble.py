@@ -124,9 +124,9 @@ def held_out(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
 
 def join(runs: Sequence[Run], *, equal: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
     """What there is to say about the ensemble, its test logits f32 [N, C], and the labels."""
-    parts = [run.predictions for run in runs if run.predictions is not None]
-    if len(parts) < len(runs):
-        unfinished = next(run for run in runs if run.predictions is None)
+    parts = [run.predictions for run in runs if run.is_finished and run.predictions is not None]
+    if len(parts) < len(runs):  # one that goes on still has its earlier end's
+        unfinished = next(run for run in runs if not run.is_finished or run.predictions is None)
         raise UserError(f"{unfinished.folder} has no predictions yet; let it finish first")
     logits, labels = stacked(runs, parts, "test rows")
     held = None if equal else held_out(runs)
@@ -158,7 +158,7 @@ def join(runs: Sequence[Run], *, equal: bool) -> tuple[dict[str, Any], Tensor, T
 def teachers_yaml(runs: Sequence[Run], weights: Sequence[float]) -> str:
     """The ensemble as a section of a student's recipe."""
     lines = [
-        f"  - {{run: {json.dumps(str(run.folder))}, weight: {weight:g}}}"
+        f"  - {{run: {json.dumps(str(run.folder), ensure_ascii=False)}, weight: {weight:g}}}"
         for run, weight in zip(runs, weights, strict=True)
         if weight > 0
     ]
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
-    folders = list(dict.fromkeys(options.runs))
+    folders = list({folder.resolve(): folder for folder in options.runs}.values())
     if len(folders) < 2:
         raise UserError("give two runs or more to join, like runs/a runs/b")
     check_output(options.output, OURS, force=options.force)

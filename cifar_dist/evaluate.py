@@ -26,7 +26,8 @@ from cifar_dist.engine.runtime import (
 )
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracked_jobs import track_evaluation
-from cifar_dist.errors import UserError, run_command
+from cifar_dist.errors import UserError, is_main_rank, run_command
+from cifar_dist.files import try_place
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.near_duplicates import read_list
 from cifar_dist.recipe import Recipe
@@ -127,7 +128,10 @@ def evaluate_run(
         found = find(held, hierarchy, held_out=None, duplicates=None, cifair=None)
         return held, held, found, hierarchy
     loaded = load_split(data, "test" if split == "test" else "train", device, recipe.data.place)
-    evaluation = look(loaded, torch.arange(len(loaded.labels)))
+    rows = torch.arange(len(loaded.labels))
+    if split == "train" and recipe.data.holdout:  # what it was trained on
+        rows, _ = holdout_rows(loaded.labels, recipe.data.holdout)
+    evaluation = look(loaded, rows)
     other = None
     if cifair is not None:
         fair, published = cifair_split(cifair, data, device)
@@ -211,6 +215,8 @@ def main(arguments: list[str]) -> int:
             f"{headline} is for the newest checkpoint on the test split, without flips; "
             "choose another --output"
         )
+    if output is not None and is_main_rank():
+        try_place(output / "evaluation.json")
     accelerator = start_processes(
         timeout_seconds=recipe.run.timeout_seconds,
         threads=recipe.run.threads or surroundings.get("threads"),  # other threads, other last bits
@@ -246,11 +252,11 @@ def main(arguments: list[str]) -> int:
                     "data": data_digest(data),
                 }
                 found = facts | found
+                if held is not None:  # first, as evaluation.json says of which checkpoint it is
+                    findings.write_held_out(output, held.logits, held.labels)
                 findings.write_findings(
                     output, found, evaluation.logits, evaluation.labels, hierarchy
                 )
-                if held is not None:
-                    findings.write_held_out(output, held.logits, held.labels)
                 log.info(f"written to {output}")
                 if to_headline:
                     track_evaluation(

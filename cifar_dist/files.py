@@ -82,6 +82,11 @@ def _beside(path: Path) -> Iterator[Path]:
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content` in one step; a reader sees the old file or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
+    if _is_stream(path):
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    path = path.resolve() if path.is_symlink() else path  # the link stays, its file is replaced
     with _beside(path) as aside:
         with naming(path), aside.open("wb") as file:
             file.write(data)
@@ -91,8 +96,15 @@ def write_file(path: Path, content: bytes | str) -> None:
     sync(path.parent)
 
 
+def _is_stream(path: Path) -> bool:
+    """Whether there is something that takes bytes and is no file: a pipe, /dev/null, /dev/stdout."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def try_place(path: Path) -> None:
     """Raise before the work what `write_file` would raise after it; changes nothing."""
+    if _is_stream(path):
+        return
     absent = [folder for folder in path.parents if not folder.exists()]
     try:
         with _beside(path):

@@ -27,8 +27,14 @@ from cifar_dist.engine.scores import (
     reliability,
     superclass_scores,
 )
+from cifar_dist.errors import UserError
 from cifar_dist.files import write_file, write_json
 
+# What is shown of an evaluation; an older one may lack some.
+NEEDED = {
+    *("top1", "top5", "top1_interval", "superclass_top1", "errors_inside_superclass"),
+    *("errors_outside_superclass", "calibration", "classes"),
+}
 FOLDER = "evaluation"  # in a run's folder: that of the test split at the newest checkpoint
 
 
@@ -166,4 +172,9 @@ def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:
             f"`python -m cifar_dist.evaluate {run}` makes that of the newest checkpoint"
         )
         return None
+    if missing := NEEDED - found.keys():
+        raise UserError(
+            f"{run / FOLDER}/evaluation.json lacks {', '.join(sorted(missing))}; "
+            f"`python -m cifar_dist.evaluate {run}` writes it anew"
+        )
     return found

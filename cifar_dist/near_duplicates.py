@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import data_digest, load_split
+from cifar_dist.data.arrow import data_digest, load_split, read_digest
 from cifar_dist.engine.results import read_json
 from cifar_dist.engine.runtime import log, log_to_terminal, progress_bar
 from cifar_dist.errors import UserError, run_command
@@ -74,12 +74,20 @@ def find_near_duplicates(train: Tensor, test: Tensor, *, show: bool = False) -> 
 def read_list(data: Path, path: Path | None) -> dict[str, Any] | None:
     """A stored list that was made of these very data; None where none was asked for and ours is of others."""
     found = read_json(path or OFFICIAL_LIST)
-    if not isinstance(found, dict) or not {"data", "test_rows", "min_detail"} <= found.keys():
+    names = {"data", "test_rows", "min_detail", "min_layout"}
+    if (
+        not isinstance(found, dict)
+        or not names <= found.keys()
+        or not isinstance(found["test_rows"], list)
+        or not all(isinstance(row, int) and row >= 0 for row in found["test_rows"])
+    ):
         raise UserError(
             f"{path} is no list of near-duplicates; make one: "
             f"python -m cifar_dist.near_duplicates --data {data} --output {path}"
         )
     if found["data"] == data_digest(data):
+        if max(found["test_rows"], default=0) >= read_digest(data)["test"]["rows"]:
+            raise UserError(f"{path} names rows that {data} does not have; make it anew")
         return found
     if path is None:
         return None

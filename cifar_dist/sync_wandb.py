@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
     note = folder / "wandb_synced.json"
     before = results.read_object(note, "remove it and start this again") or {}
-    offline = Path(before.get("offline", ""))
+    offline = folder / "wandb" / Path(before.get("offline") or "none").name
     if before.get("of") != now or not offline.is_dir():
         offline, before = rebuild(folder), {"on_server": before.get("on_server", [])}
         log.info(f"{offline}: all of {metrics}")
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if upload(waiting):
         on_server = [path.name for path in (offline, *sorted(others))]
-    write_json(note, {"of": now, "offline": str(offline), "on_server": on_server})
+    write_json(note, {"of": now, "offline": offline.name, "on_server": on_server})
     return 0
 
 

@@ -82,7 +82,7 @@ def class_names_of(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, .
             )
         return names_of(read_hierarchy(data))
     found = read_evaluation(run)
-    if found is None or found.get("data") != environment.get("data"):
+    if found is None or found.get("data") != environment.get("data") or "classes" not in found:
         raise UserError(
             f"{data} has no data, so the classes have no names; give its place with --data"
         )

@@ -38,6 +38,28 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, recipe: RecipeMaker) -> Non
     assert "start at most 1" in table["shards"]
 
 
+@pytest.mark.parametrize("harm", ["digest alone", "too few rows", "a file in the way"])
+def test_bad_data_and_a_bad_place_are_lines_of_the_table(
+    tmp_path: Path, recipe: RecipeMaker, data: Path, harm: str
+) -> None:
+    keys: dict[str, dict[str, object]] = {}
+    match harm:
+        case "digest alone":
+            (tmp_path / "data").mkdir()
+            shutil.copy(data / "digest.json", tmp_path / "data")
+            keys, line, says = {"data": {"path": "data"}}, "data", "is missing"
+        case "too few rows":
+            keys, line, says = {"run": {"batch_size": 100_000}}, "data", "is more than the"
+        case _:
+            (tmp_path / "runs").touch()
+            line, says = "run.output", "choose another place"
+    code, table = doctor(recipe(**keys), cwd=tmp_path)
+    assert code == 2
+    assert table[line].startswith("BAD")
+    assert says in table[line]
+    assert table["shards"].startswith("ok ")
+
+
 def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Two machines without a shared folder: each rank has a run.output of its own."""
     port, path = free_port(), recipe()

@@ -180,7 +180,13 @@ def test_what_cannot_be_joined_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(two_runs)
     with pytest.raises(UserError, match="two runs or more"):
-        main(["runs/s0", "runs/s0"])
+        main(["runs/s0", str(Path("runs/s0").resolve())])
+    summary = Path("runs/s1/summary.json")
+    finished = summary.read_text()
+    summary.unlink()  # it was forced on, and its predictions are those of its earlier end
+    with pytest.raises(UserError, match=r"runs/s1 has no predictions yet; let it finish"):
+        main(["runs/s0", "runs/s1"])
+    summary.write_text(finished)
     path = Path("runs/s1/evaluation/evaluation.json")
     written = path.read_text()
     path.write_text(json.dumps(json.loads(written) | {"checkpoint": "step_00000001"}))

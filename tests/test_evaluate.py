@@ -15,10 +15,17 @@ from test_cifair import content, write_cifair
 from torch.nn.functional import cross_entropy
 
 from cifar_dist import predict, report
-from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy, write_dataset
+from cifar_dist.data.arrow import (
+    data_digest,
+    load_split,
+    read_digest,
+    read_hierarchy,
+    write_dataset,
+)
 from cifar_dist.data.sample import draw_sample
 from cifar_dist.engine.scores import confusion
 from cifar_dist.errors import UserError
+from cifar_dist.recipe import load_recipe
 from cifar_dist.reporting.comparison import read_run
 from cifar_dist.usable import load_usable
 
@@ -74,6 +81,14 @@ def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_da
     recall = names.index("recall")
     mean = sum(float(row[recall]) for row in classes) / 100  # three pictures of each class
     assert mean == pytest.approx(numbers["top1"])
+
+
+def test_the_train_split_is_what_was_trained_on(run: Path, tmp_path: Path) -> None:
+    output = evaluate("runs/tiny", "--split", "train", "--output", "of_train", cwd=tmp_path)
+    held_out = evaluate("runs/tiny", "--split", "held-out", cwd=tmp_path)
+    assert ", held-out, 100 rows" in held_out
+    data = Path(load_recipe(run / "recipe.yaml").data.path)
+    assert found(tmp_path / "of_train")["rows"] == read_digest(data)["train"]["rows"] - 100, output
 
 
 def test_flips_cifair_and_a_list_are_labelled_and_apart(
@@ -187,6 +202,10 @@ def test_the_place_of_the_headline_is_for_nothing_else(
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
     assert "no run folder" in evaluate("nowhere", cwd=tmp_path, expect=2)
     train(recipe(run={"epochs": 1}), cwd=tmp_path)
+    (tmp_path / "file").touch()
+    said = evaluate("runs/tiny", "--output", "file/below", cwd=tmp_path, expect=2)
+    assert "Not a directory" in said
+    assert "top1" not in said  # before the work
     assert "held nothing out" in evaluate(
         "runs/tiny", "--split", "held-out", cwd=tmp_path, expect=2
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import Ranks, train
 from safetensors.torch import load_file, save_file
 from small_data import quick_recipe
@@ -206,6 +207,20 @@ def test_broken_runs_are_one_sentence(runs: Path) -> None:
     (runs / "other/predictions.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match=r"predictions\.safetensors is damaged"):
         main([str(runs / "other")])
+    for logits, labels in (
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int64)),
+        (torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int8)),
+        (torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.int64)),
+    ):
+        save_file({"logits": logits, "labels": labels}, runs / "other/predictions.safetensors")
+        with pytest.raises(UserError, match=r"predictions\.safetensors is damaged"):
+            main([str(runs / "other")])
+    (runs / "other/predictions.safetensors").unlink()
+    summary = runs / "other/summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds": None}))
+    with pytest.raises(UserError, match=r"summary\.json is damaged \(seconds is no number\)"):
+        main([str(runs / "other")])
 
 
 def test_other_labels_are_not_compared(runs: Path) -> None:
@@ -267,9 +282,9 @@ def test_the_tutorials_rows_and_pages_name_recipes_that_exist() -> None:
 def test_the_tutorials_loop_trains_all_and_teachers_before_students() -> None:
     root = Path(__file__).parents[1]
     page = (root / "docs/tutorial.md").read_text()
-    _, loop, rest = page.partition("for recipe in ")
-    assert loop
-    listed = rest.partition("; do")[0].replace("\\\n", " ")
+    loops = page.partition("python -m cifar_dist.report")[0].split("for recipe in ")[1:]
+    assert loops
+    listed = " ".join(loop.partition("; do")[0].replace("\\\n", " ") for loop in loops)
     command = f"shopt -s failglob; printf '%s\\n' {listed}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True

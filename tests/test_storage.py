@@ -20,7 +20,7 @@ from ranks import Ranks, train
 
 from cifar_dist.engine.checkpoint import checkpoints, damage, newest_valid
 from cifar_dist.engine.metrics import MetricsFile
-from cifar_dist.files import folder_aside, remove_folder, rename
+from cifar_dist.files import folder_aside, remove_folder, rename, try_place, write_file
 
 EVERY_STEP = 1e-9
 
@@ -206,6 +206,23 @@ def test_a_rename_whose_answer_was_lost_is_done(tmp_path: Path) -> None:
     rename(tmp_path / "old", tmp_path / "new")
     with pytest.raises(FileNotFoundError):
         rename(tmp_path / "old", tmp_path / "nowhere")
+
+
+def test_a_pipe_is_written_into_and_a_link_stays(tmp_path: Path) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try_place(pipe)
+    write_file(pipe, "said")
+    assert os.read(reader, 100) == b"said"
+    os.close(reader)
+    assert pipe.is_fifo()
+    target.write_text("old")
+    link.symlink_to(target)
+    write_file(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 def test_a_folder_that_cannot_be_replaced_stays(

@@ -64,6 +64,9 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
     (made,) = run.glob(f"wandb/offline-run-*-{identity}")
     before = content(run)
     assert sync_wandb.main(["runs/tiny"]) == 0
+    monkeypatch.chdir(run)  # another place to look from
+    assert sync_wandb.main(["."]) == 0
+    monkeypatch.chdir(tmp_path)
     assert content(run) == before
 
     more = {"kind": "eval", "step": 300, "epoch": 50.0, "loss": 1.0, "top1": 2.0}  # it went on

@@ -79,8 +79,13 @@ def read_logits(path: Path) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         tensors = load_file(path)
-        return tensors["logits"], tensors["labels"]
-    except (SafetensorError, KeyError) as error:
+        logits, labels = tensors["logits"], tensors["labels"]
+        if logits.ndim != 2 or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+            raise ValueError("these are no logits [N, C] and labels [N]")
+        if not logits.isfinite().all():
+            raise ValueError("some are not finite")
+        return logits, labels
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise UserError(
             f"{path} is damaged ({error}); `python -m cifar_dist.evaluate RUN` writes it anew for a "
             "finished run"
