@@ -4,13 +4,21 @@ RECIPE ?= recipes/debug.yaml
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# Two gloo processes where there is no GPU; all GPUs of the machine where there are some.
-LAUNCH := $(if $(shell command -v nvidia-smi),,--config_file accelerate_configs/cpu_2.yaml)
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 
 .PHONY: train test lint schema faults clean
 
+# Two gloo processes where there is no GPU; else a process a GPU, as far as the recipe has shards for them.
 train: $(VENV)/.user
-	@$(BIN)/accelerate launch $(LAUNCH) -m cifar_dist.train $(RECIPE) $(ARGS) 2>&1
+	@case $(GPUS) in \
+	0) set -- --config_file accelerate_configs/cpu_2.yaml ;; \
+	1) set -- --num_processes 1 ;; \
+	*) shards=$$($(BIN)/python -m cifar_dist.train --dry-run $(RECIPE) $(ARGS) 2>/dev/null | \
+		sed -n 's/^run: .*[ {]shards: \([0-9][0-9]*\).*/\1/p'); \
+	shards=$${shards:-$(GPUS)}; \
+	set -- --num_processes $$((shards < $(GPUS) ? shards : $(GPUS))) ;; \
+	esac; \
+	$(BIN)/accelerate launch "$$@" -m cifar_dist.train $(RECIPE) $(ARGS) 2>&1
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -10,6 +10,7 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # Ctrl-C is the end of the budget, from the first moment on
 
+import fcntl
 import os
 import signal
 import statistics
@@ -196,6 +197,20 @@ def read_rows(path: Path) -> list[Row]:
     return content["runs"] if content else []
 
 
+def keep(path: Path, row: Row) -> list[Row]:
+    """Add a run to the results file, to which another list may have added some; all there are now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        rows = [*(other for other in read_rows(path) if other["name"] != row["name"]), row]
+        write_json(path, results(rows))
+    finally:
+        os.close(descriptor)
+    return rows
+
+
 def table(content: dict[str, Any]) -> str:
     def shown(value: dict[str, float | None]) -> str:
         return f"{value['mean']:.2f}" + (f" +- {value['std']:.2f}" if value["std"] else "")
@@ -261,6 +276,7 @@ def train_all(runs: list[Run], options: Namespace, *, started: float) -> int:
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if options.config_file:
         launch += ["--config_file", str(options.config_file)]
+    gpus = torch.cuda.device_count()
 
     deadline = started + 60 * options.budget
     remaining, failed = [], []
@@ -273,11 +289,15 @@ def train_all(runs: list[Run], options: Namespace, *, started: float) -> int:
             remaining.append(name)
             continue
         print(f"{name}: {(deadline - time.monotonic()) / 60:.1f} minutes left", flush=True)
-        code = start_and_wait([*launch, "-m", "cifar_dist.train", *run.arguments], deadline)
+        shards = run.recipe.run.shards or gpus
+        fewer = (
+            ["--num_processes", str(shards)] if shards < gpus and not options.config_file else []
+        )
+        command = [*launch, *fewer, "-m", "cifar_dist.train", *run.arguments]
+        code = start_and_wait(command, deadline)
         row = run.row() if code == 0 else None
         if row:
-            rows.append(row)
-            write_json(output, results(rows))
+            rows = keep(output, row)
             if options.logs:
                 log = (run.recipe.folder / "metrics.jsonl").read_text()
                 options.logs.mkdir(parents=True, exist_ok=True)

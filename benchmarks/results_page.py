@@ -67,7 +67,7 @@ AIMS = [
         ours="wrn28_10_32",
     ),
     Aim(
-        what="R32x4 teaches R8x4: KD", field="73.33 (mdistiller, of the test's best epoch)", ours="kd_resnet8x4_kd"
+        what="R32x4 teaches R8x4: KD", field="73.33 (HobbitLong/RepDistiller)", ours="kd_resnet8x4_kd"
     ),
     Aim(
         what="R32x4 teaches R8x4: DKD", field="76.32 (mdistiller)", ours="kd_resnet8x4_dkd"
@@ -189,7 +189,7 @@ def evaluations(log: Path) -> list[float]:
 def stamps(rows: Rows) -> str:
     versions = sorted({f"torch {row['torch']}" for row in rows})
     dates = sorted({row["date"][:10] for row in rows})
-    commits = sorted({row["commit"][:7] for row in rows})
+    commits = sorted({(row["commit"] or "unknown")[:7] for row in rows})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{', '.join(versions)}; {when}; commit {', '.join(commits)}"
 
@@ -217,12 +217,17 @@ def page_part(rows: Rows, logs: Path) -> str:
 
 
 def read_all(folder: Path) -> list[Row]:
-    """The rows of all results files; UserError where two hold the same recipe: no mean may mix them."""
+    """The rows of all results files; no mean may mix those of two.
+
+    A recipe that a GPU has trained has its runs alone. UserError where other files share a recipe.
+    """
     rows: list[Row] = []
     where: dict[str, Path] = {}
-    for path in sorted(folder.glob("accuracy_*.json")):
+    for path in sorted(folder.glob("accuracy_*.json"), key=lambda path: "cuda" not in path.name):
         for row in read_rows(path):
             first = where.setdefault(row["recipe"], path)
+            if first != path and "cuda" in first.name:
+                continue
             if first != path:
                 raise UserError(
                     f"{first} and {path} both hold runs of {row['recipe']}, and its logs have one name: "

@@ -244,11 +244,30 @@ def test_runs_of_one_recipe_from_two_files_are_never_mixed(tmp_path: Path) -> No
 
     write()
     read = results_page.read_all(tmp_path)
-    assert [row["recipe"] for row in read] == ["short_ours", "short_mended", "r18_32"]
+    assert [row["recipe"] for row in read] == ["r18_32", "short_ours", "short_mended"]
     files["cuda"].append("short_ours")
     write()
-    with pytest.raises(UserError, match=r"cpu\.json and .*cuda\.json both hold runs of short_ours"):
+    of_gpu = [row["recipe"] for row in results_page.read_all(tmp_path)]
+    assert of_gpu == [
+        "r18_32",
+        "short_ours",
+        "short_mended",
+    ]  # a recipe's runs on a GPU stand alone
+    files["other"] = ["short_mended"]
+    write()
+    with pytest.raises(
+        UserError, match=r"cpu\.json and .*other\.json both hold runs of short_mended"
+    ):
         results_page.read_all(tmp_path)
+
+
+def test_two_lists_may_add_to_one_results_file(tmp_path: Path) -> None:
+    """The second reads what the first has written since."""
+    path = tmp_path / "new" / "results.json"
+    accuracy.keep(path, finished_row("one", 0, 50.0, images_per_second=1.0))
+    rows = accuracy.keep(path, finished_row("two", 0, 60.0, images_per_second=1.0))
+    assert [row["recipe"] for row in rows] == ["one", "two"]
+    assert accuracy.read_rows(path) == rows
 
 
 def test_augmentations_are_drawn() -> None:
