@@ -347,7 +347,8 @@ def test_a_student_without_a_teacher_is_not_submitted(tmp_path: Path, recipe: Re
     submitted.write_text("#!/bin/sh\ntouch submitted\n")
     submitted.chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", ROOT / "slurm/teacher_student.sh", recipe("a"), recipe("b")]
+    script = ROOT / "slurm/teacher_student.sh"
+    command: list[str | Path] = ["bash", script, recipe("a"), recipe("b")]
     done = subprocess.run(
         command,
         cwd=tmp_path,
