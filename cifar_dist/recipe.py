@@ -87,9 +87,7 @@ class RunConfig:
 
     epochs: Count = 200
     batch_size: Count = 250  # global, whatever the number of processes
-    shards: Count | None = (
-        None  # parts of the global batch; None: the world size of the first start
-    )
+    shards: Count | None = None  # parts of the global batch; None: the first start's world size
     precision: Precision = "bf16"
     seed: Index = 0
     output: str = "runs"
@@ -100,9 +98,7 @@ class RunConfig:
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
     compile: bool = False
-    graph: Literal["auto", "off"] = (
-        "auto"  # record the step on a GPU and replay it, where it can be
-    )
+    graph: Literal["auto", "off"] = "auto"  # record the step on a GPU, where it can be, and replay
     reduce_precision: ReducePrecision = "fp32"  # in which ranks send each other gradients
     timeout_seconds: Count = 600  # how long a rank may keep the others waiting
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite
@@ -130,9 +126,7 @@ class DataConfig:
 
     path: str = "data/cifar100"
     source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    place: Place = (
-        "device"  # where the pictures lie; host: in the file's pages, fetched step by step
-    )
+    place: Place = "device"  # of the pictures; host: in the file's pages, fetched step by step
     shuffle: bool = True
     holdout: Index = 0  # rows of train, stratified by class, to choose hyper-parameters on
 
@@ -279,6 +273,12 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return pairs
 
 
+def not_of(recipe: Recipe) -> tuple[str, ...]:
+    """NOT_THE_RECIPE, but for how often it looks, where that decides when it ends."""
+    looks = "run.eval_every_epochs" if recipe.run.stop_after_epochs_without_gain else None
+    return tuple(name for name in NOT_THE_RECIPE if name != looks)
+
+
 def recipe_changes(recipe: Recipe) -> list[str]:
     """How it differs from the one that its run folder was trained with: `run.epochs: 200 -> 300`."""
     path = recipe.folder / "recipe.yaml"
@@ -288,7 +288,7 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     return [
         f"{name}: {old} -> {new}"
         for name, old, new in changes(before, flat(resolved(recipe)))
-        if not name.startswith(NOT_THE_RECIPE) and not name.endswith(PLACEMENT)
+        if not name.startswith(not_of(recipe)) and not name.endswith(PLACEMENT)
     ]
 
 
@@ -316,7 +316,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat(resolved(recipe)).items()
-        if not name.startswith((*NOT_THE_RECIPE, *SEEDS)) and not name.endswith(PLACEMENT)
+        if not name.startswith((*not_of(recipe), *SEEDS)) and not name.endswith(PLACEMENT)
     }
 
 

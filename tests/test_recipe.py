@@ -15,6 +15,7 @@ from cifar_dist.learn.losses import LOSSES
 from cifar_dist.recipe import (
     Recipe,
     flat,
+    identity,
     json_schema,
     known_keys,
     load_recipe,
@@ -209,6 +210,21 @@ def test_placement_is_never_a_changed_recipe(tmp_path: Path) -> None:
     assert recipe_changes(replace(before, teachers=(first, heavier))) == [
         "teachers.1.weight: 1.0 -> 2.0"
     ]
+
+
+def test_how_often_it_looks_is_the_recipe_where_that_ends_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+
+    def written(**run: object) -> Recipe:
+        run |= {"output": str(tmp_path)}
+        return validate({"name": "a", "run": run, "data": {"holdout": 500}}, where="here")
+
+    for stop, expected in ((None, []), (3, ["run.eval_every_epochs: 1 -> 2"])):
+        before = written(stop_after_epochs_without_gain=stop)
+        after = written(stop_after_epochs_without_gain=stop, eval_every_epochs=2)
+        (tmp_path / "a/recipe.yaml").write_text(to_yaml(before))
+        assert recipe_changes(after) == expected
+        assert (identity(before) == identity(after)) == (stop is None)
 
 
 def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
