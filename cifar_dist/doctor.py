@@ -33,7 +33,7 @@ from cifar_dist.engine.runtime import (
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracking import decide_mode
 from cifar_dist.errors import UserError, is_main_rank, run_command, sentence_of
-from cifar_dist.files import making
+from cifar_dist.files import make_folder
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 from cifar_dist.runs import check_world
 
@@ -90,8 +90,7 @@ def shared_folder(ranks: Ranks, folder: Path) -> Finding:
     mine = ranks.main_does(lambda: f".doctor_{secrets.token_hex(4)}_")  # another may be at work
 
     def write() -> None:
-        with making(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / f"{mine}{ranks.rank}").write_text(str(ranks.rank))
 
     try:

@@ -33,6 +33,12 @@ def making(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: nothing can be made there; choose another place") from None
 
 
+def make_folder(path: Path) -> None:
+    """Make it and its parents where they are absent."""
+    with making(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def sync(path: Path) -> None:
     """Ask the file system to put a file or a folder's entries on disk now."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -68,8 +74,7 @@ def remove_folder(folder: Path) -> None:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A new empty file in the folder of `path`, which is made; it goes away unless it was renamed."""
-    with making(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with making(path), naming(path):
@@ -128,8 +133,7 @@ def folder_aside(final: Path) -> Iterator[Path]:
     An existing `final` is moved out of the way first and removed last, so that at no time there is
     less than one complete folder on the disk.
     """
-    with making(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)

@@ -33,7 +33,7 @@ from cifar_dist.data.members import FOLDER, OFFICIAL_MD5, is_official, read_memb
 from cifar_dist.data.pickles import RawMeta, RawSplit, check_hierarchy, read_meta, read_pickle
 from cifar_dist.data.sample import draw_sample, pickle_members
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import making
+from cifar_dist.files import make_folder
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
@@ -172,8 +172,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process at a time in `folder`, which is made if absent and goes again if it stays empty."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with making(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{error.filename} is not a folder; {ELSEWHERE}") from error
     descriptor = os.open(folder, os.O_RDONLY)

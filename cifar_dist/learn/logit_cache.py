@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cifar_dist.errors import UserError
-from cifar_dist.files import sha256, sync, write_json
+from cifar_dist.files import make_folder, sha256, sync, write_json
 
 LOGITS, MANIFEST, PROGRESS = "logits.npy", "manifest.json", "progress.json"
 SAFE_SECONDS = 10.0  # how much work a kill or a power cut may cost
@@ -127,7 +127,7 @@ class CacheWriter:
 
     def open(self) -> BinaryIO:
         """The file, at the place where the next row belongs."""
-        self.part.mkdir(parents=True, exist_ok=True)
+        make_folder(self.part)
         file = (self.part / LOGITS).open("r+b" if self.rows else "w+b")
         description = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
         numpy.lib.format.write_array_header_1_0(file, description)

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import constants
 
 from cifar_dist.errors import UserError
+from cifar_dist.files import make_folder
 from cifar_dist.network import ANSWER_SECONDS, answers
 
 
@@ -54,7 +55,7 @@ def fetch_weights(cfg: Any, backbone: str) -> Path:
         raise UserError(f"{problem} {urlparse(address).netloc} cannot be reached; {remedy}")
     try:
         if not cfg.hf_hub_id:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             torch.hub.download_url_to_file(cfg.url, str(file), progress=False)
             return file
         listed = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
