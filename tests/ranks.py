@@ -51,7 +51,7 @@ def start_rank(
     return subprocess.Popen(
         [sys.executable, *(str(argument) for argument in arguments)],
         cwd=cwd,
-        env={**os.environ, **rank_variables(rank, world_size, port)},
+        env={"OMP_NUM_THREADS": "1", **os.environ, **rank_variables(rank, world_size, port)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
