@@ -155,16 +155,15 @@ def test_it_is_compared_with_the_best_member_and_tempered_on_held_out_rows(
 
 
 def test_nothing_is_overwritten_by_chance(
-    two_runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    two_runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(two_runs)
-    caplog.set_level("INFO")
     before = Path("runs/s0/predictions.safetensors").read_bytes()
     Path("file").write_text("years of work")
     for output in ("runs/s0", "file"):
         with pytest.raises(UserError, match=f"{output} is there already; choose another --output$"):
             main(["runs/s0", "runs/s1", "--equal", "--output", output, "--force"])
-    assert not caplog.messages  # nothing was computed
+    assert capsys.readouterr().out == ""  # nothing was computed
     assert Path("runs/s0/predictions.safetensors").read_bytes() == before
     assert Path("file").read_text() == "years of work"
     assert main(["runs/s0", "runs/s1", "--equal"]) == 0
