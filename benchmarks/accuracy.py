@@ -10,7 +10,6 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # Ctrl-C is the end of the budget, from the first moment on
 
-import fcntl
 import os
 import signal
 import statistics
@@ -30,7 +29,7 @@ import torch
 from cifar_dist.data.arrow import DIGEST, data_digest
 from cifar_dist.engine.results import read_json, read_summary
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file, write_json
+from cifar_dist.files import alone, write_file, write_json
 from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, changes, flat, load_recipe, resolved
 
 SAVE_SECONDS = 120  # what a training may take to save; then it is killed
@@ -199,15 +198,9 @@ def read_rows(path: Path) -> list[Row]:
 
 def keep(path: Path, row: Row) -> list[Row]:
     """Add a run to the results file, to which another list may have added some; all there are now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with alone(path.parent):
         rows = [*(other for other in read_rows(path) if other["name"] != row["name"]), row]
         write_json(path, results(rows))
-    finally:
-        os.close(descriptor)
     return rows
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import cifar_dist
 from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import SPLITS, data_digest, read_digest, read_split
+from cifar_dist.data.batches import count_steps
 from cifar_dist.engine.lock import machine
 from cifar_dist.engine.runtime import (
     Ranks,
@@ -130,11 +131,8 @@ def data(recipe: Recipe, ranks: Ranks) -> Finding:
     def digest() -> str:
         for name in SPLITS:
             read_split(path, name)
-        rows = read_digest(path)["train"]["rows"] - recipe.data.holdout
-        if rows < recipe.run.batch_size:
-            raise UserError(
-                f"run.batch_size={recipe.run.batch_size} is more than the {max(rows, 0)} rows"
-            )
+        rows = read_digest(path)["train"]["rows"]
+        count_steps(rows - recipe.data.holdout, recipe.run.batch_size)
         return data_digest(path)[:12]
 
     try:

@@ -10,9 +10,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.data.arrow import read_digest
+from cifar_dist.data.batches import count_steps
 from cifar_dist.data.canvas import canvas_bytes
 from cifar_dist.engine.estimate import activation_bytes, estimate, optimizer_states, readable
-from cifar_dist.errors import UserError
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
@@ -25,12 +25,7 @@ def plan(recipe: Recipe) -> str:
     """
     run, data = recipe.run, Path(recipe.data.path)
     rows = read_digest(data)["train"]["rows"] if (data / "digest.json").exists() else 50_000
-    steps = (rows - recipe.data.holdout) // run.batch_size
-    if steps <= 0:
-        raise UserError(
-            f"run.batch_size={run.batch_size} is more than the {max(rows - recipe.data.holdout, 0)} "
-            f"rows to train on (data.holdout={recipe.data.holdout}); lower one of them"
-        )
+    steps = count_steps(rows - recipe.data.holdout, run.batch_size)
     shards = run.shards or 1
     passes = 2 if recipe.optim.sam else 1
     # SAM keeps the weights, and has its first gradient beside the second's.
@@ -48,7 +43,8 @@ def plan(recipe: Recipe) -> str:
             ema=recipe.ema is not None,
             half=run.precision != "fp32",
         )
-        forward = 0  # of a picture, summed over the epochs
+        whole = numbers["forward_flops_per_image"]
+        forward = epochs_at.pop(recipe.model.image_size, 0) * whole  # summed over the epochs
         for size, epochs in epochs_at.items():
             model.train_size = size
             forward += epochs * activation_bytes(model)[1]
@@ -71,7 +67,7 @@ def plan(recipe: Recipe) -> str:
     return (
         f"{to_yaml(recipe)}\n"
         f"parameters        {numbers['parameters']:,}\n"
-        f"FLOPs an image    {readable(numbers['forward_flops_per_image'])} forward{taught}, "
+        f"FLOPs an image    {readable(whole)} forward{taught}, "
         f"{readable(training)} in the whole training\n"
         f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
         f"memory a process  at least {(numbers['memory_bytes'] + held) / 2**30:.2f} GiB "

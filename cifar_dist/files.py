@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +38,29 @@ def make_folder(path: Path) -> None:
     """Make it and its parents where they are absent."""
     with making(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, *, elsewhere: str = "choose another place") -> Iterator[None]:
+    """One process at a time in `folder`, which is made if absent and goes again if it stays empty.
+
+    UserError, which ends in `elsewhere`, where something else bears its name.
+    """
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        make_folder(folder)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{error.filename} is not a folder; {elsewhere}") from error
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        for path in absent:
+            with suppress(OSError):  # not empty
+                path.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
-import os
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +30,7 @@ from cifar_dist.data.members import FOLDER, OFFICIAL_MD5, is_official, read_memb
 from cifar_dist.data.pickles import RawMeta, RawSplit, check_hierarchy, read_meta, read_pickle
 from cifar_dist.data.sample import draw_sample, pickle_members
 from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import make_folder
+from cifar_dist.files import alone
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
@@ -57,7 +54,7 @@ def prepare(
     started = time.monotonic()
     source = source or OFFICIAL_URL
     output = output.expanduser().resolve()
-    with _alone(output.parent):
+    with alone(output.parent, elsewhere=ELSEWHERE):
         for path in output.parent.iterdir():  # of one that was killed
             if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
                 shutil.rmtree(path, ignore_errors=True)
@@ -165,26 +162,6 @@ def _refuse_foreign(output: Path) -> None:
         name = path.relative_to(output).as_posix()
         if name not in known and (path.is_symlink() or not path.is_dir()):
             raise UserError(f"{output} holds {name}, which is not ours; {ELSEWHERE}")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time in `folder`, which is made if absent and goes again if it stays empty."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        make_folder(folder)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename} is not a folder; {ELSEWHERE}") from error
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-        for path in absent:
-            with suppress(OSError):  # not empty
-                path.rmdir()
 
 
 def main(arguments: list[str]) -> int:

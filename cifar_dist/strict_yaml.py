@@ -22,18 +22,18 @@ _FORMS = {
 }
 
 
+def _wrong(what: str, place: Any) -> yaml.MarkedYAMLError:
+    """The refusal of a node or an event, with its line and column."""
+    return yaml.constructor.ConstructorError(None, None, what, place.start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-3 is a number, `no` and `010` are text; no repeats, no aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                "anchors and aliases are not allowed; write the value out",
-                event.start_mark,
-            )
+            raise _wrong("anchors and aliases are not allowed; write the value out", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -41,13 +41,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = self.construct_object(key_node, deep=True)
             if not isinstance(name, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} is not a word", key_node.start_mark
-                )
+                raise _wrong(f"the key {name!r} is not a word", key_node)
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{name!r} is given twice; keep one", key_node.start_mark
-                )
+                raise _wrong(f"{name!r} is given twice; keep one", key_node)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -55,12 +51,7 @@ class _Loader(yaml.SafeLoader):
         """A text; one like ~/data, which only shells expand, would make a folder of that name."""
         text = self.construct_scalar(node)
         if text.startswith("~/"):
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                f"{text[:40]!r}: nothing expands the ~ here; write the whole path",
-                node.start_mark,
-            )
+            raise _wrong(f"{text[:40]!r}: nothing expands the ~ here; write the whole path", node)
         return text
 
     def construct_strict(self, node: Any) -> Any:
@@ -68,9 +59,7 @@ class _Loader(yaml.SafeLoader):
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
         form, _ = _FORMS[kind]
         if not form.fullmatch(text):  # `$` would let a line end pass
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{text[:40]!r} is no {kind}; remove the tag", node.start_mark
-            )
+            raise _wrong(f"{text[:40]!r} is no {kind}; remove the tag", node)
         return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 
 

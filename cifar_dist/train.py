@@ -26,7 +26,7 @@ from cifar_dist import __version__
 from cifar_dist.command_line import add_recipe, command_parser
 from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_digest
 from cifar_dist.data.augment import Augment
-from cifar_dist.data.batches import holdout_rows, train_batches
+from cifar_dist.data.batches import count_steps, holdout_rows, train_batches
 from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.data.streamed import streamed
 from cifar_dist.dry_run import plan
@@ -50,7 +50,7 @@ from cifar_dist.engine.state import State, vote
 from cifar_dist.engine.step import check_precision, make_scaler
 from cifar_dist.engine.tracking import Tracker
 from cifar_dist.engine.watchdog import watched
-from cifar_dist.errors import UserError, run_command
+from cifar_dist.errors import run_command
 from cifar_dist.files import write_file
 from cifar_dist.keys import key
 from cifar_dist.learn.ema import build_average
@@ -111,9 +111,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
         rows, held_rows = torch.arange(len(train_split.labels)), None
         if data.holdout:
             rows, held_rows = holdout_rows(train_split.labels, data.holdout)
-        steps_per_epoch = len(rows) // run.batch_size
-        if steps_per_epoch == 0:
-            raise UserError(f"run.batch_size={run.batch_size} is more than the {len(rows)} rows")
+        steps_per_epoch = count_steps(len(rows), run.batch_size)
         total_steps = run.epochs * steps_per_epoch
 
         # The state of the run: at step 0, or as it was saved.

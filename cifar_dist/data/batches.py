@@ -47,6 +47,16 @@ def shard_bounds(batch_size: int, shards: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
+def count_steps(rows: int, batch_size: int) -> int:
+    """How many whole batches the rows make; UserError where it is not one."""
+    if rows < batch_size:
+        raise UserError(
+            f"run.batch_size={batch_size} is more than the {max(rows, 0)} rows to train on; lower it, "
+            "or data.holdout"
+        )
+    return rows // batch_size
+
+
 def holdout_rows(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and `count` rows held out, stratified by class; both ascending, int64.
 
