@@ -228,7 +228,13 @@ def test_a_signal_ends_the_wait_for_data(
     monkeypatch.setenv("RANK", "1")  # which waits for rank 0
     monkeypatch.setattr(signals, "_received", [])
     signals._note(number, None)
-    assert wait_for_data(output, "sample") is False
+    said: list[bool] = []
+    waiting = threading.Thread(
+        target=lambda: said.append(wait_for_data(output, "sample")), daemon=True
+    )
+    waiting.start()
+    waiting.join(5)
+    assert said == [False]
 
 
 def test_two_at_once_write_it_once(source: str, output: Path) -> None:
