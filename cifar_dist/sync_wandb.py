@@ -93,18 +93,19 @@ def main(arguments: list[str]) -> int:
     note = folder / "wandb_synced.json"
     before = results.read_object(note, "remove it and start this again") or {}
     offline = folder / "wandb" / Path(before.get("offline") or "none").name
+    on_server: set[str] = set(before.get("on_server", []))
     if before.get("of") != now or not offline.is_dir():
-        offline, before = rebuild(folder), {"on_server": before.get("on_server", [])}
+        offline = rebuild(folder)
+        on_server -= {offline.name}  # named by the second: within one, as its forerunner was
         log.info(f"{offline}: all of {metrics}")
     others = set(folder.glob("wandb/offline-run-*")) - {offline}  # evaluations, caches of logits
-    on_server = before.get("on_server", [])
     waiting = [path for path in (offline, *sorted(others)) if path.name not in on_server]
     if not waiting:
         log.info(f"{folder}: nothing new since the last upload")
         return 0
     if upload(waiting):
-        on_server = [path.name for path in (offline, *sorted(others))]
-    write_json(note, {"of": now, "offline": offline.name, "on_server": on_server})
+        on_server = {path.name for path in (offline, *others)}
+    write_json(note, {"of": now, "offline": offline.name, "on_server": sorted(on_server)})
     return 0
 
 
