@@ -178,6 +178,9 @@ def test_a_run_with_margins_and_a_teacher_is_shown(
 def test_without_data_the_numbers_remain(runs: Path, data: Path) -> None:
     output = runs / "page.html"
     (runs / "other").rename(runs / "<i>other")
+    own = {"kind": "train", "step": 1, "epoch": 0.1, "loss": "a user's own words", "lr": None}
+    with (runs / "<i>other/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(own) + "\n")
     assert main([str(runs / "<i>other"), "--output", str(output), "--data", str(data)]) == 0
     text = output.read_text()
     assert "<i>" not in text

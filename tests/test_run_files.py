@@ -52,7 +52,8 @@ def test_an_evaluation_that_the_checkpoint_has_not_seen_is_dropped(tmp_path: Pat
 @pytest.mark.parametrize(
     "bad",
     ["", "null", "[1]", TEXTS[1][:20], '{"kind": "train", "step": 2}', "\0\0", "\udcff",
-     '{"kind": "train", "step": "2", "epoch": 1}', '{"kind": "eval", "step": 2, "epoch": null}'],
+     '{"kind": "train", "step": "2", "epoch": 1}', '{"kind": "eval", "step": 2, "epoch": NaN}',
+     '{"kind": "eval", "step": 2, "epoch": 1, "loss": 1e999}', '{"kind": "eval", "step": 2, "epoch": null}'],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_another_line_that_cannot_be_read_is_said_and_nothing_is_lost(

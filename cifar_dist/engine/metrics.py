@@ -187,7 +187,7 @@ class MetricsFile:
 
 
 def _parsed(text: bytes) -> Line | None:
-    """A line of metrics.jsonl, or None for what is none."""
+    """A line of metrics.jsonl, or None for what `append` never wrote."""
     try:
         line = json.loads(text.decode())
     except (ValueError, RecursionError):
@@ -197,6 +197,7 @@ def _parsed(text: bytes) -> Line | None:
         and isinstance(line.get("kind"), str)
         and isinstance(line.get("step"), int)
         and isinstance(line.get("epoch"), int | float)
+        and all(math.isfinite(value) for value in line.values() if isinstance(value, float))
     ):
         return line
     return None

@@ -61,7 +61,7 @@ def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
                     points=[
                         (line["epoch"], line[value])
                         for line in run.lines
-                        if line["kind"] == kind and line.get(value) is not None
+                        if line["kind"] == kind and isinstance(line.get(value), int | float)
                     ],
                 )
                 for run in runs
