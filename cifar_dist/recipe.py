@@ -10,8 +10,6 @@ import dataclasses
 import difflib
 import json
 import re
-import types
-import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +31,7 @@ from cifar_dist.learn.optim import OptimConfig
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig
 from cifar_dist.strict_yaml import parse_yaml
+from cifar_dist.unknown_keys import refuse_unknown_keys
 
 if TYPE_CHECKING:
     Losses = dict[str, Loss]
@@ -215,6 +214,14 @@ ADAPTER = TypeAdapter(Recipe)
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy."""
+    raw = read_plain(path)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return validate(raw, where=str(path))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A recipe's file as plain data, of which nothing is checked yet."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is no recipe")
@@ -228,14 +235,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     raw = parse_yaml(text, where=str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping that begins with `name: ...`")
-    for override in overrides or []:
-        apply_override(raw, override)
-    return validate(raw, where=str(path))
+    return raw
 
 
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """Check plain data against the config classes; types are exact, unknown keys are refused."""
-    refuse_unknown_keys(raw, where=where)
+    refuse_unknown_keys(raw, Recipe, where=where, habits=HABITS)
     try:
         text = json.dumps(raw, allow_nan=False)
     except ValueError:
@@ -284,7 +289,7 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     path = recipe.folder / "recipe.yaml"
     if not path.exists():
         return []
-    before = flat(parse_yaml(path.read_text(errors="replace"), where=str(path)))
+    before = flat(read_plain(path))
     return [
         f"{name}: {old} -> {new}"
         for name, old, new in changes(before, flat(resolved(recipe)))
@@ -343,58 +348,3 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{override!r}: {section} is a value, not a section")
         place[section] = place = inner or {}
     place[last] = parse_yaml(text, where=override)
-
-
-# --- unknown keys, with a suggestion ---------------------------------------------------------------
-
-
-def known_keys() -> dict[str, list[str]]:
-    """{"": ["name", "run", ...], "run": ["epochs", ...], "losses.arcface": [...], ...}."""
-    keys: dict[str, list[str]] = {}
-
-    def visit(kind: Any, prefix: str) -> None:
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-            for option in typing.get_args(kind):
-                visit(option, prefix)
-        elif kind is Losses or (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            inner = dict(LOSSES) if kind is Losses else field_types(kind)
-            keys[prefix] = list(inner)
-            for name, inner_kind in inner.items():
-                visit(inner_kind, f"{prefix}.{name}".lstrip("."))
-
-    def field_types(kind: Any) -> dict[str, Any]:
-        hints = typing.get_type_hints(kind)
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-    visit(Recipe, "")
-    return keys
-
-
-def refuse_unknown_keys(raw: dict[str, Any], *, where: str) -> None:
-    """UserError for the first key that no config class has, with the nearest that one has."""
-    known = known_keys()
-    everywhere = [f"{section}.{name}".lstrip(".") for section in known for name in known[section]]
-
-    def visit(value: Any, prefix: str) -> None:
-        if prefix not in known or not isinstance(value, dict):
-            return
-        for name, inner in value.items():
-            dotted = f"{prefix}.{name}".lstrip(".")
-            if name not in known[prefix]:
-                raise UserError(f"{where}: {dotted}: unknown key; {suggest(name, prefix)}")
-            visit(inner, dotted)
-
-    def suggest(name: str, prefix: str) -> str:
-        if name in HABITS:
-            return f"use {HABITS[name]}"
-        near = difflib.get_close_matches(name, known[prefix], n=1)
-        if near:
-            return f"did you mean {f'{prefix}.{near[0]}'.lstrip('.')}?"
-        deepest_first = sorted(everywhere, key=lambda dotted: -dotted.count("."))
-        last_words = {dotted.rpartition(".")[2]: dotted for dotted in deepest_first}
-        far = difflib.get_close_matches(name, list(last_words), n=1, cutoff=0.75)
-        if far:
-            return f"did you mean {last_words[far[0]]}?"
-        return f"known here: {', '.join(known[prefix])}"
-
-    visit(raw, "")

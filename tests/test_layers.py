@@ -21,6 +21,7 @@ GROUND = {
     "network",
     "signals",
     "strict_yaml",
+    "unknown_keys",
     "__init__",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

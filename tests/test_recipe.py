@@ -17,7 +17,6 @@ from cifar_dist.recipe import (
     flat,
     identity,
     json_schema,
-    known_keys,
     load_recipe,
     recipe_changes,
     resolved,
@@ -25,6 +24,7 @@ from cifar_dist.recipe import (
     validate,
 )
 from cifar_dist.strict_yaml import parse_yaml
+from cifar_dist.unknown_keys import known_keys
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -227,6 +227,21 @@ def test_how_often_it_looks_is_the_recipe_where_that_ends_a_run(tmp_path: Path) 
         assert (identity(before) == identity(after)) == (stop is None)
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"name: a" + b" " * (1 << 16), "larger than"),
+        (b"name: \xff", "as text"),
+        (b"[]", "a mapping"),
+    ],
+)
+def test_a_run_folders_damaged_recipe_is_named(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a/recipe\.yaml: .*{why}"):
+        recipe_changes(validate({"name": "a", "run": {"output": str(tmp_path)}}, where="here"))
+
+
 def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, "name: a")
     with pytest.raises(UserError, match=r"did you mean .*recipe\.yaml"):
@@ -258,6 +273,6 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
         )
         assert isinstance(everything, Recipe)
         said |= set(flat(resolved(everything)))
-    known = known_keys()
+    known = known_keys(Recipe)
     leaves = {f"{section}.{name}".lstrip(".") for section in known for name in known[section]}
     assert leaves - known.keys() <= said
