@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ STYLE = (
     + "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(DARK))
     + "}"
 )
+MOST_COLUMNS = 10  # of a table of curves
 Rows = Sequence[Row]  # finished runs of one recipe
 
 
@@ -151,12 +153,14 @@ def mean_curves(study: str, logs: Path) -> dict[str, tuple[int, list[float]]]:
 
 
 def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
+    """Top-1 after each epoch, or after every N-th where there are many."""
+    epochs = max(len(means) for _, means in curves.values())
+    every = math.ceil(epochs / MOST_COLUMNS)
     lines = [
-        [f"`{name}`", str(runs), *(f"{value:.1f}" for value in means)]
+        [f"`{name}`", str(runs), *(f"{value:.1f}" for value in means[every - 1 :: every])]
         for name, (runs, means) in curves.items()
     ]
-    epochs = max(len(means) for _, means in curves.values())
-    return markdown([["row", "n", *(str(epoch + 1) for epoch in range(epochs))], *lines])
+    return markdown([["row", "n", *map(str, range(every, epochs + 1, every))], *lines])
 
 
 def curves_picture(curves: dict[str, tuple[int, list[float]]]) -> str:

@@ -37,6 +37,7 @@ OURS = [
     *("optim.lr=0.003", "optim.weight_decay=0.05", "optim.schedule=one_cycle"),
     *("optim.warmup_epochs=3", *SHORT),
 ]
+LONGER = ["run.epochs=80", "optim.warmup_epochs=8"]
 FLIP = ["augment.cutout=0", "augment.crop_padding=0"]
 MENDED = ["data.shuffle=true", "model.normalize=true", "optim.schedule=cosine"]
 HELD_OUT = [*OURS, "data.holdout=5000"]
@@ -79,6 +80,8 @@ STUDIES: dict[str, dict[str, Row]] = {
         "short_label_smoothing": (SMOOTHING, SHORT),
         "short_ours": ("r18_32", [*OURS, *FLIP]),
     },
+    # The same network as in "tutorial", for two fifths of its epochs: long enough for crops and mixtures.
+    "longer": {"longer_ours": ("r18_32_mix", [*OURS, *LONGER])},
     "held_out": {  # short_ours is the best of these by held-out rows
         "heldout_crop_flip_cutout": ("r18_32", HELD_OUT),
         "heldout_crop_flip": ("r18_32", [*HELD_OUT, FLIP[0]]),

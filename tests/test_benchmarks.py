@@ -233,6 +233,14 @@ def test_the_page_of_results_has_means_deviations_and_blanks(tmp_path: Path) -> 
     assert "short_baseline" in "".join(ElementTree.fromstring(picture).itertext())
 
 
+def test_a_long_curve_is_shown_after_every_few_epochs() -> None:
+    curves = {"long": (1, [float(epoch) for epoch in range(1, 26)]), "short": (2, [1.0] * 6)}
+    head, _, long, short = results_page.curves_table(curves).splitlines()
+    assert head == "| row | n | 3 | 6 | 9 | 12 | 15 | 18 | 21 | 24 |"
+    assert long == "| `long` | 1 | 3.0 | 6.0 | 9.0 | 12.0 | 15.0 | 18.0 | 21.0 | 24.0 |"
+    assert short.startswith("| `short` | 2 | 1.0 | 1.0 |")
+
+
 def test_runs_of_one_recipe_from_two_files_are_never_mixed(tmp_path: Path) -> None:
     files = {"cpu": ["short_ours", "short_mended"], "cuda": ["r18_32"]}
 
