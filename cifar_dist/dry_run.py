@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cifar_dist.data.arrow import read_digest
-from cifar_dist.data.batches import count_steps
+from cifar_dist.data.arrow import class_names, read_digest
+from cifar_dist.data.batches import check_holdout, count_steps
 from cifar_dist.data.canvas import canvas_bytes
+from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.engine.estimate import activation_bytes, estimate, optimizer_states, readable
+from cifar_dist.learn.optim import build_optimizer
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import Classifier, ModelConfig, build_model, num_parameters
+from cifar_dist.nets.freeze import first_epochs, freeze
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 
 
@@ -24,7 +27,11 @@ def plan(recipe: Recipe) -> str:
     UserError where not a step could be made.
     """
     run, data = recipe.run, Path(recipe.data.path)
-    rows = read_digest(data)["train"]["rows"] if (data / "digest.json").exists() else 50_000
+    is_there = (data / "digest.json").exists()
+    rows = read_digest(data)["train"]["rows"] if is_there else 50_000
+    check_holdout(
+        recipe.data.holdout, classes=len(class_names(data)) if is_there else 100, rows=rows
+    )
     steps = count_steps(rows - recipe.data.holdout, run.batch_size)
     shards = run.shards or 1
     passes = 2 if recipe.optim.sam else 1
@@ -33,6 +40,10 @@ def plan(recipe: Recipe) -> str:
     epochs_at = Counter(recipe.model.train_size(epoch) for epoch in range(run.epochs))
     teachers, unknown = live_teachers(recipe)
     model = unfilled(recipe.model)
+    freeze(model, recipe.model.freeze, epoch=None)
+    build_optimizer(recipe.optim, model, first_epochs(model, recipe.model.freeze))
+    if recipe.augment.host:
+        Pipeline(recipe.augment.host)
     guides = [unfilled(teacher) for teacher in teachers]
     with FakeTensorMode(allow_non_fake_inputs=True):
         numbers = estimate(

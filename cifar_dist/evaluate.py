@@ -80,10 +80,8 @@ def tell(found: dict[str, Any], where: str) -> None:
     log.info(line)
     if found["without_near_duplicates"]:
         less = found["without_near_duplicates"]
-        log.info(
-            f"  without {less['rows_left_out']} near-duplicates of training pictures "
-            f"{less['top1']:.2f} %"
-        )
+        rest = "nothing is left" if less["top1"] is None else f"{less['top1']:.2f} %"
+        log.info(f"  without {less['rows_left_out']} near-duplicates of training pictures {rest}")
     if found["cifair"]:
         published = "" if found["cifair"]["published"] else " (not the published file)"
         log.info(f"  ciFAIR-100{published}: top1 {found['cifair']['top1']:.2f} %")

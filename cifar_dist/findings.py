@@ -91,12 +91,12 @@ def fitted_temperature(held_logits: Tensor, held_labels: Tensor) -> dict[str, An
 
 
 def without_rows(logits: Tensor, labels: Tensor, rows: Iterable[int]) -> dict[str, Any]:
-    """Accuracy on all rows but these, and on these alone (None where there are none)."""
+    """Accuracy on all rows but these, and on these alone; None for one that has no rows."""
     left_out = torch.zeros(len(labels), dtype=torch.bool)
     left_out[list(rows)] = True
     right = logits.argmax(1) == labels
     return {
-        "top1": percent(right[~left_out]),
+        "top1": percent(right[~left_out]) if (~left_out).any() else None,
         "rows_left_out": int(left_out.sum()),
         "top1_of_those": percent(right[left_out]) if left_out.any() else None,
     }
@@ -148,7 +148,27 @@ def trained_on(environment: dict[str, Any], data: Path) -> bool:
 def read_evaluation(run: Path) -> dict[str, Any] | None:
     """What lies in a run's folder of its evaluation, whenever it was made; None where there is none."""
     remedy = f"`python -m cifar_dist.evaluate {run}` writes it anew"
-    return read_object(run / FOLDER / "evaluation.json", remedy)
+    path = run / FOLDER / "evaluation.json"
+    found = read_object(path, remedy)
+    if found is not None and not (
+        _are_rows(found.get("classes", [])) and _is_fit(found.get("temperature"))
+    ):
+        raise UserError(f"{path} is damaged; {remedy}")
+    return found
+
+
+def _are_rows(classes: Any) -> bool:
+    """Whether it is a list of what `numbers` says about a class."""
+    return isinstance(classes, list) and all(
+        isinstance(row, dict) and {"class", "superclass"} <= row.keys() for row in classes
+    )
+
+
+def _is_fit(temperature: Any) -> bool:
+    """Whether it is what `fitted_temperature` says, or None, where nothing was held out."""
+    return temperature is None or (
+        isinstance(temperature, dict) and isinstance(temperature.get("value"), int | float)
+    )
 
 
 def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:

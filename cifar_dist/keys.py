@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
-    """A seed below 2^63 for these parts; other parts, or another order, give an unrelated one."""
+    """A seed below 2^63 for these parts; other parts, or another order, give an unrelated one.
+
+    torch's CPU generator starts from the low 32 bits: two keys in four billion have the same stream.
+    """
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 

@@ -193,6 +193,12 @@ class Recipe:
                 "data.place=host: the workers of augment.host fill whole epochs, which go to the device "
                 "at once; set augment.host_workers=0, or data.place=device"
             )
+        growing = self.model.growing
+        if growing and growing.epochs > self.run.epochs:
+            raise ValueError(
+                f"model.growing.epochs={growing.epochs} is past run.epochs={self.run.epochs}, so the network "
+                "would be judged at a size that it was never trained at: lower it, like run.epochs"
+            )
         if self.ema and (self.ema.start_epoch or 0) > self.run.epochs:
             raise ValueError(
                 f"ema.start_epoch={self.ema.start_epoch} is past run.epochs={self.run.epochs}"
@@ -289,7 +295,11 @@ def recipe_changes(recipe: Recipe) -> list[str]:
     path = recipe.folder / "recipe.yaml"
     if not path.exists():
         return []
-    before = flat(read_plain(path))
+    raw = read_plain(path)
+    try:
+        before = flat(resolved(validate(raw, where=str(path))))  # with today's defaults
+    except UserError:
+        before = flat(raw)  # of a version that had other keys or allowed more
     return [
         f"{name}: {old} -> {new}"
         for name, old, new in changes(before, flat(resolved(recipe)))

@@ -67,7 +67,7 @@ def test_a_recipe_trains(
     if recipe.ema and recipe.ema.start_epoch:
         changes["ema.start_epoch"] = 1
     if model.growing:
-        changes["model.growing"] = {"start": 32, "epochs": 2}
+        changes["model.growing"] = {"start": 32, "epochs": 1}
     arguments = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
     for taught_by in recipe.taught_by:
         scale = {"arcface": {"scale": 8}} if model.head == "cosine" else None

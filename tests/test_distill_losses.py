@@ -99,6 +99,12 @@ def test_distill_is_torchs_divergence_with_the_gradient_of_the_formula():
     torch.testing.assert_close(gradient, temperature * (logs.exp() - wanted).detach())
 
 
+def test_dist_is_that_of_cooler_logits_times_the_square():
+    student, teacher = numbers(6, 10), numbers(6, 10, seed=1)
+    cool = apply(Dist(temperature=1), student / 4, teacher / 4)
+    torch.testing.assert_close(apply(Dist(temperature=4), student, teacher), 16 * cool)
+
+
 def test_standardized_distill_by_hand():
     # (4, 0) and (0, 10) become (1, -1) and (-1, 1): softmax with T = 2 / log 3 gives 3 : 1.
     student, teacher = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 10.0]])

@@ -79,10 +79,40 @@ def test_a_live_teacher_is_counted(tmp_path: Path) -> None:
     assert f"without what {tmp_path / 'no'} costs" in away
 
 
-@pytest.mark.parametrize("keys", [{"run": {"batch_size": 60000}}, {"data": {"holdout": 60000}}])
+@pytest.mark.parametrize("keys", [{"run": {"batch_size": 60000}}, {"data": {"holdout": 49900}}])
 def test_what_cannot_make_a_step_is_refused(keys: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"rows to train on.*lower"):
         plan(validate({"name": "a", "model": {"backbone": "test_resnet"}, **keys}, where="here"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"data": {"holdout": 7}}, "multiple of 100"),
+        ({"data": {"holdout": 60000}}, "below 50000"),
+        ({"optim": {"layer_decay": 0.7}, "model": {"backbone": "resnet8x4"}}, "layer_decay"),
+        ({"augment": {"host": [{"Rotate": {"limt": 3}}]}}, "limit"),
+        (
+            {"model": {"backbone": "test_resnet", "freeze": [{"pattern": "backbon.*"}]}},
+            "nothing is",
+        ),
+        ({"model": {"backbone": "test_resnet", "freeze": [{"pattern": "*"}]}}, "nothing learns"),
+    ],
+)
+def test_what_training_refuses_at_its_start_is_refused(keys: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        plan(validate({"name": "a", "model": {"backbone": "test_resnet"}, **keys}, where="here"))
+
+
+def test_what_is_frozen_needs_no_gradient_and_no_optimizer() -> None:
+    def gibibytes(**model: object) -> float:
+        raw = {"name": "a", "model": {"backbone": "resnet50", **model}}
+        said = plan(validate(raw | {"run": {"batch_size": 2}}, where="here"))
+        return float(said.partition("at least ")[2].split()[0])
+
+    learning = num_parameters(build_model(ModelConfig(backbone="resnet50"), 100))
+    saved = gibibytes() - gibibytes(freeze=[{"pattern": "backbone.*"}])
+    assert saved >= 0.9 * 3 * 4 * learning / 2**30  # AdamW's two and the gradient
 
 
 def test_the_data_take_what_the_canvas_takes() -> None:

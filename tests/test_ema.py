@@ -47,6 +47,14 @@ def test_warmup_shortens_the_memory_at_first():
     torch.testing.assert_close(ema.model.weight.detach(), torch.tensor([9 / 11 + 0.8 * 2 / 11]))
 
 
+def test_warmup_counts_averagings_not_steps():
+    model = one_number(0.0)
+    ema: Any = Ema(EmaConfig(every_steps=5), model)
+    set_to(model, 1.0)
+    ema.update(model, 5)
+    torch.testing.assert_close(ema.model.weight.detach(), torch.tensor([9 / 11]))
+
+
 def test_only_every_few_steps():
     model = one_number(0.0)
     ema: Any = Ema(EmaConfig(decay=0.5, every_steps=3, warmup=False), model)

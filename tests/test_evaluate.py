@@ -172,6 +172,16 @@ def test_an_evaluation_of_other_things_is_left_out(
             (said,) = caplog.messages
             assert str(value) in said
             assert f"`python -m cifar_dist.evaluate {run}`" in said
+    damaged: tuple[dict[str, Any], ...] = (
+        {"temperature": 3},
+        {"temperature": {"x": 1}},
+        {"classes": [1]},
+    )
+    for harm in damaged:
+        path.write_text(json.dumps(written | harm))
+        for read in (lambda: read_run(run).evaluation, lambda: load_usable(run).temperature):
+            with pytest.raises(UserError, match=r"evaluation\.json is damaged; `python -m"):
+                read()
     path.write_text('{"top1": 1}')
     assert report.main([str(run), "--output", str(page)]) == 0
     assert "For temperature and near-duplicates" in page.read_text()

@@ -25,6 +25,7 @@ from cifar_dist.export import main
 from cifar_dist.exporting import CHECKED_BATCHES, compare, describe
 from cifar_dist.learn.teacher import TeacherConfig
 from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.nets.timm_folder import timm_state
 from cifar_dist.runs import find_teacher
 from cifar_dist.usable import load_usable
 
@@ -92,6 +93,18 @@ def test_timm_loads_the_folder_with_equal_logits(make_run: RunMaker, model: dict
     with torch.no_grad():
         assert torch.allclose(net(pixels), usable.logits(pictures), atol=1e-4)
     assert net.pretrained_cfg["label_names"] == list(usable.fine)
+
+
+@pytest.mark.parametrize("backbone", ["resnetv2_50", "dla34"])
+def test_a_classifier_that_is_a_convolution_is_written_as_one(backbone: str) -> None:
+    config = ModelConfig(backbone=backbone)
+    ours, theirs = build_model(config, 7).eval(), timm.create_model(backbone, num_classes=7)
+    theirs.load_state_dict(timm_state(ours, config))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(
+            theirs.eval()(ours.pixels(images)), ours(images).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_cosine_head_keeps_its_ranking_and_says_so(

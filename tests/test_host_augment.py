@@ -202,6 +202,12 @@ def test_arguments_are_refused_before_training(host: list[Any], said: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_transform_that_fails_at_a_picture_names_its_row() -> None:
+    pipeline = Pipeline([{"HEStain": {"method": "macenko", "p": 1.0}}])
+    with pytest.raises(UserError, match=r"augment\.host failed at the picture of row 7: .*remove"):
+        pipeline(np.full((3, 32, 32), 255, np.uint8), 0, 7)
+
+
 def test_a_run_refuses_arguments_with_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(augment={"host": [{"Blur": {"blur_limt": 3}}]})
     output = train(path, cwd=tmp_path, expect=2)
@@ -228,7 +234,7 @@ def test_a_change_of_arguments_is_a_change_of_the_recipe() -> None:
 
 
 def test_too_little_room_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"needs .* MiB in /dev/shm or .* full; free some"):
+    with pytest.raises(UserError, match=r"needs .* MiB in /dev/shm or .* no room; free some"):
         allocate(Layout(rows=10**12, workers=1))
 
 
@@ -266,6 +272,12 @@ def test_a_full_memory_gives_way_to_the_temporary_folder(
         host.show(0)
         assert torch.equal(host(0, torch.arange(64)), inline(split, 0, list(range(64))))
         assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{host.pictures.file}")
+
+
+def test_a_memory_that_nobody_may_write_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cifar_dist.data.shared_pages.SHARED_MEMORY", "/proc")
+    with allocate(Layout(rows=1, workers=1)) as file:
+        assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{file.fileno()}")
 
 
 def test_the_device_goes_on_where_the_host_ends(split: Split) -> None:

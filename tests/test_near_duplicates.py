@@ -47,7 +47,7 @@ def test_a_list_is_of_one_data_set(data: Path, middle_data: Path, tmp_path: Path
     assert found["data"] == data_digest(data)
     with pytest.raises(UserError, match="other data"):
         read_list(middle_data, output)
-    for rows in (None, ["1"], [-1]):
+    for rows in (None, ["1"], [-1], [True]):
         output.write_text(json.dumps(found | {"test_rows": rows}))
         with pytest.raises(UserError, match="no list"):
             read_list(data, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -354,6 +355,30 @@ def test_a_models_own_weights_come_back_with_the_head_where_it_fits(tmp_path, st
         assert torch.equal(again(IMAGES).logits, scratch(IMAGES).logits)
     other = build_model(config, 11).backbone.state_dict()
     assert all(torch.equal(v, other[name]) for name, v in scratch.backbone.state_dict().items())
+
+
+def test_the_pixels_of_a_timm_folder_are_not_taken_for_others(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    path = save(state, tmp_path / "model.safetensors")
+    cfg = timm.get_pretrained_cfg("test_resnet")
+    for mean, std in ((cfg.mean, cfg.std), (CIFAR_MEAN, CIFAR_STD)):
+        config = {"pretrained_cfg": {"mean": mean, "std": std}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if mean == CIFAR_MEAN:
+            with pytest.raises(UserError, match=r"give model\.mean=\[0\.507.* and model\.std=\["):
+                build_model(ModelConfig(backbone="test_resnet", weights=path), 10)
+        build_model(ModelConfig(backbone="test_resnet", weights=path, mean=mean, std=std), 10)
+    for text in ("", "[]", "{}", '{"pretrained_cfg": {"mean": 3, "std": 1}}'):  # of another kind
+        (tmp_path / "config.json").write_text(text)
+        build_model(ModelConfig(backbone="test_resnet", weights=path), 10)
+
+
+def test_a_converter_that_stumbles_leaves_the_file_as_it_is(tmp_path):
+    for name, broken in (("test_vit", "pos_embed"), ("eva02_tiny_patch14_224", "pos_embed")):
+        state = timm.create_model(name, num_classes=0).state_dict()
+        path = save({**state, broken: torch.tensor(1.0)}, tmp_path / "a.safetensors")
+        with pytest.raises(UserError, match=f"does not fit.*{broken} is "):
+            build_model(ModelConfig(backbone=name, image_size=64, weights=path), 10)
 
 
 def test_a_saved_model_is_rebuilt_without_its_first_weights(tmp_path):

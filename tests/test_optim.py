@@ -21,6 +21,8 @@ from cifar_dist.learn.optim import (
     build_optimizer,
     highest_learning_rate,
     learning_rate,
+    load_state,
+    saved_state,
     set_learning_rate,
 )
 from cifar_dist.nets.backbones import ModelConfig, build_model
@@ -46,6 +48,16 @@ def test_constant_with_warmup():
 def test_multistep_counts_milestones_in_epochs():
     config = OptimConfig(lr=1, schedule="multistep", milestones=(1, 2.5), gamma=0.1)
     assert rates(config, 3, 4) == pytest.approx([*[1] * 4, *[0.1] * 6, *[0.01] * 2])
+
+
+def test_milestones_count_from_the_first_epoch_warmup_included():
+    config = OptimConfig(lr=1, schedule="multistep", milestones=(2,), warmup_epochs=1)
+    assert rates(config, 3, 4) == pytest.approx([0.25, 0.5, 0.75, *[1] * 5, *[0.1] * 4])
+
+
+def test_one_cycle_ends_at_its_fraction():
+    config = OptimConfig(lr=2, schedule="one_cycle", final_lr_fraction=0.1)
+    assert rates(config, 6, 10)[-1] == pytest.approx(0.2)
 
 
 def test_cosine_by_hand():
@@ -94,6 +106,32 @@ def test_short_runs_and_long_warmups_are_defined(schedule, warmup_epochs):
 def decays(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """The weight decay of each parameter, by its id."""
     return {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", True), ("momentum", False)])
+def test_momentum_begins_with_the_first_gradient_as_torchs_does(name, nesterov):
+    def updated(make: Any) -> torch.Tensor:
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = make(model)
+        for number in (1.0, 2.0, 4.0):
+            model.weight.grad = torch.full_like(model.weight, number)
+            optimizer.step()
+        return model.weight.detach()
+
+    ours = updated(lambda model: build_optimizer(OptimConfig(name=name, lr=0.1), model))
+    theirs = updated(
+        lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=nesterov)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_recipes_new_momentum_counts_after_a_restart():
+    model = nn.Linear(2, 2)
+    before = build_optimizer(OptimConfig(name="sgd", momentum=0.9), model)
+    after = build_optimizer(OptimConfig(name="sgd", momentum=0.5), model)
+    load_state(after, saved_state(before))
+    assert {group["momentum"] for group in after.param_groups} == {0.5}
 
 
 def test_norms_biases_and_what_the_model_names_are_not_decayed():

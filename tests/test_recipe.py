@@ -145,6 +145,16 @@ def write(tmp_path: Path, text: str) -> Path:
             ["losses.arcface.margin", "less than 3.14"],
         ),
         ("name: a\ndata: {path: ~/data}", ["'~/data'", "the whole path"]),
+        (
+            "name: a\nmodel: {image_size: 64, growing: {start: 32, epochs: 9}}\nrun: {epochs: 8}",
+            ["growing.epochs=9", "run.epochs=8"],
+        ),
+        ("name: a\naugment: {flip: alternate, views: 3}", ["views=3", "odd"]),
+        ("name: a\naugment: {cutout: 65}", ["augment.cutout", "64"]),
+        ("name: a\naugment: {crop_padding: 32}", ["augment.crop_padding", "32"]),
+        ("name: a\naugment: {erasing: {area: [0.99, 1.0]}}", ["augment.erasing", "nothing"]),
+        ("name: a\naugment: {erasing: {area: [1.0e-9, 1.0e-8]}}", ["nothing would be erased"]),
+        ("name: a\naugment: {erasing: {area: [0.5, 0.9], ratio: [3, 9]}}", ["nothing would"]),
         ("name: a\noptim: {betas: [0.9, 1.0]}", ["optim.betas", "less than 1"]),
         (
             "name: a\nmodel: {growing: {start: 24, epochs: 3}}",
@@ -225,6 +235,59 @@ def test_how_often_it_looks_is_the_recipe_where_that_ends_a_run(tmp_path: Path) 
         (tmp_path / "a/recipe.yaml").write_text(to_yaml(before))
         assert recipe_changes(after) == expected
         assert (identity(before) == identity(after)) == (stop is None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.epochs=3", "run.batch_size=500", "run.shards=4", "run.precision=fp32", "run.seed=1",
+        "run.reduce_precision=bf16", "run.deterministic=true", "data.shuffle=false", "data.holdout=500",
+        "model.drop_rate=0.1", "augment.flip=true", "augment.seed=1", "augment.host=[{HorizontalFlip: {}}]",
+        "optim.lr=0.1", "optim.weight_decay=0.1", "ema.decay=0.9", "losses.bce.weight=1",
+    ],
+)  # fmt: skip
+def test_what_changes_a_number_is_a_changed_recipe(tmp_path: Path, change: str) -> None:
+    path = write(tmp_path, "name: a")
+    output = f"run.output={tmp_path}"
+    before = load_recipe(path, [output])
+    before.folder.mkdir()
+    (before.folder / "recipe.yaml").write_text(to_yaml(before))
+    found = recipe_changes(load_recipe(path, [output, change]))
+    name = change.partition("=")[0]
+    assert any(line.startswith(name.rpartition(".")[0]) for line in found), found
+    assert recipe_changes(load_recipe(path, [output, "run.threads=3", "data.path=elsewhere"])) == []
+
+
+def test_a_recipe_of_an_older_version_that_lacks_keys_has_their_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "name: a\nlosses: {bce: {}}"), [f"run.output={tmp_path}"])
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text("name: a\nlosses: {bce: {weight: 1.0}}\n")
+    assert recipe_changes(recipe) == []
+    for text in ("name: a", "name: a\nlosses: {bce: {}, cross_entropy: {}}"):
+        (recipe.folder / "recipe.yaml").write_text(text)
+        assert recipe_changes(recipe) != []  # a loss that is not named is none
+    (recipe.folder / "recipe.yaml").write_text(
+        "name: a\nlosses: {bce: {weight: 1.0}}\nrun: {old: 3}"
+    )
+    assert "run.old: 3 -> None" in recipe_changes(recipe)
+
+
+def test_seeds_are_the_only_difference_that_identity_overlooks(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a")
+    base = identity(load_recipe(path))
+    for seeds in ("name=b", "run.seed=1", "run.shards=2", "augment.seed=3"):
+        assert identity(load_recipe(path, [seeds])) == base
+    assert identity(load_recipe(path, ["optim.lr=1"])) != base
+
+
+def test_how_many_steps_may_be_left_out_in_a_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a")
+    for change, most in (
+        ("run.seed=0", 1),
+        ("run.on_nonfinite=skip", 20),
+        ("run.precision=fp16", 20),
+    ):
+        assert load_recipe(path, [change]).run.most_skips == most
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,11 @@ def test_reliability_by_hand() -> None:
     assert finer.ece == pytest.approx(100 * (0.4 * 2 / 3 + 0.4 / 3))
 
 
+def test_a_model_that_is_entirely_sure_is_in_the_last_bin() -> None:
+    found = scores.reliability(torch.tensor([[1000.0, 0.0]]), torch.tensor([0]), bins=10)
+    assert found.pictures == [0] * 9 + [1]
+
+
 def test_calibration_error_as_torchmetrics_has_it() -> None:
     logits, labels = predictions()
     for temperature in (0.3, 1.0, 4.0):
@@ -147,4 +152,5 @@ def test_holm_by_hand() -> None:
     """0.01 x 3, 0.02 x 2, 0.9 x 1; never above 1, never below one that was smaller."""
     assert scores.holm([0.9, 0.01, 0.02]) == pytest.approx([0.9, 0.03, 0.04])
     assert scores.holm([0.02, 0.021]) == pytest.approx([0.04, 0.04])
+    assert scores.holm([0.9, 0.8]) == [1, 1]
     assert scores.holm([]) == []

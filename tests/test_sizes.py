@@ -98,6 +98,9 @@ def test_processes_and_a_kill_make_no_difference(
 def test_what_a_backbone_cannot_take_is_refused_at_the_start() -> None:
     with pytest.raises(UserError, match="48 px"):
         build_model(ModelConfig(backbone="vit_tiny_patch16_224", image_size=64, second_size=48), 10)
+    growing = Growing(start=32, epochs=4, multiple=8)  # 32, 40, 48, 56, then 64
+    with pytest.raises(UserError, match="cannot take 40 px"):
+        build_model(ModelConfig(backbone="dla34", image_size=64, growing=growing), 10)
     with pytest.raises(ValueError, match="remove one"):
         ModelConfig(image_size=64, second_size=48, growing=Growing(start=32, epochs=1))
     with pytest.raises(ValueError, match="lower it"):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from cifar_dist.config import config
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
@@ -27,6 +28,7 @@ from cifar_dist.engine.step import (
 from cifar_dist.learn.losses import CrossEntropy
 from cifar_dist.learn.objective import Objective
 from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.nets.heads import Outputs
 
 CPU = torch.device("cpu")
 
@@ -190,6 +192,52 @@ def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: P
     while step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler).skipped:
         skips += 1
     assert 10 < skips < 40
+
+
+def test_under_fp16_the_norm_is_of_the_gradients_without_the_scalers_factor(
+    accelerator: Accelerator, data: Path
+) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    before = copy.deepcopy(list(model.parameters()))
+    scaler, parts = torch.amp.GradScaler("cpu", init_scale=2.0**10), shards_of(data, shards=2)
+    made = step(
+        accelerator, model, optimizer, parts, max_grad_norm=0.5, precision="fp16", scaler=scaler
+    )
+    assert not made.skipped
+    moved = [old - new for old, new in zip(before, model.parameters(), strict=True)]
+    # the gradient is longer than 0.5, and clipped to it
+    assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+@config
+class Endless(CrossEntropy):
+    """Its gradient is finite, it is not."""
+
+    def __call__(self, outputs: Outputs, labels: torch.Tensor, guide: Any = None) -> torch.Tensor:
+        return super().__call__(outputs, labels, guide) + torch.inf
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
+    accelerator: Accelerator, data: Path
+) -> None:
+    model, parts = model_of(), shards_of(data, shards=2)
+    before = copy.deepcopy(list(model.parameters()))
+    made = train_step(
+        accelerator,
+        model,
+        Objective(Augment(AugmentConfig(), parts[0].split), {"endless": Endless()}),
+        torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
+        make_scaler("fp32", CPU),
+        parts,
+        precision="fp32",
+        seed=0,
+        step=0,
+        batch_size=10,
+        max_grad_norm=None,
+    )
+    assert made.skipped
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_terms_are_one_number_a_sample(accelerator: Accelerator, data: Path) -> None:

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 from cifar_dist.config import Count, Fraction, Index, NonNegative, config
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.batches import Batch
 from cifar_dist.data.canvas import Canvas, canvas_of
-from cifar_dist.data.changes import (
-    Affine,
-    Change,
-    ColorJitter,
-    Erasing,
-    OneOf,
-    named_changes,
-)
+from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing, OneOf, named_changes
 from cifar_dist.data.host_pictures import HostPictures, Inline
 from cifar_dist.data.host_pipeline import check_names
 from cifar_dist.data.image_ops import SIDE, cutout, each, mix
 from cifar_dist.data.policies import RandAugment, TrivialAugment
 from cifar_dist.keys import Draws, key
+
+Padding = Annotated[int, Interval(ge=0, lt=SIDE)]  # with more, a crop could miss the picture
+Hole = Annotated[int, Interval(ge=0, le=2 * SIDE)]  # its middle lies in the picture
 
 
 @config
@@ -48,7 +45,7 @@ class AugmentConfig:
     views: Count | Literal["all"] | None = None
     host: tuple[dict[str, dict[str, Any]], ...] | None = None
     host_workers: Index = 2  # a process; 0: the training process makes its own pictures
-    crop_padding: Index = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
+    crop_padding: Padding = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
     # left to right, one picture in two; `alternate`: by lot at first, then every other epoch, so that two
     # epochs in a row show both sides of each picture (Jordan 2024, arXiv 2404.00498, section 3.6)
     flip: bool | Literal["alternate"] = False
@@ -59,7 +56,7 @@ class AugmentConfig:
     trivial_augment: TrivialAugment | None = None
     one_of: OneOf | None = None
     erasing: Erasing | None = None
-    cutout: Index = (
+    cutout: Hole = (
         0  # side of one square hole in pixels (DeVries and Taylor 2017, arXiv 1708.04552)
     )
     mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)
@@ -72,6 +69,10 @@ class AugmentConfig:
             check_names(self.host)
             if self.repeats > 1:
                 raise ValueError("host makes one view an epoch, repeats wants more: remove one")
+        if isinstance(self.views, int) and self.views % 2 and self.flip == "alternate":
+            raise ValueError(
+                f"flip: alternate shows both sides in two views, and views={self.views} is odd: add one"
+            )
         if self.views == "all" and self.flip == "alternate":
             raise ValueError("views: all draws flips of its own: write flip: true")
         others = ("host", "vertical_flip", "one_of", "cutout", "mixup", "cutmix")

@@ -57,16 +57,21 @@ def count_steps(rows: int, batch_size: int) -> int:
     return rows // batch_size
 
 
+def check_holdout(count: int, *, classes: int, rows: int) -> None:
+    """UserError where `count` of so many rows cannot be held out with as many of each class."""
+    if count % classes or count >= rows:
+        raise UserError(
+            f"data.holdout={count}: give a multiple of {classes} (the classes) below {rows} (the rows)"
+        )
+
+
 def holdout_rows(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and `count` rows held out, stratified by class; both ascending, int64.
 
     The choice depends on the labels and on `count` alone, so all seeds and recipes share it.
     """
     classes = int(labels.max()) + 1
-    if count % classes or count >= len(labels):
-        raise UserError(
-            f"data.holdout={count}: give a multiple of {classes} (the classes) below {len(labels)} (the rows)"
-        )
+    check_holdout(count, classes=classes, rows=len(labels))
     fewest = int(torch.bincount(labels, minlength=classes).min())
     if count // classes >= fewest:
         raise UserError(

@@ -131,6 +131,15 @@ class Erasing:
     def __post_init__(self) -> None:
         check_range("area", self.area)
         check_range("ratio", self.ratio)
+        squarest = min(max(1.0, self.ratio[0]), self.ratio[1])
+        longer = max(squarest, 1 / squarest)
+        smallest, largest = self.area
+        fits = round(SIDE * math.sqrt(smallest * longer)) < SIDE
+        if not fits or round(SIDE * math.sqrt(largest / longer)) < 1:
+            raise ValueError(
+                f"area={list(self.area)}, ratio={list(self.ratio)}: no such box is a pixel wide and smaller "
+                "than the picture, so nothing would be erased: give others"
+            )
 
     def draw(self, draws: Draws, applied: Tensor) -> Tensor:
         """int64 [N, 5]: top, bottom, left, right and the seed of the noise."""

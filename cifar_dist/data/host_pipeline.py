@@ -101,7 +101,14 @@ class Pipeline:
     def __call__(self, picture: numpy.ndarray, seed: int, row: int) -> numpy.ndarray:
         """uint8 [3, 32, 32] -> the same; `picture` stays as it is."""
         self.rekey(seed, row)
-        found = self.compose(image=numpy.ascontiguousarray(picture.transpose(1, 2, 0)))["image"]
+        pixels = numpy.ascontiguousarray(picture.transpose(1, 2, 0))
+        try:
+            found = self.compose(image=pixels)["image"]
+        except Exception as error:
+            raise UserError(
+                f"augment.host failed at the picture of row {row}: {first_line(error)}; remove the "
+                "transform that cannot take it"
+            ) from error
         if found.shape != (32, 32, 3) or found.dtype != numpy.uint8:
             size = "x".join(str(side) for side in found.shape)
             raise UserError(

@@ -62,9 +62,12 @@ class Layout:
 
 def allocate(layout: Layout) -> BinaryIO:
     """A file without a name for so many pictures, in memory if there is room, else on disk."""
-    folders = [folder for folder in (SHARED_MEMORY, tempfile.gettempdir()) if Path(folder).is_dir()]
+    folders = [folder for folder in (SHARED_MEMORY, *_temporary()) if Path(folder).is_dir()]
     for folder in folders:
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as the run
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as the run
+        except OSError:
+            continue  # nobody may write there
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, layout.size)
@@ -77,6 +80,14 @@ def allocate(layout: Layout) -> BinaryIO:
         else:
             return file
     raise UserError(
-        f"augment.host needs {layout.size / 2**20:,.0f} MiB in {' or '.join(folders)}, which are full; "
-        "free some, set TMPDIR to another folder, or augment.host_workers=0"
+        f"augment.host needs {layout.size / 2**20:,.0f} MiB in {' or '.join(folders) or SHARED_MEMORY}, "
+        "where there is no room; free some, set TMPDIR to another folder, or augment.host_workers=0"
     )
+
+
+def _temporary() -> list[str]:
+    """The folder for temporary files, where the machine has one."""
+    try:
+        return [tempfile.gettempdir()]
+    except FileNotFoundError:
+        return []

@@ -30,6 +30,7 @@ from cifar_dist.nets.weights import (
     State,
     load_backbone,
     load_state,
+    pixels_beside,
     read_weights,
     shapes,
     split_state,
@@ -111,6 +112,13 @@ class ModelConfig:
         growing = self.growing
         return growing.size_in(epoch, self.image_size) if growing else self.image_size
 
+    @property
+    def other_sizes(self) -> list[int]:
+        """At which it is trained beside image_size, ascending."""
+        epochs = self.growing.epochs if self.growing else 0
+        sizes = {self.train_size(epoch) for epoch in range(epochs)} | {self.second_size}
+        return sorted(size for size in sizes - {self.image_size} if size)
+
 
 class Classifier(nn.Module):
     """uint8 [B,3,H,W] -> Outputs: pixels, backbone, head."""
@@ -183,13 +191,8 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         source = f"model.weights: {config.weights}"
         file = read_weights(Path(config.weights))
         body, head_state = split_state(file)
-        is_told = not config.normalize or (config.mean and config.std)
-        if body is not file and cfg.mean != CIFAR_MEAN and not is_told:
-            raise UserError(
-                f"{source} is a run's own model, whose pixels timm does not know; give model.mean and "
-                "model.std (see that run's recipe.yaml; where they are null and it began from scratch: "
-                f"{list(CIFAR_MEAN)} and {list(CIFAR_STD)})"
-            )
+        if config.normalize and not (config.mean and config.std):
+            refuse_other_pixels(Path(config.weights), cfg, source, is_own=body is not file)
     else:
         source, body, head_state = "", None, {}
 
@@ -217,9 +220,8 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         in_features = matrix.shape[1]
     else:
         in_features = count_features(backbone, config)
-        for other in (config.growing and config.growing.start, config.second_size):
-            if other:
-                count_features(backbone, replace(config, image_size=other))
+        for other in config.other_sizes:
+            count_features(backbone, replace(config, image_size=other))
     head: nn.Module
     match config.head:
         case "linear":
@@ -231,6 +233,22 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
     elif state is not None:
         raise UserError(f"{source} has another head; check model.head and the number of classes")
     return Classifier(pixels, backbone, head, config.second_size)
+
+
+def refuse_other_pixels(path: Path, cfg: Any, source: str, *, is_own: bool) -> None:
+    """UserError where a file's network saw pixels otherwise than timm's weights for it, and nobody says how."""
+    beside = pixels_beside(path)
+    if is_own and cfg.mean != CIFAR_MEAN:
+        raise UserError(
+            f"{source} is a run's own model, whose pixels timm does not know; give model.mean and "
+            "model.std (see that run's recipe.yaml; where they are null and it began from scratch: "
+            f"{list(CIFAR_MEAN)} and {list(CIFAR_STD)})"
+        )
+    if not is_own and beside and beside != (tuple(cfg.mean), tuple(cfg.std)):
+        raise UserError(
+            f"{source}: by the config.json beside it its pixels are not those of timm's own weights; "
+            f"give model.mean={list(beside[0])} and model.std={list(beside[1])}"
+        )
 
 
 # ----------------------------------------------------------------------------- the backbone

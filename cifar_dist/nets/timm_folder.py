@@ -49,6 +49,11 @@ def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
     """The whole network's tensors under timm's names, on the CPU."""
     layer = pretrained_cfg(config.backbone).classifier
     weight, bias = as_linear(model.head)
+    with torch.device("meta"):
+        whole = timm.create_model(config.backbone.partition(".")[0], num_classes=len(bias))
+    weight = weight.reshape(
+        whole.get_parameter(f"{layer}.weight").shape
+    )  # some have 1x1 convolutions
     state = dict(model.backbone.state_dict())
     state |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}

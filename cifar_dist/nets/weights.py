@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -48,6 +49,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def pixels_beside(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the pixels that a file's network takes, where timm's config.json lies beside it."""
+    try:
+        found = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]
+        mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # none, or of another kind
+    return mean, std
+
+
 def split_state(state: State) -> tuple[State, State]:
     """(backbone's tensors, head's tensors); the latter only from a state dict of a `Classifier`."""
     if not any(name.startswith("backbone.") for name in state):
@@ -71,8 +82,8 @@ def load_backbone(backbone: nn.Module, state: State, cfg: Any, source: str) -> N
     converted = dict(state)
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert and shapes(state) != shapes(wanted):
-        # A converter may stumble over a format that it does not know: then the file as it is.
-        with suppress(KeyError, RuntimeError, ValueError, AttributeError):
+        # A converter may stumble over a format that it does not know, in any way: then the file as it is.
+        with suppress(Exception):
             converted = dict(convert(dict(state), backbone))
     found = {name: value for name, value in converted.items() if name not in dropped}
     if not found.keys() & wanted.keys():

@@ -107,7 +107,7 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
         ("errors inside the superclass", f"{found['errors_inside_superclass']:.2f} %"),
         ("errors outside it", f"{found['errors_outside_superclass']:.2f} %"),
     ]
-    if without:
+    if without and without["top1"] is not None:
         facts.append(
             (
                 f"top-1 without {without['rows_left_out']} near-duplicates",

@@ -1,0 +1,45 @@
+"""The sums between two reports: what a report makes of them, and what it leaves behind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import Ranks
+
+CPU = torch.device("cpu")
+ALONE = Ranks(rank=0, world_size=1, group=None)
+
+
+def window() -> Window:
+    return Window(["cross_entropy", "loss"], shards=2, device=CPU)
+
+
+def test_the_pace_counts_pictures_over_all_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    ours = window()
+    ours.steps, ours.seconds = 4, 6.0  # before a restart
+    now += 2
+    with ours.paused():
+        now += 50  # an evaluation
+    assert ours.report(batch_size=10, may_skip=False)["images_per_second"] == pytest.approx(5)
+
+
+def test_means_are_over_the_steps_that_were_made() -> None:
+    ours = window()
+    ours.steps, ours.sums = 3, torch.tensor([[10.0, 10.0], [20.0, 30.0]])
+    ours.skips[1] = 1
+    report = ours.report(batch_size=5, may_skip=True)
+    assert (report["cross_entropy"], report["loss"], report["skipped"]) == (3, 4, 1)
+
+
+def test_what_broke_is_forgotten_with_its_window() -> None:
+    ours = window()
+    ours.broken[1, 0] = 1
+    assert ours.what_broke(ALONE) == "cross_entropy on rank 0"
+    ours.clear()
+    assert ours.what_broke(ALONE) == "the gradient, though no loss was"
