@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -166,9 +167,15 @@ def start_up(conditions: Conditions) -> Measured:
     return Measured(unit="starts", turns=turns, facts={"imported": json.loads(done.stdout)})
 
 
+def as_many_threads() -> dict[str, str]:
+    """The environment of a process that takes as many threads as this one."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 def process(*words: object) -> Work:
     def run() -> int:
-        subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+        command = [sys.executable, *map(str, words)]
+        subprocess.run(command, check=True, capture_output=True, env=as_many_threads())
         return 1
 
     return run
@@ -183,7 +190,11 @@ def until_a_loss(folder: Path, *words: object) -> Work:
             if "cifar_dist.train" in command:
                 command.append(f"run.output={cwd}")
             with subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=as_many_threads(),
             ) as started:
                 assert started.stdout is not None
                 said = []

@@ -66,7 +66,7 @@ def as_json(measured: Measured, conditions: Conditions, load: float) -> dict[str
     }
     return {
         **stamp(conditions.device),
-        "rounds": conditions.rounds,
+        "rounds": max(map(len, turns.values())),
         "load": load,
         "unit": measured.unit,
         "facts": dict(measured.facts),

@@ -1,4 +1,4 @@
-"""What the tutorial's faults cost, at a length that a CPU can train: the same few epochs for every row.
+"""What the tutorial's faults cost, at a length that a CPU can train: the same few epochs for a study's rows.
 
 Each run is one of `accuracy.py`, with the changes that are written here; its results go to the same file.
 """
@@ -76,6 +76,7 @@ STUDIES: dict[str, dict[str, Row]] = {
         "short_cosine": (TUTORIAL, [*SHORT, MENDED[2]]),
         "short_mended": (TUTORIAL, [*SHORT, *MENDED]),
         "short_augment": (AUGMENT, SHORT),
+        "short_augment_anew": (AUGMENT, [*SHORT, "augment.views=null"]),
         "short_weight_decay": (WEIGHT_DECAY, SHORT),
         "short_label_smoothing": (SMOOTHING, SHORT),
         "short_ours": ("r18_32", [*OURS, *FLIP]),

@@ -6,6 +6,7 @@ The fork server imports torch once and computes nothing, so a rank starts in a t
 from __future__ import annotations
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -13,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other work shares the cores
 context = multiprocessing.get_context("forkserver")
+PORTS = itertools.count(os.getpid())  # two suites at once begin elsewhere
 COMMANDS = ("train", "evaluate", "cache_logits", "doctor")
 context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "torch._dynamo"])
 
@@ -39,9 +42,14 @@ def _be_rank(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives to sockets that ask for any, and another for each call here."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for number in PORTS:
+        port = 20_000 + 1000 * (worker % 12) + number % 1000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("a count has no end")
 
 
 def start_rank(

@@ -24,6 +24,7 @@ from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
@@ -236,6 +237,46 @@ def test_a_change_of_arguments_is_a_change_of_the_recipe() -> None:
 def test_too_little_room_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"needs .* MiB in /dev/shm or .* no room; free some"):
         allocate(Layout(rows=10**12, workers=1))
+
+
+class LikeTheTutorials(Dataset[Tensor]):
+    """Its data set: the transforms are made once, with the state that they then have."""
+
+    def __init__(self) -> None:
+        names = (
+            "ShiftScaleRotate",
+            "CoarseDropout",
+            "ColorJitter",
+            "HorizontalFlip",
+            "VerticalFlip",
+        )
+        library = load_library()
+        self.changes = library.OneOf([vars(library)[name]() for name in names], p=1.0)
+        self.pictures = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return torch.from_numpy(self.changes(image=self.pictures[row])["image"].copy())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_plain_loaders_show_the_same_changes_in_each_epoch(persistent: bool) -> None:
+    """Why the tutorial's recipe has views: 1; its loader has such workers, that live for an epoch."""
+    loader = DataLoader(
+        LikeTheTutorials(), batch_size=10, num_workers=2, persistent_workers=persistent
+    )
+    first, second = (torch.cat(list(loader)) for _ in range(2))
+    assert torch.equal(first, second) == (not persistent)
+
+
+def test_the_tutorials_recipe_shows_the_same_changes_in_each_epoch() -> None:
+    path = Path(__file__).parents[1] / "recipes/tutorial/resnet18_augment.yaml"
+    recipe = load_recipe(path)
+    assert not recipe.data.shuffle
+    assert recipe.augment.shown(0) == recipe.augment.shown(199)
 
 
 # ----------------------------------------------------------------------------- workers
