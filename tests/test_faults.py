@@ -77,8 +77,7 @@ def test_a_hung_rank_ends_the_others_in_the_recipes_time(
     path = recipe(run=ENDLESS | {"timeout_seconds": TIMEOUT})
     ranks = faulty(path, f"{kind}:{who}:7", cwd=tmp_path)
     seconds = end(ranks, who=1 - who)
-    # the others may have noticed their last progress a moment before the fault
-    assert TIMEOUT - 0.5 <= seconds < TIMEOUT + 5, ranks.output
+    assert TIMEOUT <= seconds < TIMEOUT + 5, ranks.output
     assert f"nothing has happened for run.timeout_seconds={TIMEOUT}" in ranks.output
     assert "Current thread" in ranks.output  # the stacks of this rank
     if kind == "stopped":
