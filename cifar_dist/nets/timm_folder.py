@@ -51,9 +51,8 @@ def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
     weight, bias = as_linear(model.head)
     with torch.device("meta"):
         whole = timm.create_model(config.backbone.partition(".")[0], num_classes=len(bias))
-    weight = weight.reshape(
-        whole.get_parameter(f"{layer}.weight").shape
-    )  # some have 1x1 convolutions
+    # some have a 1x1 convolution
+    weight = weight.reshape(whole.get_parameter(f"{layer}.weight").shape)
     state = dict(model.backbone.state_dict())
     state |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
