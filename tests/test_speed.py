@@ -250,8 +250,8 @@ def test_the_captured_step_reads_no_number_and_adds_few_operations(data: Path) -
         window.add(step(next(batches), step=1))
     assert waits.count == 0
     with Operations() as inside:
-        step.pieces[0].work()
-        step.update.work()
+        step.learn(0, 0)
+        step.updated()
     with Operations() as whole:
         window.add(step(next(batches), step=2))
     assert len(whole.names) - len(inside.names) <= 23, whole.names

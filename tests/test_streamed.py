@@ -282,25 +282,3 @@ def test_a_cache_of_logits_is_the_same(
         assert ranks.wait() == [0], ranks.output
         caches.append((tmp_path / place / "logits.npy").read_bytes())
     assert caches[0] == caches[1]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams, pinned memory")
-def test_on_a_gpu_a_step_waits_on_the_device_alone(data: Path) -> None:
-    device = torch.device("cuda", 0)
-    split = load_split(data, "train", device)
-    on_host = load_split(data, "train", device, "host")
-    assert not on_host.images.is_cuda
-    batches_of = partial(plan, start_step=0)
-    expected = shown(Augment(ALL_OPS, split, ROWS), batches_of(split))
-    with streamed(ALL_OPS, on_host, ROWS, batches_of) as pictures:
-        batches = batches_of(on_host)
-        augment = Augment(ALL_OPS, on_host, ROWS, host=pictures)
-        found = shown(augment, batches, steps=1)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found += shown(augment, batches, steps=4)  # the rest of the epoch
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        found += shown(augment, batches, steps=7)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one.images, other.images)

@@ -23,11 +23,13 @@ from cifar_dist.engine.step import (
     Step,
     autocast,
     backward,
+    generator_of,
     leading,
     seed_draws,
     train_step,
     update,
 )
+from cifar_dist.errors import UserError
 from cifar_dist.learn.objective import Objective, Shown, Terms
 from cifar_dist.learn.optim import keep_scalars_on_device
 from cifar_dist.learn.sam import SamConfig
@@ -36,6 +38,7 @@ T = TypeVar("T")
 
 WARM_UP = 3  # real steps before a recording: momenta come to be, libraries choose their algorithms
 ALIGNMENT = 64  # numbers; gradients begin where vectorised kernels like it
+REPLAY_TOLERANCE = 0.1  # relative; cuDNN may choose kernels whose sums are not reproducible
 
 
 class TakeStep(Protocol):
@@ -45,61 +48,143 @@ class TakeStep(Protocol):
 
 
 class Recorder:
-    """Records device work on one stream into CUDA graphs that share their memory."""
+    """Records device work on one stream into CUDA graphs that share a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Work that is to be recorded later runs on the stream of the recording before that."""
+        """Run warm-up iterations on the capture stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """How to do `work` again, and where its results will be; nothing is done yet."""
+        """Return how to replay `work` and where its results will be; nothing is computed yet.
+
+        A RuntimeError leaves the device as it was before; a capture that cannot be ended does not,
+        so it is a UserError.
+        """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(
-            graph,
-            pool=self.pool,
-            stream=self.stream,
-            capture_error_mode="thread_local",  # other threads write checkpoints, beat hearts
-        ):
-            results = work()
+        try:
+            with torch.cuda.graph(
+                graph,
+                pool=self.pool,
+                stream=self.stream,
+                capture_error_mode="thread_local",  # other threads write checkpoints, send heartbeats
+            ):
+                results = work()
+        except RuntimeError as error:
+            # torch leaves the stream only after it has ended the capture. If that failed, the stream,
+            # the generator and the memory pool are still in capture mode and cannot be used again.
+            if torch.cuda.current_stream() == self.stream:
+                cause = first_line(error.__context__ or error)
+                raise UserError(
+                    f"run.graph: recording the step failed ({cause}); start again with run.graph=off"
+                ) from error
+            raise
         return graph.replay, results
 
 
 class Piece(Generic[T]):
-    """Device work on tensors that stay where they are: done by hand at first, then recorded.
+    """Device work on tensors with fixed addresses: eager for WARM_UP calls, then recorded and replayed.
 
-    Without a recorder, and where a recording fails, it is done by hand for ever.
+    Without a recorder, and where a recording fails cleanly, it stays eager. It holds no reference to
+    the work, so a step and its recordings are freed with the last reference to the step.
     """
 
-    def __init__(self, work: Callable[[], T], recorder: Recorder | None) -> None:
-        self.work, self.recorder, self.calls = work, recorder, 0
+    def __init__(self, recorder: Recorder | None) -> None:
+        self.recorder, self.calls = recorder, 0
         self.replay: Callable[[], None] | None = None
         self.results: T | None = None
 
-    def __call__(self) -> T:
+    def __call__(self, work: Callable[[], T], written: Callable[[], list[Tensor]]) -> T:
+        """Do `work`, always the same one; `written` lists the tensors that it changes in place."""
         self.calls += 1
-        if self.recorder and self.replay is None:
-            if self.calls <= WARM_UP:
-                with self.recorder.beside():
-                    return self.work()
-            try:
-                self.replay, self.results = self.recorder.record(self.work)
-            except RuntimeError as error:
-                reason = str(error).partition("\n")[0]
-                log.warning(f"run.graph: the step cannot be recorded and goes on by hand: {reason}")
-                self.recorder = None
+        if self.recorder is None:
+            return work()
+        if self.calls <= WARM_UP:
+            with self.recorder.beside():
+                return work()
         if self.replay is None or self.results is None:
-            return self.work()
+            return self.record(self.recorder, work, written())
         self.replay()
         return self.results
+
+    def record(self, recorder: Recorder, work: Callable[[], T], written: list[Tensor]) -> T:
+        """Record the work, and compare a replay with eager execution from the same state.
+
+        UserError where they differ by more than rounding, or at all under run.deterministic.
+        """
+        generator = generator_of(recorder.device)
+        before, random_state = clones(written), generator.get_state()
+        with recorder.beside():
+            results = work()
+        expected = clones([*leaves(results), *written])
+        restore(written, before)
+        after_random_state = generator.get_state()
+        generator.set_state(random_state)
+        try:
+            replay, recorded = recorder.record(work)
+        except RuntimeError as error:
+            log.warning(f"run.graph: the step stays eager: recording failed ({first_line(error)})")
+            self.recorder = None
+            restore(written, expected[len(leaves(results)) :])
+            generator.set_state(after_random_state)
+            return results
+        replay()
+        exact = torch.are_deterministic_algorithms_enabled()
+        tolerance = 0.0 if exact else REPLAY_TOLERANCE
+        found = [*leaves(recorded), *written]
+        first = 0 if exact else len(found) - len(written)  # rounding may turn a sample's top-1 over
+        difference = relative_difference(found[first:], expected[first:])
+        log.debug(f"run.graph: replay and eager step differ by {difference:.3g}")
+        if difference > tolerance:
+            raise UserError(
+                f"run.graph: the recorded step differs from the eager step by {difference:.2g} "
+                f"(relative; at most {tolerance:g}); start again with run.graph=off"
+            )
+        self.replay, self.results = replay, recorded
+        return recorded
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def leaves(results: object) -> list[Tensor]:
+    """Return the tensors of a piece's results: Terms or one tensor."""
+    return list(results.values()) if isinstance(results, dict) else [results]  # type: ignore[list-item]
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest ||found - expected|| / ||expected|| over the tensors; 0 for equal bits.
+
+    Values that are not finite count as equal to each other: the guard of the step reports them.
+    """
+    largest = torch.zeros((), dtype=torch.float64, device=found[0].device)
+    for one, other in zip(found, expected, strict=True):
+        one, other = one.double().nan_to_num(), other.double().nan_to_num()
+        difference = (one - other).norm()
+        relative = torch.where(difference > 0, difference / other.norm(), 0.0)
+        largest = torch.maximum(largest, relative)
+    return float(largest)
 
 
 class CapturedStep:
@@ -138,7 +223,7 @@ class CapturedStep:
         self.baked: object = None  # what a recording holds as plain numbers
         self.shown: dict[int, Shown] = {}  # by place among this rank's shards
         self.pieces: dict[int, Piece[Terms]] = {}
-        self.update: Piece[Tensor] = Piece(self.updated, recorder)
+        self.update: Piece[Tensor] = Piece(recorder)
 
     def __call__(self, shards: list[Batch], *, step: int) -> Step:
         self.forget_what_changed(shards[0].epoch)
@@ -148,19 +233,25 @@ class CapturedStep:
             with autocast(self.precision, self.device):
                 self.show(place, self.objective.show(shard))
             seed_draws(self.device, seed=self.seed, step=step, shard=shard.shard)
-            if place not in self.pieces:
-                self.pieces[place] = Piece(self.learning_from(place, shard.shard), self.recorder)
-            terms.append((shard.shard, self.pieces[place]()))
+            piece = self.pieces.setdefault(place, Piece(self.recorder))
+            work = partial(self.learn, place, shard.shard)
+            terms.append((shard.shard, piece(work, self.written_by_learning)))
         if self.world_size > 1:
             reduce_gradients(self.gradients, self.world_size, precision=self.reduce_precision)
-        return Step(terms, self.update())
+        return Step(terms, self.update(self.updated, self.written_by_update))
 
     def forget_what_changed(self, epoch: int) -> None:
-        """Record anew where an epoch has another size of pictures or other weights of losses."""
+        """Drop all recordings where an epoch has another image size or other loss weights.
+
+        The next ones get a memory pool of their own: the old pool has the sizes of the old images.
+        """
         now = (getattr(self.model, "train_size", None), self.objective.weights(epoch))
         if now != self.baked:
             self.baked = now
             self.pieces.clear()
+            if self.recorder:
+                self.recorder = Recorder(self.device)
+            self.update = Piece(self.recorder)
 
     def show(self, place: int, shown: Shown) -> None:
         """Put what is shown where the recording of this place reads it."""
@@ -170,23 +261,27 @@ class CapturedStep:
             kept.copy_(new)
         self.shown[place] = self.shown[place]._replace(epoch=shown.epoch)
 
-    def learning_from(self, place: int, shard: int) -> Callable[[], Terms]:
-        """The forward and the backward of the shard at this place, which adds to the gradients."""
+    def learn(self, place: int, shard: int) -> Terms:
+        """Forward and backward of the shard at this place; adds to the gradients."""
+        if place == 0:
+            self.gradients.zero_()
+        with leading(self.model, shard == 0), autocast(self.precision, self.device):
+            terms = self.objective.judge(self.model, self.shown[place])
+        backward(self.scaler, terms["loss"].sum() * self.scale)
+        return {name: term.detach() for name, term in terms.items()}
 
-        def learn() -> Terms:
-            if place == 0:
-                self.gradients.zero_()
-            with leading(self.model, shard == 0), autocast(self.precision, self.device):
-                terms = self.objective.judge(self.model, self.shown[place])
-            backward(self.scaler, terms["loss"].sum() * self.scale)
-            return {name: term.detach() for name, term in terms.items()}
-
-        return learn
+    def written_by_learning(self) -> list[Tensor]:
+        return [self.gradients, *self.model.buffers()]
 
     def updated(self) -> Tensor:
         return update(
             self.model, self.optimizer, self.scaler, times=1, max_grad_norm=self.max_grad_norm
         )
+
+    def written_by_update(self) -> list[Tensor]:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        states = [v for state in self.optimizer.state.values() for v in state.values()]
+        return [self.gradients, *parameters, *(v for v in states if isinstance(v, Tensor))]
 
 
 def build_step(

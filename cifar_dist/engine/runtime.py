@@ -174,11 +174,13 @@ def wrap(
     crashes on the first backward or stops reducing.
     """
     accelerator.free_memory()
+    if accelerator.num_processes == 1:
+        return accelerator.prepare_model(model)
     accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
     with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
         warnings.filterwarnings("ignore", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)
-    if reduce_precision == "bf16" and accelerator.num_processes > 1:
+    if reduce_precision == "bf16":
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return wrapped
 
@@ -213,7 +215,8 @@ class Ranks:
     @classmethod
     def of(cls, accelerator: Accelerator) -> Ranks:
         alone = accelerator.num_processes == 1
-        group = None if alone else dist.new_group(backend="gloo")
+        timeout = accelerator.init_handler.timeout if accelerator.init_handler else None
+        group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
         return cls(accelerator.process_index, accelerator.num_processes, group)  # type: ignore[arg-type]
 
     @property

@@ -1,0 +1,173 @@
+"""Check a GPU machine in three parts: a (is it right), b (how fast), c (how accurate).
+
+Each part prints a table and writes OUTPUT/gpu_check_PART.json; logs lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar_dist.engine.run_folder import commit, processor_name
+
+ROOT = Path(__file__).parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pyarrow", "datasets")
+TAIL = 4000  # characters of a failed command's log to print
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "hardware": torch.cuda.get_device_name() if cuda else processor_name(),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "packages": {name: installed(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
+
+
+def run(command: list[str], log: Path, *, seconds: float) -> dict[str, Any]:
+    """Run a command, at most for `seconds`, then SIGTERM and 60 s to save; its output goes to `log`."""
+    began = time.perf_counter()
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return {"exit_code": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def show(name: str, result: dict[str, Any], log: Path, *, fine: tuple[int, ...] = (0,)) -> bool:
+    """Print a line of the table, and the end of the log of what failed; whether it did not fail."""
+    good = result["exit_code"] in fine
+    print(f"{'ok ' if good else 'BAD'} {result['seconds']:6.1f} s  {name}", flush=True)
+    if not good:
+        print(log.read_text()[-TAIL:], flush=True)
+    return good
+
+
+def check_tests(output: Path, parallel: int) -> tuple[dict[str, Any], bool]:
+    """Each GPU test in a process of its own."""
+    listed = subprocess.run(
+        [*PYTEST, "--collect-only", "tests/test_gpu.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    tests = [line for line in listed.stdout.splitlines() if "::" in line]
+    if not tests:
+        print(listed.stdout[-TAIL:], listed.stderr[-TAIL:])
+
+    def one(number: int) -> dict[str, Any]:
+        command = [*PYTEST, tests[number], "--basetemp", str(output / f"tmp_{number}")]
+        return run(command, output / f"test_{number}.log", seconds=170)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        results = list(pool.map(one, range(len(tests))))
+    good = [
+        show(name.partition("::")[2], result, output / f"test_{number}.log")
+        for number, (name, result) in enumerate(zip(tests, results, strict=True))
+    ]
+    return dict(zip(tests, results, strict=True)), bool(tests) and all(good)
+
+
+def part_a(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    tests, good = check_tests(options.output, options.parallel)
+    log = options.output / "doctor.log"
+    command = [sys.executable, "-m", "cifar_dist.prepare", "--sample"]
+    command += ["--output", str(options.output / "sample")]
+    prepared = run(command, options.output / "prepare.log", seconds=60)
+    good &= show("prepare --sample", prepared, options.output / "prepare.log")
+    command = [sys.executable, "-m", "cifar_dist.doctor", "recipes/debug.yaml"]
+    command += [f"data.path={options.output / 'sample'}", f"run.output={options.output / 'runs'}"]
+    doctor = run(command, log, seconds=60)
+    good &= show("doctor", doctor, log)
+    return {"tests": tests, "doctor": doctor | {"output": log.read_text().splitlines()}}, good
+
+
+def part_b(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    steps = options.output / "step_times.json"
+    command = [sys.executable, "benchmarks/step_times.py", "--output", str(steps)]
+    command += ["--seconds", str(options.seconds), "--set", *options.set]
+    log = options.output / "step_times.log"
+    result = run(command, log, seconds=options.limit or 230)
+    print(log.read_text())
+    found = json.loads(steps.read_text())["steps"] if steps.exists() else {}
+    return {"steps": found, "run": result}, result["exit_code"] == 0
+
+
+def part_c(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Train the two recipes one after the other; the second stops cleanly where time is up."""
+    found: dict[str, Any] = {}
+    good = True
+    for recipe, limit in ("speed_75", 60.0), ("r18_32", options.limit or 270.0):
+        command = [sys.executable, "-m", "cifar_dist.train", f"recipes/{recipe}.yaml"]
+        command += [f"data.path={options.data}", f"run.output={options.output / 'runs'}"]
+        command += ["tracking.mode=off", *options.set]
+        log = options.output / f"{recipe}.log"
+        result = run(command, log, seconds=limit)
+        good &= show(recipe, result, log, fine=(0, 75))
+        summary = options.output / "runs" / recipe / "summary.json"
+        if summary.exists():
+            result["summary"] = json.loads(summary.read_text())
+            for name in ("top1", "epochs", "seconds"):
+                print(f"    {name}: {result['summary'].get(name)}")
+        found[recipe] = result
+    return {"runs": found}, good
+
+
+PARTS = {"a": part_a, "b": part_b, "c": part_c}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"))
+    parser.add_argument("--data", type=Path, default=Path("data/cifar100"), help="of part c")
+    parser.add_argument("--parallel", type=int, default=6, help="GPU tests at a time, of part a")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each step time, of part b")
+    parser.add_argument("--limit", type=float, help="seconds of part b, or of r18_32 in part c")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides of parts b and c")
+    options = parser.parse_args()
+    options.output = options.output.resolve()
+    options.output.mkdir(parents=True, exist_ok=True)
+    found, good = PARTS[options.part](options)
+    path = options.output / f"gpu_check_{options.part}.json"
+    path.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
+    print(f"{path}: {'all fine' if good else 'something failed, see above'}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

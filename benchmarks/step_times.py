@@ -1,0 +1,277 @@
+"""Time the training step of recipes: on the device, on the host, kernel by kernel.
+
+    python benchmarks/step_times.py --output step_times.json
+    python benchmarks/step_times.py recipes/r18_32.yaml run.graph=off --output one.json
+
+Images and weights are random, so nothing has to be prepared; teachers have random weights too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from gpu import GPUS, floor_milliseconds
+from measure import settle
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import train_batches
+from cifar_dist.engine.capture import WARM_UP, build_step
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.run_folder import commit, processor_name
+from cifar_dist.engine.step import make_scaler
+from cifar_dist.learn.ema import build_average
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import build_optimizer, set_learning_rate
+from cifar_dist.learn.teacher import Live
+from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.nets.freeze import freeze
+from cifar_dist.recipe import Recipe, load_recipe
+
+ROWS, CLASSES = 50_000, 100
+
+# (row of the table, recipe, overrides)
+CASES: list[tuple[str, str, tuple[str, ...]]] = [
+    ("r18_32: 4 micro-batches of 125", "r18_32", ()),
+    ("r18_32: 2 of 250", "r18_32", ("run.shards=2",)),
+    ("r18_32: 1 of 500", "r18_32", ("run.shards=1",)),
+    ("r18_32: 4 of 125, eager", "r18_32", ("run.graph=off",)),
+    ("r18_32: 1 of 500, eager", "r18_32", ("run.shards=1", "run.graph=off")),
+    ("tutorial's ResNet-18, fp32", "tutorial/resnet18_baseline", ()),
+    ("tutorial's ResNet-18, bf16", "tutorial/resnet18_baseline", ("run.precision=bf16",)),
+    (
+        "tutorial's ResNet-18, bf16, eager",
+        "tutorial/resnet18_baseline",
+        ("run.precision=bf16", "run.graph=off"),
+    ),
+    ("r18_32 with RandAugment", "r18_32_rand_augment", ()),
+    ("speed_75 at 32 px", "speed_75", ("model.growing=null",)),
+    ("r50_224: 1 of 64, one GPU of eight", "r50_224", ("run.batch_size=64", "run.shards=1")),
+    ("r50_224: 1 of 64, eager", "r50_224", ("run.batch_size=64", "run.shards=1", "run.graph=off")),
+    ("r18_32_kd, ResNet-50 at 224 px teaches", "r18_32_kd", ()),
+    ("r18_32: 1 of 500, compiled", "r18_32", ("run.shards=1", "run.compile=true")),
+]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One step of training as train.py takes it, without evaluation, logging and checkpoints."""
+
+    step: Callable[[], None]
+    recipe: Recipe
+    device: torch.device
+
+
+def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
+    run, device = recipe.run, accelerator.device
+    images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8, device=device)
+    split = Split(images=images, labels=torch.randint(0, CLASSES, (ROWS,), device=device))
+    shards = run.shards or 1
+    config = replace(recipe.model, pretrained=False)
+    model = build_model(config, CLASSES).to(device).to(memory_format=torch.channels_last)
+    freeze(model, config.freeze, epoch=0)
+    teacher = None
+    if any(loss.taught for loss in recipe.losses.values()):
+        taught_by = ModelConfig(backbone="resnet50", image_size=224, interpolation="bicubic")
+        teacher = Live(build_model(taught_by, CLASSES).to(device).eval().requires_grad_(False), 1.0)
+    objective = Objective(Augment(recipe.augment, split), recipe.losses, teacher)
+    optimizer = build_optimizer(recipe.optim, model)
+    average = build_average(recipe.ema, model, steps_per_epoch=100, total_steps=10**6)
+    window = Window(objective.names, shards=shards, device=device)
+    batches = train_batches(
+        split,
+        torch.arange(ROWS),
+        seed=0,
+        shuffle=True,
+        batch_size=run.batch_size,
+        shards=shards,
+        start_step=0,
+        rank=0,
+        world_size=1,
+    )
+    if run.compile:
+        model.compile()
+    take_step = build_step(
+        accelerator,
+        model,
+        objective,
+        optimizer,
+        make_scaler(run.precision, device),
+        graph=run.graph,
+        shards=shards,
+        precision=run.precision,
+        seed=0,
+        batch_size=run.batch_size,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        sam=recipe.optim.sam,
+        reduce_precision=run.reduce_precision,
+    )
+    numbers = itertools.count()
+
+    def step() -> None:
+        number = next(numbers)
+        set_learning_rate(optimizer, 1e-3 / (1 + number % 5))
+        window.add(take_step(next(batches), step=number))
+        if average:
+            average.update(model, number + 1)
+
+    return Loop(step, recipe, device)
+
+
+def measure(loop: Loop, *, seconds: float) -> dict[str, Any]:
+    """Return the times of one step; medians over blocks of steps.
+
+    `milliseconds`: the clock's, device included. `host_milliseconds`: until everything is enqueued.
+    """
+    cuda = loop.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    for _ in range(WARM_UP + 3):
+        loop.step()
+    settle(loop.device)
+    found: dict[str, Any] = {"first_steps_seconds": time.perf_counter() - started}
+    begun = time.perf_counter()
+    loop.step()
+    settle(loop.device)
+    block = max(1, min(20, int(seconds / 5 / (time.perf_counter() - begun))))
+    whole: list[float] = []
+    host: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(whole) < 3:
+        begun = time.perf_counter()
+        for _ in range(block):
+            loop.step()
+        host.append((time.perf_counter() - begun) / block)
+        settle(loop.device)
+        whole.append((time.perf_counter() - begun) / block)
+    found |= {
+        "milliseconds": 1e3 * statistics.median(whole),
+        "least_milliseconds": 1e3 * min(whole),
+        "most_milliseconds": 1e3 * max(whole),
+        "host_milliseconds": 1e3 * statistics.median(host),
+        "images_per_second": loop.recipe.run.batch_size / statistics.median(whole),
+        "blocks": len(whole),
+        "steps_per_block": block,
+    }
+    if cuda:
+        found["allocated_mib"] = torch.cuda.max_memory_allocated() >> 20
+        found["reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
+    return found | kernels(loop)
+
+
+def kernels(loop: Loop, *, longest: int = 12) -> dict[str, Any]:
+    """Return how many kernels a step has, how long they take together, and which take longest.
+
+    Copies between host and device are counted with them. On a CPU there are none.
+    """
+    if loop.device.type != "cuda":
+        return {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        loop.step()
+        settle(loop.device)
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for event in profiler.events() or ():
+        if event.device_type == DeviceType.CUDA:
+            times[event.name] += event.device_time
+            counts[event.name] += 1
+    launches = sum(
+        event.name.startswith(
+            ("cudaLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset", "cuLaunch")
+        )
+        for event in profiler.events() or ()
+    )
+    return {
+        "kernels": sum(counts.values()),
+        "launches": launches,
+        "kernel_milliseconds": sum(times.values()) / 1e3,
+        "longest_kernels": [
+            {"name": name[:120], "count": counts[name], "milliseconds": time / 1e3}
+            for name, time in times.most_common(longest)
+        ],
+    }
+
+
+def floor(recipe: Recipe) -> float | None:
+    """Return the least time of a step that the card's data sheet allows, in milliseconds."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
+    if gpu is None or any(loss.taught for loss in recipe.losses.values()):
+        return None
+    return floor_milliseconds(replace(recipe.model, pretrained=False), recipe.run.batch_size, gpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", help="one recipe instead of the table's")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of measuring, each")
+    parser.add_argument("--only", default="", help="rows that contain this text")
+    parser.add_argument("--set", nargs="*", default=[], help="overrides for all rows")
+    options = parser.parse_intermixed_args()
+    torch.backends.cudnn.benchmark = True  # as start_processes sets it
+    accelerator = Accelerator()
+    root = Path(__file__).parents[1] / "recipes"
+    cases = [
+        (row, str(root / f"{recipe}.yaml"), (*overrides, *options.set))
+        for row, recipe, overrides in CASES
+        if options.only in row
+    ]
+    if options.recipe:
+        cases = [
+            (" ".join([options.recipe, *options.overrides]), options.recipe, options.overrides)
+        ]
+    on_gpu = accelerator.device.type == "cuda"
+    report: dict[str, Any] = {
+        "hardware": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "steps": {},
+    }
+    print(
+        f"{'':44}{'ms':>8}{'host':>8}{'kernels':>9}{'busy':>8}{'floor':>8}{'images/s':>10}{'MiB':>8}"
+    )
+    for row, recipe_path, overrides in cases:
+        recipe = load_recipe(Path(recipe_path), list(overrides))
+        try:
+            found = measure(build_loop(recipe, accelerator), seconds=options.seconds)
+            found["floor_milliseconds"] = floor(recipe)
+        except Exception as error:  # the other rows still count
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
+        report["steps"][row] = found
+        options.output.write_text(json.dumps(report, indent=1))
+        if "error" in found:
+            print(f"{row:44}{found['error'][:110]}", flush=True)
+        else:
+            print(
+                f"{row:44}{found['milliseconds']:8.3f}{found['host_milliseconds']:8.3f}"
+                f"{found.get('kernels', 0):9}{found.get('kernel_milliseconds', 0):8.3f}"
+                f"{found['floor_milliseconds'] or 0:8.3f}{found['images_per_second']:10.0f}"
+                f"{found.get('allocated_mib', 0):8}",
+                flush=True,
+            )
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
