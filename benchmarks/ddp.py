@@ -23,7 +23,7 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_step
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
-from cifar_dist.engine.capture import TakeStep
+from cifar_dist.engine.cuda_graphs import StepFn
 from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
 from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.files import write_json
@@ -74,7 +74,7 @@ def take_turns_in_each(
         optimizer = build_optimizer(OPTIM, model)
         objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
         if name != APART:
-            update: TakeStep = our_step(
+            update: StepFn = our_step(
                 model,
                 objective,
                 optimizer,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.engine.capture import WARM_UP
+from cifar_dist.engine.cuda_graphs import WARM_UP
 from cifar_dist.engine.estimate import activation_bytes
 from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
 

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_dist.engine.capture import keeping_buffers
+from cifar_dist.engine.cuda_graphs import restore_buffers_on_skip
 from cifar_dist.engine.ending import Ending
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.step import Step, make_scaler
+from cifar_dist.engine.step import StepResult, make_scaler
 from cifar_dist.engine.watchdog import watched
+from cifar_dist.learn.objective import sum_terms
 from cifar_dist.learn.optim import OptimConfig, build_optimizer
 from cifar_dist.nets.backbones import ModelConfig, build_model
 
@@ -59,7 +60,7 @@ def main() -> None:
     images = torch.zeros(batch, 3, 32, 32, dtype=torch.uint8)
     labels = torch.arange(batch) % 100
     terms: dict[str, Tensor] = {"cross_entropy": torch.ones(batch), "loss": torch.ones(batch)}
-    made = Step([(0, terms)], torch.tensor(False))
+    made = StepResult(slice(0, None), sum_terms(terms)[None], torch.tensor(False))
     window = Window(list(terms), shards=1, device=CPU)
     optimizer = build_optimizer(OptimConfig(), model)
     state = State(model, optimizer, make_scaler("fp32", CPU), None, window)
@@ -76,7 +77,7 @@ def main() -> None:
         sums.add_(torch.stack([terms["cross_entropy"], terms["loss"]]).sum(1))
 
     step = cpu_seconds(train, times=2)
-    keep = keeping_buffers(model, lambda shards, *, step: made)
+    keep = restore_buffers_on_skip(model, lambda shards, *, step: made)
     costs = {
         "counts of the guard": cpu_seconds(lambda: window.add(made), times=500)
         - cpu_seconds(plain_sums, times=500),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
-from cifar_dist.engine.capture import TakeStep, build_step
+from cifar_dist.engine.cuda_graphs import StepFn, build_step
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision, make_scaler
@@ -138,7 +138,7 @@ def our_step(
     shards: int = 1,
     graph: Literal["auto", "off"] = "auto",
     reduce_precision: ReducePrecision = "fp32",
-) -> TakeStep:
+) -> StepFn:
     """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
     return build_step(
         accelerator,

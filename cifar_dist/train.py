@@ -31,8 +31,8 @@ from cifar_dist.data.host_pipeline import Pipeline
 from cifar_dist.data.streamed import streamed
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
-from cifar_dist.engine.capture import TakeStep, build_step
 from cifar_dist.engine.checkpoint import load_progress, load_tensors
+from cifar_dist.engine.cuda_graphs import StepFn, build_step
 from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import evaluate, refresh_statistics
 from cifar_dist.engine.host import host_workers
@@ -56,12 +56,7 @@ from cifar_dist.keys import key
 from cifar_dist.learn.ema import build_average
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import (
-    build_optimizer,
-    highest_learning_rate,
-    learning_rate,
-    set_learning_rate,
-)
+from cifar_dist.learn.optim import build_optimizer, learning_rate, max_lr, set_learning_rate
 from cifar_dist.learn.teacher import build_teacher
 from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
 from cifar_dist.nets.freeze import first_epochs, freeze, frozen
@@ -202,9 +197,15 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             epochs_without_gain=run.stop_after_epochs_without_gain,
             steps_per_epoch=steps_per_epoch,
         )
+        lr_of = partial(
+            learning_rate,
+            recipe.optim,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+        )
         evaluation, test_rows = None, torch.arange(len(test_split.labels))
         check_data()  # has run beside
-        take_step: TakeStep | None = None
+        take_step: StepFn | None = None
         to_vote = 0  # steps; counted, so that a rank that lost count of its own votes all the same
         while True:
             # What is due after `step` updates; nothing here happens twice at a step.
@@ -225,7 +226,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 state.check_numbers(ranks, most_skips=run.most_skips, warn=bool(report_due))
             if report_due:
                 numbers = state.window.report(batch_size=run.batch_size, may_skip=run.may_skip)
-                numbers |= {"lr": highest_learning_rate(state.optimizer)}
+                numbers |= {"lr": max_lr(state.optimizer, lr_of(step - 1))}
                 tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
                 state.window.clear()
             if look_due:
@@ -269,6 +270,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
             if take_step is None or new_epoch:
                 changed = freeze(model, recipe.model.freeze, epoch=epoch)
                 if changed or take_step is None:
+                    take_step = None  # its recordings' memory is free for the next ones
                     take_step = build_step(
                         accelerator,
                         model,
@@ -287,10 +289,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                     )
 
             # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
-            lr = learning_rate(
-                recipe.optim, step, total_steps=total_steps, steps_per_epoch=steps_per_epoch
-            )
-            set_learning_rate(state.optimizer, lr)
+            set_learning_rate(state.optimizer, lr_of(step))
             model.train_size = recipe.model.train_size(epoch)
             made = take_step(next(batches), step=step)
             state.window.add(made)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cifar_dist import signals
 from cifar_dist import train as walk
-from cifar_dist.engine.capture import TakeStep
+from cifar_dist.engine.cuda_graphs import StepFn
 from cifar_dist.engine.state import State
 from cifar_dist.errors import run_command
 from cifar_dist.files import naming
@@ -61,13 +61,11 @@ def main(arguments: list[str]) -> int:
         original_state(self, *values, **options)
         states.append(self)
 
-    def build(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> TakeStep:
+    def build(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> StepFn:
         take_step = original_build(accelerator, model, *values, **options)
         return partial(faulty_step, take_step, model, accelerator.process_index)
 
-    def faulty_step(
-        take_step: TakeStep, model: nn.Module, me: int, shards: Any, *, step: int
-    ) -> Any:
+    def faulty_step(take_step: StepFn, model: nn.Module, me: int, shards: Any, *, step: int) -> Any:
         with ExitStack() as stack:
             for kind, rank, when in faults:
                 if (int(rank), int(when)) != (me, step):

@@ -284,6 +284,7 @@ class Says:
     """A teacher that says the same whatever it sees."""
 
     parameters_here = 0
+    recordable = True
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -296,7 +297,7 @@ def batch_of(rows: int) -> Batch:
     images = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(rows, dtype=torch.int64)
     split = Split(images=images, labels=labels)
-    return Batch(split=split, labels=labels, rows=torch.arange(rows), epoch=0, shard=0)
+    return Batch(split=split, rows=torch.arange(rows), epoch=0, shard=0)
 
 
 def test_several_teachers_are_averaged_by_their_weights():
@@ -349,7 +350,7 @@ def test_of_mixed_pictures_each_loss_is_the_mean_over_both_labels_by_share():
     """What listens to a teacher alone does not change; losses and top1 do."""
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     split = Split(images=images, labels=torch.tensor([0, 1, 2, 3]))
-    batch = replace(batch_of(4), labels=split.labels, rows=torch.arange(4))
+    batch = replace(batch_of(4), split=split)
     logits, guide = numbers(4, 4), numbers(4, 4, seed=1)
     losses: dict[str, Loss] = {
         "cross_entropy": CrossEntropy(weight=2),
@@ -383,6 +384,7 @@ class SeesFirstLine:
     """A teacher whose logits are the red pixels of a picture's first line."""
 
     parameters_here = 0
+    recordable = True
 
     def __call__(self, view: View, batch: Batch) -> Tensor:
         return view.images[:, 0, 0].float()

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.streamed import streamed
-from cifar_dist.engine.capture import WARM_UP, CapturedStep, Recorder, TakeStep, build_step
 from cifar_dist.engine.checkpoint import checkpoints
+from cifar_dist.engine.cuda_graphs import WARM_UP, GraphedStep, GraphRecorder, StepFn, build_step
 from cifar_dist.engine.step import Precision, make_scaler
 from cifar_dist.errors import UserError
 from cifar_dist.learn.losses import CrossEntropy
@@ -76,7 +76,7 @@ def step_of(
     graph: Any,
     precision: Precision,
     augment: AugmentConfig = MIXED,
-) -> TakeStep:
+) -> StepFn:
     return build_step(
         accelerator,
         model,
@@ -120,8 +120,9 @@ def test_a_recorded_step_has_the_bits_of_the_eager_step(
                 assert waits.count == 0, f"{graph}, step {step}"
         assert not made.skipped
         if graph == "auto":
-            assert isinstance(take_step, CapturedStep)
-            assert take_step.update.replay is not None
+            assert isinstance(take_step, GraphedStep)
+            assert take_step.updating.replay is not None
+            assert [one.parallel for one in take_step.learning] == [False] * 2, "dropout draws"
         results[graph] = torch.cat([t.detach().double().flatten() for t in tensors_of(model)])
     assert torch.equal(results["auto"], results["off"])
 
@@ -151,24 +152,24 @@ def test_a_step_never_waits_for_the_device(
 
 def test_a_recording_that_waits_ends_in_one_sentence(accelerator: Accelerator) -> None:
     """A capture that a host read has invalidated cannot be ended; nothing may continue after it."""
-    recorder = Recorder(accelerator.device)
+    recorder = GraphRecorder(accelerator.device)
     numbers = torch.ones(3, device=accelerator.device)
 
     with pytest.raises(UserError, match=r"recording the step failed \(.*run\.graph=off"):
-        recorder.record(lambda: numbers.sum().item())
+        recorder.record(lambda: numbers.sum().item(), own_pool=False)
 
 
 def test_a_recording_that_fails_cleanly_leaves_the_device_usable(accelerator: Accelerator) -> None:
-    recorder = Recorder(accelerator.device)
+    recorder = GraphRecorder(accelerator.device)
     numbers = torch.ones(3, device=accelerator.device)
 
     def work() -> Tensor:
         raise RuntimeError("not on this device")
 
     with pytest.raises(RuntimeError, match="not on this device"):
-        recorder.record(work)
+        recorder.record(work, own_pool=False)
     assert float(numbers.sum()) == 3
-    replay, total = recorder.record(lambda: numbers.sum())
+    replay, total = recorder.record(lambda: numbers.sum(), own_pool=True)
     replay()
     assert float(total) == 3
 
@@ -223,6 +224,11 @@ SMALL_RUNS: dict[str, dict[str, Any]] = {
     "sgd in bf16 with growing images": {
         "run": {"precision": "bf16"},
         "model": {"image_size": 64, "growing": {"start": 32, "epochs": 2}},
+        "optim": {"name": "sgd", "lr": 0.01},
+    },
+    "four micro-batches in parallel, nothing random": {
+        "run": {"shards": 4, "precision": "bf16"},
+        "model": {"drop_rate": 0.0},
         "optim": {"name": "sgd", "lr": 0.01},
     },
     "layers that thaw": {"model": {"freeze": [{"pattern": "backbone.*", "until_epoch": 2}]}},

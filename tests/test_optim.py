@@ -19,9 +19,9 @@ from cifar_dist.learn.optim import (
     REFUSED,
     OptimConfig,
     build_optimizer,
-    highest_learning_rate,
     learning_rate,
     load_state,
+    max_lr,
     saved_state,
     set_learning_rate,
 )
@@ -187,7 +187,7 @@ def test_layers_decay_as_in_timms_whole_model(name):
     assert {group["lr"] for group in optimizer.param_groups} == {
         0.25 * scale for scale, _ in found.values()
     }
-    assert highest_learning_rate(optimizer) == 0.25
+    assert max_lr(optimizer, 0.25) == 0.25
 
 
 def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:

@@ -19,7 +19,7 @@ from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
 from cifar_dist.engine.step import (
     Precision,
-    Step,
+    StepResult,
     check_precision,
     make_scaler,
     seed_draws,
@@ -73,7 +73,7 @@ def step(
     max_grad_norm: float | None = None,
     precision: Precision = "fp32",
     scaler: torch.amp.GradScaler | None = None,
-) -> Step:
+) -> StepResult:
     return train_step(
         accelerator,
         model,
@@ -240,17 +240,23 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
     assert all(map(torch.equal, model.parameters(), before))
 
 
-def test_terms_are_one_number_a_sample(accelerator: Accelerator, data: Path) -> None:
+def test_terms_are_one_number_a_sample_and_their_sums_are_returned(
+    accelerator: Accelerator, data: Path
+) -> None:
+    parts = shards_of(data, shards=3)
     model = model_of()
+    objective, before = plainly(parts[0].split), copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    made = step(accelerator, model, optimizer, shards_of(data, shards=3))
-    assert [shard for shard, _ in made.terms] == [0, 1, 2]
-    for shard, terms in made.terms:
-        assert list(terms) == ["cross_entropy", "loss", "top1"]
-        for term in terms.values():
-            assert term.shape == (3 + (shard == 2),)
+    made = step(accelerator, model, optimizer, parts)
+    assert made.shards == slice(0, None, 1)
+    for part, sums in zip(parts, made.sums, strict=True):
+        terms = objective(before, part)
+        assert list(terms) == ["cross_entropy", "loss", "top1"] == objective.names
+        for term, total in zip(terms.values(), sums, strict=True):
+            assert term.shape == (len(part.rows),)
             assert term.dtype == torch.float32
-            assert not term.requires_grad
+            assert torch.equal(term.sum(), total)
+    assert not made.sums.requires_grad
 
 
 def test_cpu_takes_every_precision() -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig, View
-from cifar_dist.data.batches import Batch, eval_blocks, train_batches
+from cifar_dist.data.batches import Batch, concatenate, eval_blocks, train_batches
 from cifar_dist.data.streamed import Streamed, rows_taken, streamed
 from cifar_dist.errors import UserError
 from cifar_dist.recipe import load_recipe
@@ -47,7 +47,7 @@ def plan(split: Split, rows: Tensor = ROWS, **keys: Any) -> Iterator[list[Batch]
 
 
 def shown(augment: Augment, batches: Iterator[list[Batch]], *, steps: int = 12) -> list[View]:
-    return [augment(batch) for shards in islice(batches, steps) for batch in shards]
+    return [augment(concatenate(shards)) for shards in islice(batches, steps)]
 
 
 def threads() -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_dist.config import Count, Fraction, Index, NonNegative, config
 from cifar_dist.data.arrow import Split
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.batches import Batch, send
 from cifar_dist.data.canvas import Canvas, canvas_of
 from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing, OneOf, named_changes
 from cifar_dist.data.host_pictures import HostPictures, Inline
@@ -126,6 +126,14 @@ class View:
     partner_labels: Tensor | None = None  # int64 [B]
     share: Tensor | None = None  # f32 [B], how much of the picture is the row's own
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def __getitem__(self, samples: slice) -> View:
+        """Return some of the samples, in the same memory."""
+        columns = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return View(**{name: tensor[samples] for name, tensor in columns.items()})
+
 
 class AugmentTable(NamedTuple):
     """One view's parameters, a row for each row of the split; int64 and bool [N]."""
@@ -158,15 +166,17 @@ def draw_table(
     draws = Draws(what="augment", seed=config.seed, view=view, rows=rows)
     padding = config.crop_padding
     return AugmentTable(
-        shift_y=draws.integers("shift_y", -padding, padding + 1).to(device),
-        shift_x=draws.integers("shift_x", -padding, padding + 1).to(device),
-        flip=draw_flips(config, draws).to(device),
-        hole_y=draws.integers("hole_y", 0, SIDE).to(device),
-        hole_x=draws.integers("hole_x", 0, SIDE).to(device),
-        vertical_flip=draws.integers("vertical_flip", 0, 1 + config.vertical_flip)
-        .bool()
-        .to(device),
-        changes={name: column.to(device) for name, column in draw_changes(config, draws).items()},
+        shift_y=send(draws.integers("shift_y", -padding, padding + 1), device),
+        shift_x=send(draws.integers("shift_x", -padding, padding + 1), device),
+        flip=send(draw_flips(config, draws), device),
+        hole_y=send(draws.integers("hole_y", 0, SIDE), device),
+        hole_x=send(draws.integers("hole_x", 0, SIDE), device),
+        vertical_flip=send(
+            draws.integers("vertical_flip", 0, 1 + config.vertical_flip).bool(), device
+        ),
+        changes={
+            name: send(column, device) for name, column in draw_changes(config, draws).items()
+        },
     )
 
 
@@ -245,7 +255,7 @@ def draw_mix_table(
         box=torch.from_numpy(box),
         pasted=torch.from_numpy(pasted),
     )
-    return MixTable(*(column.to(device) for column in columns))
+    return MixTable(*(send(column, torch.device(device)) for column in columns))
 
 
 def draw_mix_tables(
@@ -261,6 +271,11 @@ def draw_mix_tables(
         draw_mix_table(config, view, rows=rows, partners=partners, device=device) for view in views
     ]
     return MixTable(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
+
+
+def overwritten(old: Tensor | None, new: Tensor) -> Tensor:
+    """Return `new`, in the memory of `old` if there is one."""
+    return new if old is None else old.copy_(new)
 
 
 def pictures_by_batch(config: AugmentConfig, split: Split) -> HostPictures | None:
@@ -292,7 +307,7 @@ class Augment:
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
         self.host = host or pictures_by_batch(config, split)
         self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
-        self.numbers = torch.empty(0, dtype=torch.int64)  # which view each row of the tables is
+        self.numbers: Tensor | None = None  # int64, which view each row of the tables is
         self.columns: dict[str, Tensor] = {}  # all that is looked up for a picture
         self.mix_table: MixTable | None = None
 
@@ -309,11 +324,24 @@ class Augment:
         config = self.config
         return canvas_of(self.split.images, padding=config.crop_padding, mirrored=bool(config.flip))
 
-    def __call__(self, batch: Batch) -> View:
-        views = self.config.shown(batch.epoch) if self.number is None else [self.number]
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph can hold it: the host has no part in a batch."""
+        return self.host is None
+
+    def prepare(self, epoch: int) -> None:
+        """Draw the tables of an epoch, unless they are here.
+
+        They keep their addresses from epoch to epoch, since CUDA graphs read them.
+        """
+        views = self.config.shown(epoch) if self.number is None else [self.number]
         if views != self.views:
             self.views = views
             self.draw(views)
+
+    def __call__(self, batch: Batch) -> View:
+        self.prepare(batch.epoch)
+        assert self.numbers is not None
         at = batch.places
         own = View(
             images=self.pictures(batch.rows, at),
@@ -338,7 +366,7 @@ class Augment:
         device = self.split.labels.device
         draw = draw_table if self.number is None else numbered_table
         tables = [draw(config, view, rows=size, device=device) for view in views]
-        self.numbers = torch.cat(
+        numbers = torch.cat(
             [
                 view_numbers(config, table)
                 if config.views == "all"
@@ -346,12 +374,16 @@ class Augment:
                 for view, table in zip(views, tables, strict=True)
             ]
         )
+        self.numbers = overwritten(self.numbers, numbers)
         columns = [self.columns_of(table) for table in tables]
-        self.columns = {name: torch.cat([part[name] for part in columns]) for name in columns[0]}
+        self.columns = {
+            name: overwritten(self.columns.get(name), torch.cat([part[name] for part in columns]))
+            for name in columns[0]
+        }
         if config.mixes:
-            self.mix_table = draw_mix_tables(
-                config, views, rows=size, partners=self.rows, device=device
-            )
+            mixing = draw_mix_tables(config, views, rows=size, partners=self.rows, device=device)
+            before = self.mix_table or (None,) * len(mixing)
+            self.mix_table = MixTable(*map(overwritten, before, mixing))
 
     def columns_of(self, table: AugmentTable) -> dict[str, Tensor]:
         """What is looked up for a picture, [N, ...] each; where its crop begins is known by now."""

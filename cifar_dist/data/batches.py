@@ -7,8 +7,8 @@ So any rank of any world can start at any step, and nothing about the order is e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,11 +22,15 @@ from cifar_dist.keys import generator
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     split: Split
-    labels: Tensor  # int64 [B]
     rows: Tensor  # int64 [B]; a row's number in the split, whatever is held out
     epoch: int
     shard: int
     copies: Tensor | None = None  # int64 [B], which copy of its row each is; None: there is one
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of the rows, int64 [B]."""
+        return self.split.labels.index_select(0, self.rows)
 
     @property
     def images(self) -> Tensor:
@@ -119,7 +123,7 @@ def train_batches(
     mine = range(rank, shards, world_size)
     epoch, first_batch = divmod(start_step, steps_per_epoch)
     while True:
-        order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=shuffle).to(device)
+        order = send(epoch_order(rows, seed=seed, epoch=epoch, shuffle=shuffle), device)
         copies = None
         if repeats > 1:
             order = order.repeat_interleave(repeats)
@@ -152,15 +156,28 @@ def eval_blocks(
         yield take(split, block_rows, epoch=0, shard=block)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device; to a GPU without waiting for what it still has to do."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def take(
     split: Split, rows: Tensor, *, epoch: int, shard: int, copies: Tensor | None = None
 ) -> Batch:
     """The rows (int64 [B], on the split's device) as a Batch."""
-    return Batch(
-        split=split,
-        labels=split.labels.index_select(0, rows),
-        rows=rows,
-        epoch=epoch,
-        shard=shard,
-        copies=copies,
+    return Batch(split=split, rows=rows, epoch=epoch, shard=shard, copies=copies)
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """Return the rows of a rank's shards of one step as one batch."""
+    first, *others = batches
+    if not others:
+        return first
+    copies = [batch.copies for batch in batches if batch.copies is not None]
+    return replace(
+        first,
+        rows=torch.cat([batch.rows for batch in batches]),
+        copies=torch.cat(copies) if copies else None,
     )

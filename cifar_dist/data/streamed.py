@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import AugmentConfig, draw_mix_tables
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.batches import Batch, concatenate
 
 AHEAD = 3  # steps
 
@@ -84,16 +84,14 @@ def rows_taken(
 ) -> Iterator[list[Tensor]]:
     """For each step the rows whose pictures `Augment` takes, in its order; all on the CPU."""
     views: list[int] = []
-    for shards in batches:
-        taken = []
-        if config.mixes and config.shown(shards[0].epoch) != views:
-            views = config.shown(shards[0].epoch)
-            size = len(shards[0].split.labels)
+    for batch in map(concatenate, batches):
+        if config.mixes and config.shown(batch.epoch) != views:
+            views = config.shown(batch.epoch)
+            size = len(batch.split.labels)
             mixes = draw_mix_tables(config, views, rows=size, partners=partners, device="cpu")
-        for batch in shards:
-            taken.append(batch.rows)
-            if config.mixes:
-                taken.append(mixes.partner.index_select(0, batch.places))
+        taken = [batch.rows]
+        if config.mixes:
+            taken.append(mixes.partner.index_select(0, batch.places))
         yield taken
 
 

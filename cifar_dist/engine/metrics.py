@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cifar_dist.engine.runtime import Ranks
-from cifar_dist.engine.step import Step
+from cifar_dist.engine.step import StepResult
 from cifar_dist.errors import UserError
 from cifar_dist.files import naming, write_file
 
@@ -40,11 +40,11 @@ class Window:
         self.seconds = 0.0
         self.started = time.perf_counter()
 
-    def add(self, step: Step) -> None:
-        for shard, terms in step.terms:
-            sums = torch.stack([terms[name] for name in self.names]).sum(1)
-            self.broken[shard] |= ~sums.isfinite()
-            self.sums[shard] += sums.masked_fill(step.skipped, 0.0)
+    def add(self, step: StepResult) -> None:
+        """Add a step, whose terms are in the order of `names`."""
+        broken, sums = self.broken[step.shards], self.sums[step.shards]  # views
+        broken |= ~step.sums.isfinite()
+        sums += step.sums.masked_fill(step.skipped, 0.0)
         in_a_row, skipped, before = self.skips  # views
         in_a_row.add_(1).mul_(step.skipped)
         skipped.add_(step.skipped)

@@ -174,13 +174,12 @@ def wrap(
     crashes on the first backward or stops reducing.
     """
     accelerator.free_memory()
-    if accelerator.num_processes == 1:
-        return accelerator.prepare_model(model)
-    accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
     with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
         warnings.filterwarnings("ignore", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)
-    if reduce_precision == "bf16":
+    if reduce_precision == "bf16" and accelerator.num_processes > 1:
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return wrapped
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_dist.data.batches import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.keys import key
-from cifar_dist.learn.objective import Objective, Terms
+from cifar_dist.learn.objective import Objective, sum_terms
 from cifar_dist.learn.sam import SamConfig
 
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -25,10 +25,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one update leaves: each shard's detached terms, and whether the update was made."""
+class StepResult:
+    """What one update returns for the log, on the device."""
 
-    terms: list[tuple[int, Terms]]  # (shard, its terms)
+    shards: slice  # which of the global batch's shards this rank computed
+    sums: Tensor  # f32 [shards of this rank, terms]: each term's sum over a shard's samples
     skipped: Tensor  # bool []: the gradient was not finite, no weight has changed
 
 
@@ -105,7 +106,7 @@ def train_step(
     batch_size: int,
     max_grad_norm: float | None,
     sam: SamConfig | None = None,
-) -> Step:
+) -> StepResult:
     """One update with the gradient of the mean loss over the global batch of `batch_size` rows.
 
     Each shard's loss is a sum, scaled by world_size / batch_size; DDP's mean over the ranks makes
@@ -120,16 +121,18 @@ def train_step(
     world_size, device = accelerator.num_processes, accelerator.device
     later = world_size if scaler.is_enabled() else 1
     scale = world_size / later / batch_size
-    terms = []
-    for shard in shards:
+    sums = []
+    with autocast(precision, device):
+        views = objective.augmented(shards)
+    for shard, view in zip(shards, views, strict=True):
         draw = partial(seed_draws, device, seed=seed, step=step, shard=shard.shard)
         draw()  # a teacher in train mode drops, too
         with autocast(precision, device):
-            shown = objective.show(shard)
+            inputs = objective.inputs(view, shard)
         draw()
         with nullcontext() if shard is final else accelerator.no_sync(model):
             with leading(model, shard.shard == 0), autocast(precision, device):
-                shard_terms = objective.judge(bare(model) if sam else model, shown)
+                shard_terms = objective.compute_losses(bare(model) if sam else model, inputs)
             if sam is None:
                 backward(scaler, shard_terms["loss"].sum() * scale)
             else:
@@ -137,12 +140,17 @@ def train_step(
                 with uphill(sam, model, first_loss) as sound:
                     draw()  # the second forward drops the same
                     with leading(model, False), autocast(precision, device):
-                        loss = objective.judge(model, shown)["loss"]
+                        loss = objective.compute_losses(model, inputs)["loss"]
                     backward(scaler, loss.sum() * scale * sound)
-        terms.append((shard.shard, {name: term.detach() for name, term in shard_terms.items()}))
+        sums.append(sum_terms(shard_terms))
     skipped = update(model, optimizer, scaler, times=later, max_grad_norm=max_grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return Step(terms, skipped)
+    return StepResult(shards_of_rank(shards, world_size), torch.stack(sums), skipped)
+
+
+def shards_of_rank(shards: list[Batch], world_size: int) -> slice:
+    """Return which of the global batch's shards these are, those of one rank."""
+    return slice(shards[0].shard, None, world_size)
 
 
 def backward(scaler: torch.amp.GradScaler, loss: Tensor) -> None:

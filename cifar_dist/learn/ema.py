@@ -32,6 +32,36 @@ class EmaConfig:
             raise ValueError("decay, every_steps and warmup are those of kind: ema; remove them")
 
 
+class Pairs:
+    """The tensors of an average and of its model, looked up once: that takes the host as long as a step.
+
+    Buffers are looked up by name at each update, since DDP puts others in place of the model's.
+    """
+
+    def __init__(self, average: nn.Module, model: nn.Module) -> None:
+        self.averaged, self.model = average, model
+        self.averages: list[Tensor] = list(average.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
+        # by dtype, as a GPU copies a mixed list tensor by tensor
+        self.copies: dict[torch.dtype, list[Tensor]] = {}
+        self.places: dict[torch.dtype, list[tuple[nn.Module, str]]] = {}
+        for copied, module in zip(average.modules(), model.modules(), strict=True):
+            for name, buffer in copied.named_buffers(recurse=False):
+                self.copies.setdefault(buffer.dtype, []).append(buffer)
+                self.places.setdefault(buffer.dtype, []).append((module, name))
+
+    def of(self, model: nn.Module) -> Pairs:
+        """Return these pairs, or those of the same average with another model."""
+        return self if model is self.model else Pairs(self.averaged, model)
+
+    def average(self, weight: float) -> None:
+        """Move the averages towards the parameters by this part of the way; copy the buffers."""
+        torch._foreach_lerp_(self.averages, self.parameters, weight)
+        for dtype, copies in self.copies.items():
+            buffers = [getattr(module, name) for module, name in self.places[dtype]]
+            torch._foreach_copy_(copies, buffers)
+
+
 class Ema:
     """An exponential moving average of a model (Polyak and Juditsky 1992), as a model in eval mode.
 
@@ -41,6 +71,7 @@ class Ema:
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
         self.config = config
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.pairs = Pairs(self.model, model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -51,10 +82,8 @@ class Ema:
         decay = self.config.decay
         if self.config.warmup:
             decay = min(decay, (1 + t) / (10 + t))
-        averages: list[Tensor] = list(self.model.parameters())
-        parameters: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-        copy_buffers(self.model, model)
+        self.pairs = self.pairs.of(model)
+        self.pairs.average(1 - decay)
 
     def mixes_statistics(self, step: int) -> bool:
         """Whether the model's buffers are not those of its parameters: never so few steps apart."""
@@ -71,6 +100,7 @@ class Swa:
         assert config.start_epoch is not None, "EmaConfig has refused it"
         self.start_epoch, self.steps_per_epoch = config.start_epoch, steps_per_epoch
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.pairs = Pairs(self.model, model)
 
     def averaged(self, step: int) -> int:
         """How many epochs' ends stand for the average after `step` updates, beyond the first."""
@@ -81,10 +111,8 @@ class Swa:
         """Take in `model` after `step` updates (1, 2, ...), if they end an epoch."""
         if step % self.steps_per_epoch:
             return
-        averages: list[Tensor] = list(self.model.parameters())
-        parameters: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 / (1 + self.averaged(step)))
-        copy_buffers(self.model, model)
+        self.pairs = self.pairs.of(model)
+        self.pairs.average(1 / (1 + self.averaged(step)))
 
     def mixes_statistics(self, step: int) -> bool:
         """Whether the parameters are an average already, for which BatchNorm has no statistics."""
@@ -108,9 +136,3 @@ def build_average(
     if config.kind == "swa":
         return Swa(config, model, steps_per_epoch=steps_per_epoch)
     return Ema(config, model)
-
-
-def copy_buffers(average: nn.Module, model: nn.Module) -> None:
-    copies, buffers = list(average.buffers()), list(model.buffers())
-    if buffers:
-        torch._foreach_copy_(copies, buffers)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
+from itertools import accumulate, pairwise
 from operator import add
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cifar_dist.data.augment import Augment, View
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.batches import Batch, concatenate
 from cifar_dist.learn.loss import Loss
 from cifar_dist.learn.losses import logit_scale
 from cifar_dist.learn.teacher import Teacher
@@ -20,24 +21,12 @@ from cifar_dist.nets.heads import Outputs
 Terms = dict[str, Tensor]  # each f32 [B]; "loss" is the weighted sum
 
 
-class Shown(NamedTuple):
-    """What a model is shown of a batch, and what its teacher says of that."""
+class LossInputs(NamedTuple):
+    """What the losses of one micro-batch are computed from, besides the model."""
 
     view: View
-    guide: Tensor | None  # f32 [B, C]
+    teacher_logits: Tensor | None  # f32 [B, C]
     epoch: int
-
-    def tensors(self) -> list[Tensor]:
-        """All that the terms are computed from, in one order."""
-        view = self.view
-        every = (view.images, view.labels, view.partner_labels, view.share, self.guide)
-        return [tensor for tensor in every if tensor is not None]
-
-    def copy(self) -> Shown:
-        """The same in memory of its own."""
-        tensors = {name: t.clone() for name, t in vars(self.view).items() if t is not None}
-        guide = None if self.guide is None else self.guide.clone()
-        return Shown(replace(self.view, **tensors), guide, self.epoch)
 
 
 class Objective:
@@ -65,17 +54,23 @@ class Objective:
         return tuple(loss.weight_in(epoch) for loss in self.losses.values())
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
-        return self.judge(model, self.show(batch))
+        (view,) = self.augmented([batch])
+        return self.compute_losses(model, self.inputs(view, batch))
 
-    def show(self, batch: Batch) -> Shown:
-        """What does not depend on the model; asks the teacher, so once a batch."""
-        view = self.augment(batch)
-        guide = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
-        return Shown(view, guide, batch.epoch)
+    def augmented(self, batches: Sequence[Batch]) -> list[View]:
+        """Augment the micro-batches of a rank's step together, with the kernels of one of them."""
+        view = self.augment(concatenate(batches))
+        ends = list(accumulate(len(batch.rows) for batch in batches))
+        return [view[start:end] for start, end in pairwise([0, *ends])]
 
-    def judge(self, model: Callable[[Tensor], Outputs], shown: Shown) -> Terms:
-        """The terms of the model's outputs on what it is shown."""
-        view, guide, epoch = shown
+    def inputs(self, view: View, batch: Batch) -> LossInputs:
+        """Run the teacher, if there is one, on a micro-batch."""
+        teacher_logits = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
+        return LossInputs(view, teacher_logits, batch.epoch)
+
+    def compute_losses(self, model: Callable[[Tensor], Outputs], inputs: LossInputs) -> Terms:
+        """Return the terms of the model's outputs on a micro-batch."""
+        view, guide, epoch = inputs
         outputs = model(view.images)
         scaled = (
             outputs._replace(logits=outputs.logits * self.logit_scale)
@@ -92,6 +87,11 @@ class Objective:
         found = outputs.logits.detach().argmax(1)
         terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
         return terms
+
+
+def sum_terms(terms: Terms) -> Tensor:
+    """Return each term's sum over the samples, detached, f32 [terms], in their order."""
+    return torch.stack([term.detach() for term in terms.values()]).sum(1)
 
 
 def mixed(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:

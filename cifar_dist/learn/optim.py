@@ -163,9 +163,9 @@ def split_groups(optimizer: torch.optim.Optimizer, marks: Mapping[int, object]) 
     optimizer.param_groups[:] = divided
 
 
-def highest_learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """That of the groups without an `lr_scale`, or of those nearest to the head."""
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+def max_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Return the largest learning rate of the groups where the schedule's is `lr`."""
+    return lr * max(group.get("lr_scale", 1.0) for group in optimizer.param_groups)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -87,6 +87,7 @@ class Trained:
 
 class Teacher(Protocol):
     parameters_here: int  # that this rank holds
+    recordable: bool  # whether a CUDA graph can hold a call: it has no collective
 
     def __call__(self, view: View, batch: Batch) -> Tensor:
         """f32 [B, C], without a gradient."""
@@ -96,8 +97,8 @@ class Teacher(Protocol):
 class Live:
     """A model that looks at each view anew, under the autocast that it is called in."""
 
-    def __init__(self, model: nn.Module, logit_scale: float) -> None:
-        self.model, self.logit_scale = model, logit_scale
+    def __init__(self, model: nn.Module, logit_scale: float, *, sharded: bool = False) -> None:
+        self.model, self.logit_scale, self.recordable = model, logit_scale, not sharded
         self.parameters_here = local_parameters(model)
 
     @torch.no_grad()
@@ -109,6 +110,7 @@ class Cached:
     """What a live teacher said about each view of each row, rounded to float16: [V, N, C]."""
 
     parameters_here = 0
+    recordable = True
 
     def __init__(self, logits: Tensor) -> None:
         self.rows = logits.shape[1]
@@ -125,6 +127,7 @@ class Mean:
         self.teachers = teachers
         self.shares = [weight / sum(weights) for weight in weights]
         self.parameters_here = sum(teacher.parameters_here for teacher in teachers)
+        self.recordable = all(teacher.recordable for teacher in teachers)
 
     def __call__(self, view: View, batch: Batch) -> Tensor:
         guides = [
@@ -185,7 +188,7 @@ def live_teacher(
         f"teacher {asked.run}: {found.model.backbone} at {found.model.image_size} px, "
         f"{num_parameters(model):,} parameters"
     )
-    return Live(model.train(asked.train_mode), found.logit_scale)
+    return Live(model.train(asked.train_mode), found.logit_scale, sharded=mesh is not None)
 
 
 def freeze(model: Classifier) -> Classifier:

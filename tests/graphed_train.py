@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar_dist import train
-from cifar_dist.engine.capture import CapturedStep, TakeStep
+from cifar_dist.engine.cuda_graphs import GraphedStep, StepFn
 from cifar_dist.learn.objective import Objective
 
 
@@ -26,16 +26,16 @@ def main(arguments: list[str]) -> int:
         sam: object,
         keep_buffers: bool = False,
         **settings: Any,
-    ) -> TakeStep:
+    ) -> StepFn:
         assert sam is None
         assert not keep_buffers
-        return CapturedStep(
+        return GraphedStep(
             model,
             objective,
             optimizer,
             device=accelerator.device,
             world_size=accelerator.num_processes,
-            recorder=None,
+            new_recorder=None,
             **settings,
         )
 

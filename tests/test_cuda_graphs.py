@@ -1,0 +1,383 @@
+"""The step that a GPU records computes what `train_step` under DDP computes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from compare import assert_same_bits, largest_difference
+from conftest import RecipeMaker, TeacherMaker, taught
+from emulated_recorder import EmulatedRecorder
+from ranks import Ranks, train
+from test_speed import batches_of, model_of
+
+from cifar_dist.data.arrow import load_split
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.engine.cuda_graphs import (
+    WARM_UP,
+    GraphedCallable,
+    GraphedStep,
+    flat_gradients,
+    unsupported_reason,
+)
+from cifar_dist.engine.metrics import Window
+from cifar_dist.engine.runtime import log
+from cifar_dist.engine.step import Precision, make_scaler, train_step
+from cifar_dist.errors import UserError
+from cifar_dist.learn.distill_losses import Distill
+from cifar_dist.learn.losses import CrossEntropy
+from cifar_dist.learn.margin_losses import ArcFace
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import (
+    OptimConfig,
+    build_optimizer,
+    keep_scalars_on_device,
+    saved_state,
+    set_learning_rate,
+)
+from cifar_dist.learn.sam import SamConfig
+from cifar_dist.learn.teacher import Live
+from cifar_dist.nets.backbones import ModelConfig, build_model
+
+CPU = torch.device("cpu")
+
+
+def captured(path: Path, *arguments: str, cwd: Path, world_size: int = 1) -> None:
+    ranks = Ranks("graphed_train", [path, *arguments], cwd=cwd, world_size=world_size)
+    assert ranks.wait() == [0] * world_size, ranks.output
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_has_the_same_bits_with_either_step(
+    tmp_path: Path, recipe: RecipeMaker, world_size: int, precision: str
+) -> None:
+    """Three shards of unlike size, partners, dropout, an average; two of three shards on rank 0."""
+    path = recipe(
+        run={"shards": 3, "precision": precision},
+        model={"drop_rate": 0.1, "growing": {"start": 32, "epochs": 2}, "image_size": 64},
+    )
+    train(path, "name=plain", cwd=tmp_path, world_size=world_size)
+    captured(path, "name=captured", cwd=tmp_path, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+
+
+def test_a_taught_and_partly_frozen_run_has_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    """A loss that warms up and layers that learn later: both are other recordings."""
+    teacher("big", image_size=48)
+    sections: dict[str, Any] = taught("big")
+    sections["losses"]["distill"]["warmup_epochs"] = 3
+    path = recipe(
+        model={"freeze": [{"pattern": "backbone.*", "until_epoch": 2}]},
+        optim={"name": "sgd", "lr": 0.01},
+        **sections,
+    )
+    train(path, "name=plain", cwd=tmp_path)
+    captured(path, "name=captured", cwd=tmp_path)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+
+
+def test_gradients_in_bf16_are_reduced_alike_and_are_others(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    path = recipe(run={"reduce_precision": "bf16", "epochs": 1}, optim={"name": "sgd", "lr": 0.005})
+    train(path, "name=plain", cwd=tmp_path, world_size=2)
+    captured(path, "name=captured", cwd=tmp_path, world_size=2)
+    assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
+    train(path, "name=exact", "run.reduce_precision=fp32", cwd=tmp_path, world_size=2)
+    assert 0 < largest_difference(tmp_path / "runs/plain", tmp_path / "runs/exact") < 0.05
+
+
+@pytest.mark.fault
+def test_a_compiled_run_computes_the_same_but_for_rounding(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """By inductor, a minute of compilation; both kinds of step."""
+    path = recipe(run={"epochs": 1}, optim={"name": "sgd", "lr": 0.005}, model={"drop_rate": 0.0})
+    train(path, "name=plain", cwd=tmp_path)
+    for name, run in ("compiled", train), ("both", captured):
+        run(path, f"name={name}", "run.compile=true", cwd=tmp_path)
+        difference = largest_difference(tmp_path / "runs/plain", tmp_path / f"runs/{name}")
+        assert difference < 1e-4, name
+
+
+def test_gradients_lie_in_one_tensor_with_their_parameters_strides() -> None:
+    model = model_of(CrossEntropy()).to(memory_format=torch.channels_last)
+    frozen = next(model.parameters()).requires_grad_(False)
+    flat, views = flat_gradients([p for p in model.parameters() if p.requires_grad])
+    learning = [parameter for parameter in model.parameters() if parameter is not frozen]
+    for parameter, view in zip(learning, views, strict=True):
+        assert view.stride() == parameter.stride()
+        view.fill_(1)
+    count = sum(parameter.numel() for parameter in learning)
+    assert int(flat.sum()) == count, "no two of them share a number"
+
+
+def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
+    optimizer = build_optimizer(OptimConfig(name="adamw"), model_of(CrossEntropy()))
+    before = saved_state(optimizer)
+    keep_scalars_on_device(optimizer, CPU)
+    set_learning_rate(optimizer, 0.25)
+    assert all(torch.equal(g["lr"], torch.tensor(0.25)) for g in optimizer.param_groups)
+    after = saved_state(optimizer)
+    assert [group.keys() for group in after["param_groups"]] == [
+        group.keys() for group in before["param_groups"]
+    ]
+    assert after["param_groups"][0]["lr"] == 0.25
+    assert after["param_groups"][0]["capturable"] is before["param_groups"][0]["capturable"]
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor), "only the copy is plain"
+
+
+def test_what_cannot_be_recorded_says_why() -> None:
+    model = build_model(ModelConfig(backbone="test_resnet"), 100)
+    sgd = build_optimizer(OptimConfig(name="sgd"), model)
+    assert unsupported_reason(model, sgd, precision="bf16", sam=None) is None
+    lamb = build_optimizer(OptimConfig(name="lamb"), model)
+    two_sizes = build_model(ModelConfig(backbone="test_resnet", second_size=48), 100)
+    slim = build_model(ModelConfig(backbone="test_vit", grad_checkpointing=True), 100)
+    assert "fp16" in str(unsupported_reason(model, sgd, precision="fp16", sam=None))
+    assert "sam" in str(unsupported_reason(model, sgd, precision="bf16", sam=SamConfig()))
+    assert "Lamb" in str(unsupported_reason(model, lamb, precision="bf16", sam=None))
+    assert "second_size" in str(unsupported_reason(two_sizes, sgd, precision="bf16", sam=None))
+    assert "checkpointing" in str(unsupported_reason(slim, sgd, precision="bf16", sam=None))
+
+
+class Adder:
+    """Work that adds a random number to a counter, as dropout would."""
+
+    def __init__(self) -> None:
+        self.counter = torch.zeros(())
+
+    def __call__(self) -> torch.Tensor:
+        return self.counter.add_(torch.rand(())).clone()
+
+    def written(self) -> list[torch.Tensor]:
+        return [self.counter]
+
+
+def totals(recorder: Any, work: Adder) -> list[float]:
+    torch.manual_seed(0)
+    recorded: GraphedCallable[torch.Tensor] = GraphedCallable(recorder)
+    return [float(recorded(work, written=work.written)) for _ in range(6)]
+
+
+def test_work_is_eager_then_recorded_and_compared_once_then_replayed() -> None:
+    before = EmulatedRecorder.recordings
+    found = totals(EmulatedRecorder(CPU), Adder())
+    assert found == totals(None, Adder()), "no call adds twice or draws other numbers"
+    assert EmulatedRecorder.recordings == before + 1
+
+
+class Failing(EmulatedRecorder):
+    def record(self, work: Callable[[], Any], *, own_pool: bool) -> Any:
+        raise RuntimeError("the CPU tensor is not pinned\nmore")
+
+
+def test_a_recording_that_fails_cleanly_leaves_the_work_eager(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    assert totals(Failing(CPU), Adder()) == totals(None, Adder())
+    (record,) = {id(record): record for record in caplog.records}.values()  # seen twice, it may be
+    message = record.getMessage()
+    assert "the step stays eager: recording failed (the CPU tensor is not pinned)" in message
+    assert "more" not in message
+
+
+class Forgetful(EmulatedRecorder):
+    """Records half of the work."""
+
+    def record(self, work: Callable[[], Any], *, own_pool: bool) -> Any:
+        return super().record(lambda: work().mul_(0.5), own_pool=own_pool)
+
+
+def test_a_replay_that_differs_from_eager_execution_ends_the_run() -> None:
+    with pytest.raises(UserError, match=r"differs from the eager step by 0\.5.*run\.graph=off"):
+        totals(Forgetful(CPU), Adder())
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_only_what_draws_no_random_number_is_replayed_in_parallel(draws: bool) -> None:
+    work = partial(torch.rand, ()) if draws else torch.zeros(()).clone
+    recorder: Any = EmulatedRecorder(CPU)
+    recorded: GraphedCallable[torch.Tensor] = GraphedCallable(recorder, parallel=True)
+    for _ in range(WARM_UP + 1):
+        recorded(work)
+    assert recorded.parallel is not draws
+
+
+def a_step(model: torch.nn.Module, objective: Any, new_recorder: Any) -> GraphedStep:
+    return GraphedStep(
+        model,
+        objective,
+        build_optimizer(OptimConfig(name="sgd"), model),
+        device=CPU,
+        world_size=1,
+        precision="fp32",
+        seed=0,
+        batch_size=20,
+        max_grad_norm=None,
+        reduce_precision="fp32",
+        new_recorder=new_recorder,
+    )
+
+
+def test_a_step_is_freed_with_its_last_reference(data: Path) -> None:
+    """Without the garbage collector: a recording's memory must not outlive a thaw."""
+    split = load_split(data, "train")
+    objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
+    step = a_step(model_of(CrossEntropy()), objective, EmulatedRecorder)
+    batches = batches_of(split)
+    for number in range(WARM_UP + 1):
+        step(next(batches), step=number)
+    freed = [weakref.ref(one) for one in (step.augmenting, *step.learning, step.updating)]
+    gc.collect()
+    gc.disable()
+    try:
+        del step
+        assert [one() for one in freed] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_a_step_that_cannot_be_recorded_computes_what_the_eager_step_does(data: Path) -> None:
+    """The update must not replay gradients of a micro-batch that is computed elsewhere each time."""
+    split = load_split(data, "train")
+    found = []
+    for recorder in (None, FailsOnce):
+        FailsOnce.left = 1
+        torch.manual_seed(0)
+        model = model_of(CrossEntropy())
+        objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
+        step, batches = a_step(model, objective, recorder), batches_of(split)
+        for number in range(8):
+            step(next(batches), step=number)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert FailsOnce.left == 0
+    assert torch.equal(*found)
+
+
+class FailsOnce(EmulatedRecorder):
+    left = 1
+
+    def record(self, work: Callable[[], Any], *, own_pool: bool) -> Any:
+        if (
+            own_pool is not None
+            and isinstance(work, partial)
+            and work.func.__name__ == "forward_backward"
+            and self.left
+        ):
+            FailsOnce.left = 0
+            raise RuntimeError("not while capturing")
+        return super().record(work, own_pool=own_pool)
+
+
+LEARNS = {"cross_entropy": CrossEntropy(label_smoothing=0.1)}
+CASES: dict[str, dict[str, Any]] = {
+    "resnet, sgd, bf16": {"optim": "sgd", "precision": "bf16"},
+    "resnet, adamw, fp32": {"optim": "adamw"},
+    "vit with drop path, adamw, bf16": {
+        "backbone": "test_vit",
+        "optim": "adamw",
+        "precision": "bf16",
+        "model": {"drop_path_rate": 0.1, "image_size": 64},
+    },
+    "convnext, adamw, bf16": {
+        "backbone": "test_convnext",
+        "optim": "adamw",
+        "precision": "bf16",
+        "model": {"drop_rate": 0.0},
+    },
+    "efficientnet, sgd": {"backbone": "test_efficientnet", "optim": "sgd"},
+    "resnet8x1 without random draws, bf16": {
+        "backbone": "resnet8x1",
+        "optim": "sgd",
+        "precision": "bf16",
+        "model": {"drop_rate": 0.0},
+    },
+    "a teacher whose loss warms up": {
+        "optim": "sgd",
+        "losses": {
+            "cross_entropy": CrossEntropy(weight=0.5),
+            "distill": Distill(weight=0.5, warmup_epochs=2),
+        },
+    },
+    "arcface, adamw, bf16": {
+        "optim": "adamw",
+        "precision": "bf16",
+        "losses": {"arcface": ArcFace()},
+        "model": {"head": "cosine"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_replayed_step_has_the_bits_of_the_eager_step(
+    data: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
+) -> None:
+    """Three micro-batches of unlike size, over three epochs: weights, statistics, momenta, sums."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    before = EmulatedRecorder.recordings
+    eager, replayed = bits_after(data, None, **case), bits_after(data, EmulatedRecorder, **case)
+    assert torch.equal(eager, replayed)
+    assert EmulatedRecorder.recordings - before >= 5, "view, three micro-batches, update"
+
+
+def bits_after(
+    data: Path,
+    recorder: Any,
+    *,
+    optim: str,
+    precision: Precision = "fp32",
+    backbone: str = "test_resnet",
+    losses: dict[str, Any] = LEARNS,
+    model: dict[str, Any] | None = None,
+) -> torch.Tensor:
+    """All numbers after nine steps, by `train_step` or with a recorder."""
+    torch.manual_seed(0)
+    split = load_split(data, "train")
+    chosen: dict[str, Any] = {"backbone": backbone, "drop_rate": 0.1} | (model or {})
+    config = ModelConfig(**chosen)
+    network = build_model(config, 100).to(memory_format=torch.channels_last).train()
+    taught = any(loss.taught for loss in losses.values())
+    teacher = Live(copy.deepcopy(network).eval().requires_grad_(False), 1.0) if taught else None
+    augment = Augment(AugmentConfig(crop_padding=4, flip=True, mixup=0.2, cutmix=1.0), split)
+    objective = Objective(augment, losses, teacher)
+    optimizer = build_optimizer(OptimConfig(name=optim, weight_decay=2**-7), network)
+    settings: dict[str, Any] = {"precision": precision, "seed": 0, "batch_size": 20}
+    settings["max_grad_norm"] = 1.0
+    if recorder:
+        take_step: Any = GraphedStep(
+            network,
+            objective,
+            optimizer,
+            device=CPU,
+            world_size=1,
+            reduce_precision="fp32",
+            new_recorder=recorder,
+            **settings,
+        )
+    else:
+        scaler = make_scaler(precision, CPU)
+        accelerator = Accelerator(cpu=True)
+        take_step = partial(
+            train_step, accelerator, network, objective, optimizer, scaler, **settings
+        )
+    window, batches = Window(objective.names, shards=3, device=CPU), batches_of(split, shards=3)
+    for step in range(9):
+        set_learning_rate(optimizer, 2.0 ** -(5 + step % 3))  # exact in float32
+        window.add(take_step(next(batches), step=step))
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    numbers = [*network.parameters(), *network.buffers(), window.sums]
+    numbers += [value for value in states if isinstance(value, torch.Tensor)]
+    return torch.cat([number.detach().double().flatten() for number in numbers])
