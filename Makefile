@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 
-.PHONY: train test lint schema faults clean
+.PHONY: train test lint schema faults gpu-check clean
 
 # Two gloo processes where there is no GPU; else a process a GPU, as far as the recipe has shards for them.
 train: $(VENV)/.user
@@ -27,6 +27,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu-check: $(VENV)/.dev
+	benchmarks/gpu_check.sh a
+	benchmarks/gpu_check.sh b
 
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m fault

@@ -23,7 +23,7 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_step
 
 from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment
-from cifar_dist.engine.cuda_graphs import StepFn
+from cifar_dist.engine.graphed_step import StepFn
 from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
 from cifar_dist.engine.step import make_scaler, train_step
 from cifar_dist.files import write_json

@@ -76,10 +76,10 @@ def show(name: str, result: dict[str, Any], log: Path, *, fine: tuple[int, ...] 
     return good
 
 
-def check_tests(output: Path, parallel: int) -> tuple[dict[str, Any], bool]:
+def check_tests(output: Path, *, parallel: int, only: str) -> tuple[dict[str, Any], bool]:
     """Each GPU test in a process of its own."""
     listed = subprocess.run(
-        [*PYTEST, "--collect-only", "tests/test_gpu.py"],
+        [*PYTEST, "--collect-only", "-k", only, "tests/test_gpu.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -103,7 +103,9 @@ def check_tests(output: Path, parallel: int) -> tuple[dict[str, Any], bool]:
 
 
 def part_a(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    tests, good = check_tests(options.output, options.parallel)
+    tests, good = check_tests(options.output, parallel=options.parallel, only=options.only)
+    if options.only:
+        return {"tests": tests}, good
     log = options.output / "doctor.log"
     command = [sys.executable, "-m", "cifar_dist.prepare", "--sample"]
     command += ["--output", str(options.output / "sample")]
@@ -156,6 +158,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--data", type=Path, default=Path("data/cifar100"), help="of part c")
     parser.add_argument("--parallel", type=int, default=6, help="GPU tests at a time, of part a")
+    parser.add_argument("--only", default="", help="of part a, tests as pytest's -k names them")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each step time, of part b")
     parser.add_argument("--limit", type=float, help="seconds of part b, or of r18_32 in part c")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides of parts b and c")

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_dist.engine.cuda_graphs import restore_buffers_on_skip
 from cifar_dist.engine.ending import Ending
+from cifar_dist.engine.graphed_step import restore_buffers_on_skip
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks
 from cifar_dist.engine.state import State, vote

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
-from cifar_dist.engine.cuda_graphs import StepFn, build_step
+from cifar_dist.engine.graphed_step import StepFn, build_step
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision, make_scaler

@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment
 from cifar_dist.data.batches import train_batches
-from cifar_dist.engine.cuda_graphs import WARM_UP, build_step
+from cifar_dist.engine.cuda_graphs import WARM_UP
+from cifar_dist.engine.graphed_step import build_step
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.run_folder import commit, processor_name
 from cifar_dist.engine.step import make_scaler

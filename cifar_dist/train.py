@@ -32,9 +32,9 @@ from cifar_dist.data.streamed import streamed
 from cifar_dist.dry_run import plan
 from cifar_dist.engine import lock, results, run_folder
 from cifar_dist.engine.checkpoint import load_progress, load_tensors
-from cifar_dist.engine.cuda_graphs import StepFn, build_step
 from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import evaluate, refresh_statistics
+from cifar_dist.engine.graphed_step import StepFn, build_step
 from cifar_dist.engine.host import host_workers
 from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes
 from cifar_dist.engine.runtime import (

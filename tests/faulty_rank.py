@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cifar_dist import signals
 from cifar_dist import train as walk
-from cifar_dist.engine.cuda_graphs import StepFn
+from cifar_dist.engine.graphed_step import StepFn
 from cifar_dist.engine.state import State
 from cifar_dist.errors import run_command
 from cifar_dist.files import naming

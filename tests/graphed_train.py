@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar_dist import train
-from cifar_dist.engine.cuda_graphs import GraphedStep, StepFn
+from cifar_dist.engine.graphed_step import GraphedStep, StepFn
 from cifar_dist.learn.objective import Objective
 
 

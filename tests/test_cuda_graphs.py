@@ -21,13 +21,8 @@ from test_speed import batches_of, model_of
 
 from cifar_dist.data.arrow import load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.engine.cuda_graphs import (
-    WARM_UP,
-    GraphedCallable,
-    GraphedStep,
-    flat_gradients,
-    unsupported_reason,
-)
+from cifar_dist.engine.cuda_graphs import WARM_UP, GraphedCallable
+from cifar_dist.engine.graphed_step import GraphedStep, flat_gradients, unsupported_reason
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import log
 from cifar_dist.engine.step import Precision, make_scaler, train_step

@@ -31,7 +31,8 @@ from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.streamed import streamed
 from cifar_dist.engine.checkpoint import checkpoints
-from cifar_dist.engine.cuda_graphs import WARM_UP, GraphedStep, GraphRecorder, StepFn, build_step
+from cifar_dist.engine.cuda_graphs import WARM_UP, GraphRecorder
+from cifar_dist.engine.graphed_step import GraphedStep, StepFn, build_step
 from cifar_dist.engine.step import Precision, make_scaler
 from cifar_dist.errors import UserError
 from cifar_dist.learn.losses import CrossEntropy

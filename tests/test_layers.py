@@ -79,12 +79,6 @@ def test_a_modules_first_line_says_its_place() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-def test_files_are_small() -> None:
-    """A file is one room: 400 lines at most."""
-    lines = {path: len(path.read_text().splitlines()) for path in MODULES}
-    assert max(lines.values()) <= 400, max(lines, key=lambda path: lines[path])
-
-
 def test_hot_modules_are_light() -> None:
     """Nothing below the recipe imports what is slow; timm itself imports wandb where it finds it."""
     heavy = ["datasets", "albumentations", "cv2", "pandas"]

@@ -22,7 +22,7 @@ from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
 from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
 from cifar_dist.data.policies import RandAugment, TrivialAugment
-from cifar_dist.engine.cuda_graphs import GraphedStep
+from cifar_dist.engine.graphed_step import GraphedStep
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.step import Precision, StepResult, make_scaler, train_step, update
 from cifar_dist.learn.ema import Ema, EmaConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -180,6 +181,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def keep_scalars_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Let what changes from step to step be tensors there, which a captured graph reads."""
+    # torch warns of the eager steps before the recording
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         if "capturable" in group:
