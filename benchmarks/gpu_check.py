@@ -121,7 +121,7 @@ def part_a(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 def part_b(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     steps = options.output / "step_times.json"
     command = [sys.executable, "benchmarks/step_times.py", "--output", str(steps)]
-    command += ["--seconds", str(options.seconds), "--set", *options.set]
+    command += ["--seconds", str(options.seconds), "--only", options.only, "--set", *options.set]
     log = options.output / "step_times.log"
     result = run(command, log, seconds=options.limit or 230)
     print(log.read_text())
@@ -158,7 +158,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--data", type=Path, default=Path("data/cifar100"), help="of part c")
     parser.add_argument("--parallel", type=int, default=6, help="GPU tests at a time, of part a")
-    parser.add_argument("--only", default="", help="of part a, tests as pytest's -k names them")
+    parser.add_argument(
+        "--only", default="", help="of part a, as pytest's -k; of b, rows with this text"
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="of each step time, of part b")
     parser.add_argument("--limit", type=float, help="seconds of part b, or of r18_32 in part c")
     parser.add_argument("--set", nargs="*", default=[], help="recipe overrides of parts b and c")

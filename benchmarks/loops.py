@@ -42,7 +42,7 @@ BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
 EVALUATED = 2_500  # rows, where a CPU has to do it
 
 OURS, CONSTANT = "ours: bf16, crop and flip", "ours, on one constant batch"
-EAGER = "ours, run.graph=off"
+EAGER = "ours, run.cuda_graphs=off"
 SMALL_STEM, RESNET50 = "ours, ResNet-18 with a 3x3 stem", "ours, ResNet-50"
 TIMM, TIMM_TUNED = "timm at its defaults", "timm, bf16 and channels_last"
 
@@ -90,7 +90,7 @@ def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> 
             precision="bf16",
             batches=constant_batch(split, batch_size) if constant else None,
             batch_size=batch_size,
-            graph="off" if name == EAGER else "auto",
+            cuda_graphs="off" if name == EAGER else "auto",
         )
 
     makers = peer_makers(split, accelerator, config, batch_size)

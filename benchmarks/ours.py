@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
-from cifar_dist.engine.graphed_step import StepFn, build_step
+from cifar_dist.engine.graphed_step import CudaGraphs, StepFn, build_step
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision, make_scaler
@@ -97,7 +96,7 @@ def our_loop(
     precision: Precision = "fp32",
     batches: Iterator[list[Batch]] | None = None,
     batch_size: int = BATCH_SIZE,
-    graph: Literal["auto", "off"] = "auto",
+    cuda_graphs: CudaGraphs = "auto",
 ) -> Work:
     """What train.py does at each step in one process, with a report every 50 steps."""
     steps, batches = count(), batches or our_batches(split, batch_size=batch_size)
@@ -110,7 +109,7 @@ def our_loop(
         accelerator,
         precision=precision,
         batch_size=batch_size,
-        graph=graph,
+        cuda_graphs=cuda_graphs,
     )
     window = Window(objective.names, shards=1, device=accelerator.device)
 
@@ -136,7 +135,7 @@ def our_step(
     precision: Precision = "fp32",
     batch_size: int = BATCH_SIZE,
     shards: int = 1,
-    graph: Literal["auto", "off"] = "auto",
+    cuda_graphs: CudaGraphs = "auto",
     reduce_precision: ReducePrecision = "fp32",
 ) -> StepFn:
     """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
@@ -146,7 +145,7 @@ def our_step(
         objective,
         optimizer,
         make_scaler(precision, accelerator.device),
-        graph=graph,
+        cuda_graphs=cuda_graphs,
         shards=shards,
         precision=precision,
         seed=0,

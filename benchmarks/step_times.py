@@ -1,7 +1,7 @@
 """Time the training step of recipes: on the device, on the host, kernel by kernel.
 
     python benchmarks/step_times.py --output step_times.json
-    python benchmarks/step_times.py recipes/r18_32.yaml run.graph=off --output one.json
+    python benchmarks/step_times.py recipes/r18_32.yaml run.cuda_graphs=off --output one.json
 
 Images and weights are random, so nothing has to be prepared; teachers have random weights too.
 """
@@ -50,19 +50,23 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("r18_32: 4 micro-batches of 125", "r18_32", ()),
     ("r18_32: 2 of 250", "r18_32", ("run.shards=2",)),
     ("r18_32: 1 of 500", "r18_32", ("run.shards=1",)),
-    ("r18_32: 4 of 125, eager", "r18_32", ("run.graph=off",)),
-    ("r18_32: 1 of 500, eager", "r18_32", ("run.shards=1", "run.graph=off")),
+    ("r18_32: 4 of 125, eager", "r18_32", ("run.cuda_graphs=off",)),
+    ("r18_32: 1 of 500, eager", "r18_32", ("run.shards=1", "run.cuda_graphs=off")),
     ("tutorial's ResNet-18, fp32", "tutorial/resnet18_baseline", ()),
     ("tutorial's ResNet-18, bf16", "tutorial/resnet18_baseline", ("run.precision=bf16",)),
     (
         "tutorial's ResNet-18, bf16, eager",
         "tutorial/resnet18_baseline",
-        ("run.precision=bf16", "run.graph=off"),
+        ("run.precision=bf16", "run.cuda_graphs=off"),
     ),
     ("r18_32 with RandAugment", "r18_32_rand_augment", ()),
     ("speed_75 at 32 px", "speed_75", ("model.growing=null",)),
     ("r50_224: 1 of 64, one GPU of eight", "r50_224", ("run.batch_size=64", "run.shards=1")),
-    ("r50_224: 1 of 64, eager", "r50_224", ("run.batch_size=64", "run.shards=1", "run.graph=off")),
+    (
+        "r50_224: 1 of 64, eager",
+        "r50_224",
+        ("run.batch_size=64", "run.shards=1", "run.cuda_graphs=off"),
+    ),
     ("r18_32_kd, ResNet-50 at 224 px teaches", "r18_32_kd", ()),
     ("r18_32: 1 of 500, compiled", "r18_32", ("run.shards=1", "run.compile=true")),
 ]
@@ -112,7 +116,7 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
         objective,
         optimizer,
         make_scaler(run.precision, device),
-        graph=run.graph,
+        cuda_graphs=run.cuda_graphs,
         shards=shards,
         precision=run.precision,
         seed=0,

@@ -41,6 +41,7 @@ from cifar_dist.runs import check_world
 MEET_SECONDS = 60
 SEE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders
 CLOCKS_SECONDS = 5
+NODE_BUS = 50  # GB/s that the bus between a machine's GPUs has at least, PCIe 5 or NVLink
 GRADIENT_BYTES = 100 << 20  # those of a ResNet-50 in float32
 
 
@@ -159,8 +160,12 @@ def traffic(ranks: Ranks, device: torch.device) -> list[Finding]:
     bus = 2 * (ranks.world_size - 1) / ranks.world_size * GRADIENT_BYTES / seconds / 1e9
     size = f"{GRADIENT_BYTES >> 20} MiB in {seconds * 1e3:.1f} ms"
     vote = fastest(lambda: ranks.largest([0.0]), device)
+    says = f"{size}: {bus:.2f} GB/s (bus), {dist.get_backend()}"
+    slow = device.type == "cuda" and len(set(ranks.each(machine()))) == 1 and bus < NODE_BUS
+    if slow:
+        says += f"; GPUs of one machine reach {NODE_BUS} or more (`nvidia-smi topo -m`, NCCL_DEBUG=INFO)"
     return [
-        Finding("all-reduce", None, f"{size}: {bus:.2f} GB/s (bus), {dist.get_backend()}"),
+        Finding("all-reduce", False if slow else None, says),
         Finding("vote", None, f"{vote * 1e3:.2f} ms"),
     ]
 
@@ -220,6 +225,10 @@ def examine(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[Finding]
     ]
 
 
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "doctor",
@@ -237,13 +246,18 @@ def main(arguments: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     try:
         accelerator = start_processes(timeout_seconds=MEET_SECONDS, threads=recipe.run.threads)
+        ranks = Ranks.of(accelerator)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise UserError(
-            f"the processes did not meet within {MEET_SECONDS} s ({str(error).splitlines()[0]}): "
+            f"the processes did not meet within {MEET_SECONDS} s ({first_line(error)}): "
             f"is MASTER_ADDR the first machine's address as seen from {socket.gethostname()}, "
             "and its MASTER_PORT open between the machines?"
         ) from None
-    ranks = Ranks.of(accelerator)
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes cannot talk to each other ({first_line(error)}): set GLOO_SOCKET_IFNAME, and "
+            "NCCL_SOCKET_IFNAME on GPUs, to the network's interface between the machines (`ip addr`)"
+        ) from None
     findings = examine(recipe, ranks, accelerator.device)
     end_processes(accelerator)
     if is_main_rank():

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from cifar_dist.config import Count, Index, Positive, config
 from cifar_dist.data.arrow import Place
 from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.engine.graphed_step import CudaGraphs
 from cifar_dist.engine.runtime import ReducePrecision
 from cifar_dist.engine.step import Precision
 from cifar_dist.engine.tracking import TrackingConfig
@@ -50,7 +51,7 @@ NOT_THE_RECIPE = (
     "run.report_every_steps",
     "run.keep_checkpoints",
     "run.compile",
-    "run.graph",
+    "run.cuda_graphs",
     "run.timeout_seconds",
     "run.on_nonfinite",
     "data.path",
@@ -76,6 +77,7 @@ HABITS = {
     "name_or_path": "model.backbone",
     "per_device_train_batch_size": "run.batch_size (the global batch)",
     "wandb": "tracking.mode",
+    "graph": "run.cuda_graphs",
     "albumentations": "augment.host (a list of {Name: {arguments}})",
 }
 
@@ -97,7 +99,7 @@ class RunConfig:
     report_every_steps: Count = 50
     keep_checkpoints: Count = 2
     compile: bool = False
-    graph: Literal["auto", "off"] = "auto"  # record the step on a GPU, where it can be, and replay
+    cuda_graphs: CudaGraphs = "auto"  # record the step and replay it; on: an error where that fails
     reduce_precision: ReducePrecision = "fp32"  # in which ranks send each other gradients
     timeout_seconds: Count = 600  # how long a rank may keep the others waiting
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite

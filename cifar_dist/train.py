@@ -36,7 +36,7 @@ from cifar_dist.engine.ending import ending_together
 from cifar_dist.engine.evaluation import evaluate, refresh_statistics
 from cifar_dist.engine.graphed_step import StepFn, build_step
 from cifar_dist.engine.host import host_workers
-from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes
+from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes, peak_reserved_bytes
 from cifar_dist.engine.runtime import (
     Ranks,
     adopt_slurm_ranks,
@@ -257,6 +257,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                 facts = {"shards": shards, "data": digest, "teachers": teachers}
                 facts["world_size"], keep = ranks.world_size, run.keep_checkpoints
                 with state.window.paused():
+                    ranks.main_does(metrics_file.sync)
                     state.save(folder / "checkpoints", ranks, keep=keep, facts=facts)
             if stop or at_end:
                 state.finish_saving(ranks)
@@ -277,7 +278,7 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
                         objective,
                         state.optimizer,
                         state.scaler,
-                        graph=run.graph,
+                        cuda_graphs=run.cuda_graphs,
                         shards=shards,
                         precision=run.precision,
                         seed=run.seed,
@@ -300,14 +301,20 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
 
         # The last numbers are the headline, whatever an earlier epoch had.
         unwatch()
-        peaks = ranks.each(peak_memory_bytes(device))
-        log.info(f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}")
+        peaks, reserved = zip(
+            *ranks.each((peak_memory_bytes(device), peak_reserved_bytes(device))), strict=True
+        )
+        log.info(
+            f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}"
+            + (f" (reserved: {max(reserved) >> 20})" if max(reserved) else "")
+        )
         facts = {
             "name": recipe.name,
             "shards": shards,
             "world_size": ranks.world_size,
             "parameters": num_parameters(model),
             "peak_memory_bytes": max(peaks),
+            **({"peak_reserved_bytes": max(reserved)} if max(reserved) else {}),
             "epochs": state.step / steps_per_epoch,
             "steps": state.step,
             "seconds": state.seconds,

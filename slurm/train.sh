@@ -40,10 +40,10 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # since 22.05 srun has to 
 
 # NCCL finds its way by itself on most clusters. Where it does not, set before sbatch:
 #   NCCL_SOCKET_IFNAME=ib0   the interface of the fast network, if it picks a slow one (`ip addr`)
+#   GLOO_SOCKET_IFNAME=ib0   the same for gloo, by which ranks agree beside NCCL; by default the host name's
 #   NCCL_IB_DISABLE=1        no InfiniBand, although NCCL believes in one
 #   NCCL_DEBUG=INFO          what it found and chose
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a collective that fails or waits too long ends its process
 
 # A Python process dies of a signal before it has a handler, so tasks begin with these two blocked and
 # unblock them themselves (signals.py). --wait: a task that left early ends the others.

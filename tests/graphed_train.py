@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         *,
-        graph: str,
+        cuda_graphs: str,
         shards: int,
         sam: object,
         keep_buffers: bool = False,

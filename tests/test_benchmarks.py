@@ -337,6 +337,38 @@ def test_lengths_add_up(recipe: RecipeMaker) -> None:
     assert "| `tiny`, fp32 | " in printed
 
 
+@pytest.mark.fault
+def test_gpu_check_runs_on_a_cpu(tmp_path: Path, data: Path) -> None:
+    """The same script and the same JSON as on a GPU, on tiny networks; GPU tests fail, and say so."""
+
+    def check(part: str, *options: object, code: int = 0) -> tuple[str, dict[str, Any]]:
+        command = [BENCHMARKS / "gpu_check.sh", part, "--output", tmp_path / "check", *options]
+        environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [str(word) for word in command], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        content = json.loads((tmp_path / f"check/gpu_check_{part}.json").read_text())
+        assert {"hardware", "packages", "date", "commit"} <= content["machine"].keys()
+        return done.stdout, content
+
+    printed, content = check("a", "--only", "recording_that_waits", code=1)
+    (result,) = content["tests"].values()
+    assert result["exit_code"] == 1
+    assert "used the CPU" in printed, "the end of a failed test's log"
+
+    tiny = ["model.backbone=test_resnet", "run.batch_size=16", "run.precision=fp32"]
+    row = "tutorial's ResNet-18, fp32"
+    printed, content = check("b", "--only", row, "--seconds", "0", "--set", *tiny)
+    assert content["steps"][row]["milliseconds"] > content["steps"][row]["host_milliseconds"] > 0
+
+    tiny += ["model.stem=imagenet", "model.whiten=false", "model.growing=null", "run.epochs=1"]
+    tiny += ["optim.schedule=constant", "optim.warmup_epochs=0", "run.eval_every_epochs=1"]
+    printed, content = check("c", "--data", data, "--set", *tiny)
+    assert [run["summary"]["finished"] for run in content["runs"].values()] == [True, True]
+    assert "top1" in printed
+
+
 PAGE = "before\n\n<!-- tables: begin -->\nold\n<!-- tables: end -->\n\nafter\n"
 
 

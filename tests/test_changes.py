@@ -15,7 +15,8 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
 from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig, draw_table
+from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment_tables import draw_table
 from cifar_dist.data.batches import take
 from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing, OneOf
 from cifar_dist.data.image_ops import BLENDS, noise
@@ -132,9 +133,9 @@ def test_pictures_of_recipes_from_before_are_as_they_were() -> None:
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_change_moves_no_other_column(name: str) -> None:
-    alone = draw_table(AugmentConfig(**SINGLE[name]), 0, rows=200, device=CPU)
-    among = draw_table(ALL, 0, rows=200, device=CPU)
-    plain = draw_table(AugmentConfig(crop_padding=4, flip=True), 0, rows=200, device=CPU)
+    alone = draw_table(AugmentConfig(**SINGLE[name]), 0, rows=200)
+    among = draw_table(ALL, 0, rows=200)
+    plain = draw_table(AugmentConfig(crop_padding=4, flip=True), 0, rows=200)
     for column, other in zip(among[:5], plain[:5], strict=True):
         assert torch.equal(column, other)
     for column_name, column in alone.changes.items():
@@ -159,10 +160,10 @@ def test_a_probability_is_the_share_of_pictures(name: str) -> None:
     kind = type(CHANGES[name])
     knobs = {field: value for field, value in vars(CHANGES[name]).items() if field != "probability"}
     config = AugmentConfig(**{name: kind(**knobs, probability=0.3)})
-    column = draw_table(config, 0, rows=MANY, device=CPU).changes[name]
+    column = draw_table(config, 0, rows=MANY).changes[name]
     never = torch.zeros(MANY, dtype=torch.bool)
     nothing = kind(**knobs).draw(draws_of().of(name), never)
-    always = draw_table(AugmentConfig(**{name: kind(**knobs)}), 0, rows=MANY, device=CPU)
+    always = draw_table(AugmentConfig(**{name: kind(**knobs)}), 0, rows=MANY)
     differs = (always.changes[name] != nothing).flatten(1)
     keeps = (differs & (column == nothing).flatten(1)).any(1)
     share = 1 - float(keeps.double().sum() / differs.any(1).double().sum())
@@ -289,7 +290,7 @@ def test_a_group_shows_what_its_chosen_member_makes(split: Split) -> None:
     rows = list(range(64))
     config = AugmentConfig(one_of=OneOf(color_jitter=ColorJitter(hue=0.5), erasing=Erasing()))
     shown = view(split, config, rows)
-    table = draw_table(config, 0, rows=64, device=CPU).changes
+    table = draw_table(config, 0, rows=64).changes
     jittered = ColorJitter(hue=0.5)(split.images, table["one_of.color_jitter"])
     erased = Erasing()(split.images, table["one_of.erasing"])
     is_erased = table["one_of.erasing"][:, 0] != table["one_of.erasing"][:, 1]

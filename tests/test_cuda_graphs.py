@@ -134,17 +134,24 @@ def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
 
 
 def test_what_cannot_be_recorded_says_why() -> None:
+    reason = partial(unsupported_reason, device=torch.device("cuda"), precision="bf16", sam=None)
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     sgd = build_optimizer(OptimConfig(name="sgd"), model)
-    assert unsupported_reason(model, sgd, precision="bf16", sam=None) is None
+    assert reason(model, sgd) is None
     lamb = build_optimizer(OptimConfig(name="lamb"), model)
     two_sizes = build_model(ModelConfig(backbone="test_resnet", second_size=48), 100)
     slim = build_model(ModelConfig(backbone="test_vit", grad_checkpointing=True), 100)
-    assert "fp16" in str(unsupported_reason(model, sgd, precision="fp16", sam=None))
-    assert "sam" in str(unsupported_reason(model, sgd, precision="bf16", sam=SamConfig()))
-    assert "Lamb" in str(unsupported_reason(model, lamb, precision="bf16", sam=None))
-    assert "second_size" in str(unsupported_reason(two_sizes, sgd, precision="bf16", sam=None))
-    assert "checkpointing" in str(unsupported_reason(slim, sgd, precision="bf16", sam=None))
+    assert "this is cpu" in str(reason(model, sgd, device=CPU))
+    assert "fp16" in str(reason(model, sgd, precision="fp16"))
+    assert "sam" in str(reason(model, sgd, sam=SamConfig()))
+    assert "Lamb" in str(reason(model, lamb))
+    assert "second_size" in str(reason(two_sizes, sgd))
+    assert "checkpointing" in str(reason(slim, sgd))
+
+
+def test_cuda_graphs_on_without_a_gpu_is_an_error(tmp_path: Path, recipe: RecipeMaker) -> None:
+    output = train(recipe(), "run.cuda_graphs=on", cwd=tmp_path, expect=2)
+    assert "run.cuda_graphs=on: the step cannot be recorded: CUDA graphs need a GPU" in output
 
 
 class Adder:
@@ -197,7 +204,9 @@ class Forgetful(EmulatedRecorder):
 
 
 def test_a_replay_that_differs_from_eager_execution_ends_the_run() -> None:
-    with pytest.raises(UserError, match=r"differs from the eager step by 0\.5.*run\.graph=off"):
+    with pytest.raises(
+        UserError, match=r"differs from the eager step by 0\.5.*run\.cuda_graphs=off"
+    ):
         totals(Forgetful(CPU), Adder())
 
 

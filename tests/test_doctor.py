@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import RecipeMaker
 from ranks import Ranks, free_port, start_rank
+
+import cifar_dist.doctor as command
+from cifar_dist.engine.runtime import Ranks as Group
 
 
 def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:
@@ -76,3 +81,33 @@ def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: Reci
     assert "BAD  recipe" in output
     assert "BAD  run.output" in output
     assert "does not see what others write; choose a shared run.output" in output
+
+
+def test_a_network_interface_that_is_not_there_is_named(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    environment = {"GLOO_SOCKET_IFNAME": "nosuch0"}
+    ranks = Ranks("doctor", [recipe()], cwd=tmp_path, world_size=2, environment=environment)
+    assert ranks.wait() == [2, 2], ranks.output
+    assert "error: the processes cannot talk to each other" in ranks.output
+    assert "nosuch0" in ranks.output
+    assert "set GLOO_SOCKET_IFNAME" in ranks.output
+    assert "Traceback" not in ranks.output
+
+
+@pytest.mark.parametrize(("seconds", "fine"), [(0.001, None), (0.01, False)])
+def test_a_slow_bus_between_gpus_of_one_machine_is_bad(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, fine: bool | None
+) -> None:
+    """100 MiB among 8 GPUs in a millisecond are 184 GB/s on the bus, in ten 18."""
+
+    class EightGpus(Group):
+        def each(self, value: Any) -> list[Any]:
+            return [value] * 8
+
+    monkeypatch.setattr(command, "fastest", lambda act, device: seconds)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(command.dist, "get_backend", lambda: "nccl")
+    bus, _ = command.traffic(EightGpus(0, 8, None), torch.device("cuda"))
+    assert bus.fine is fine
+    assert ("NCCL_DEBUG" in bus.says) == (fine is False)

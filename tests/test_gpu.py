@@ -74,7 +74,7 @@ def step_of(
     split: Split,
     optimizer: torch.optim.Optimizer,
     *,
-    graph: Any,
+    cuda_graphs: Any,
     precision: Precision,
     augment: AugmentConfig = MIXED,
 ) -> StepFn:
@@ -84,7 +84,7 @@ def step_of(
         Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()}),
         optimizer,
         make_scaler(precision, accelerator.device),
-        graph=graph,
+        cuda_graphs=cuda_graphs,
         shards=2,
         precision=precision,
         seed=0,
@@ -108,39 +108,47 @@ def test_a_recorded_step_has_the_bits_of_the_eager_step(
     split = load_split(data, "train", accelerator.device)
     initial = model_of(CrossEntropy()).to(accelerator.device).to(memory_format=torch.channels_last)
     results: dict[str, Tensor] = {}
-    for graph in ("off", "auto"):
+    for cuda_graphs in ("off", "on"):
         model = copy.deepcopy(initial)
         optimizer = build_optimizer(OptimConfig(name=optimizer_name), model)
-        take_step = step_of(accelerator, model, split, optimizer, graph=graph, precision=precision)
+        take_step = step_of(
+            accelerator, model, split, optimizer, cuda_graphs=cuda_graphs, precision=precision
+        )
         batches = batches_of(split)
         for step in range(10):
             set_learning_rate(optimizer, 0.01 / (1 + step))
             with Waits() as waits:
                 made = take_step(next(batches), step=step)
             if step % STEPS_PER_EPOCH and step != WARM_UP:  # the recording compares with eager
-                assert waits.count == 0, f"{graph}, step {step}"
+                assert waits.count == 0, f"{cuda_graphs}, step {step}"
         assert not made.skipped
-        if graph == "auto":
+        if cuda_graphs == "on":
             assert isinstance(take_step, GraphedStep)
             assert take_step.updating.replay is not None
             assert [one.parallel for one in take_step.learning] == [False] * 2, "dropout draws"
-        results[graph] = torch.cat([t.detach().double().flatten() for t in tensors_of(model)])
-    assert torch.equal(results["auto"], results["off"])
+        results[cuda_graphs] = torch.cat([t.detach().double().flatten() for t in tensors_of(model)])
+    assert torch.equal(results["on"], results["off"])
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-@pytest.mark.parametrize("graph", ["off", "auto"])
+@pytest.mark.parametrize("cuda_graphs", ["off", "on"])
 def test_a_step_never_waits_for_the_device(
-    data: Path, accelerator: Accelerator, graph: str
+    data: Path, accelerator: Accelerator, cuda_graphs: str
 ) -> None:
     split = load_split(data, "train", accelerator.device)
     model = model_of(CrossEntropy()).to(accelerator.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(OptimConfig(name="adamw"), model)
     take_step = step_of(
-        accelerator, model, split, optimizer, graph=graph, precision="bf16", augment=ALL_OPS
+        accelerator,
+        model,
+        split,
+        optimizer,
+        cuda_graphs=cuda_graphs,
+        precision="bf16",
+        augment=ALL_OPS,
     )
     batches = batches_of(split)
     for step in range(2 * STEPS_PER_EPOCH + 1):
@@ -156,7 +164,7 @@ def test_a_recording_that_waits_ends_in_one_sentence(accelerator: Accelerator) -
     recorder = GraphRecorder(accelerator.device)
     numbers = torch.ones(3, device=accelerator.device)
 
-    with pytest.raises(UserError, match=r"recording the step failed \(.*run\.graph=off"):
+    with pytest.raises(UserError, match=r"recording the step failed \(.*run\.cuda_graphs=off"):
         recorder.record(lambda: numbers.sum().item(), own_pool=False)
 
 
@@ -242,7 +250,8 @@ def test_a_recorded_run_has_the_bits_of_an_eager_run(
 ) -> None:
     path = recipe(**sections)
     runs = [
-        start(path, f"name={name}", f"run.graph={name}", cwd=tmp_path) for name in ("auto", "off")
+        start(path, f"name={name}", f"run.cuda_graphs={name}", cwd=tmp_path)
+        for name in ("auto", "off")
     ]
     outputs = [finish(process) for process in runs]
     assert "the step is recorded" in outputs[0]
@@ -256,7 +265,8 @@ def test_a_taught_run_has_the_same_bits_recorded_and_eager(
     teacher("big", image_size=48)
     path = recipe(**taught("big"))
     for process in [
-        start(path, f"name={name}", f"run.graph={name}", cwd=tmp_path) for name in ("auto", "off")
+        start(path, f"name={name}", f"run.cuda_graphs={name}", cwd=tmp_path)
+        for name in ("auto", "off")
     ]:
         finish(process)
     assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")

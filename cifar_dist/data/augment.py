@@ -6,25 +6,25 @@ What a sample looks like depends on (augment.seed, view, row), never on batch, r
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
 from cifar_dist.config import Count, Fraction, Index, NonNegative, config
 from cifar_dist.data.arrow import Split
-from cifar_dist.data.batches import Batch, send
+from cifar_dist.data.augment_tables import EpochTables, draw_epoch
+from cifar_dist.data.batches import Batch
 from cifar_dist.data.canvas import Canvas, canvas_of
 from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing, OneOf, named_changes
 from cifar_dist.data.host_pictures import HostPictures, Inline
 from cifar_dist.data.host_pipeline import check_names
 from cifar_dist.data.image_ops import SIDE, cutout, each, mix
 from cifar_dist.data.policies import RandAugment, TrivialAugment
-from cifar_dist.keys import Draws, key
 
 Padding = Annotated[int, Interval(ge=0, lt=SIDE)]  # with more, a crop could miss the picture
 Hole = Annotated[int, Interval(ge=0, le=2 * SIDE)]  # its middle lies in the picture
@@ -135,149 +135,6 @@ class View:
         return View(**{name: tensor[samples] for name, tensor in columns.items()})
 
 
-class AugmentTable(NamedTuple):
-    """One view's parameters, a row for each row of the split; int64 and bool [N]."""
-
-    shift_y: Tensor  # -crop_padding ... crop_padding
-    shift_x: Tensor
-    flip: Tensor
-    hole_y: Tensor  # the hole's centre, 0 ... 31; it may stick out at the border
-    hole_x: Tensor
-    vertical_flip: Tensor
-    changes: dict[str, Tensor]  # [N, ...] for each of config.changes
-
-
-class MixTable(NamedTuple):
-    """One view's partners, a row for each row of the split."""
-
-    partner: Tensor  # int64 [N], the row that is mixed in
-    share: Tensor  # f32 [N], how much of the picture stays the row's own; 1: nothing is mixed in
-    box: Tensor  # int64 [N, 4], where the partner's pixels are pasted: top, bottom, left, right
-    pasted: Tensor  # bool [N], pasted into the box (CutMix) rather than blended (MixUp)
-
-    def take(self, rows: Tensor) -> MixTable:
-        return MixTable(*(column.index_select(0, rows) for column in self))
-
-
-def draw_table(
-    config: AugmentConfig, view: int, *, rows: int, device: torch.device
-) -> AugmentTable:
-    """Draw all columns for all rows on the CPU, each column from a key of its own, then move them."""
-    draws = Draws(what="augment", seed=config.seed, view=view, rows=rows)
-    padding = config.crop_padding
-    return AugmentTable(
-        shift_y=send(draws.integers("shift_y", -padding, padding + 1), device),
-        shift_x=send(draws.integers("shift_x", -padding, padding + 1), device),
-        flip=send(draw_flips(config, draws), device),
-        hole_y=send(draws.integers("hole_y", 0, SIDE), device),
-        hole_x=send(draws.integers("hole_x", 0, SIDE), device),
-        vertical_flip=send(
-            draws.integers("vertical_flip", 0, 1 + config.vertical_flip).bool(), device
-        ),
-        changes={
-            name: send(column, device) for name, column in draw_changes(config, draws).items()
-        },
-    )
-
-
-def draw_flips(config: AugmentConfig, draws: Draws) -> Tensor:
-    """Which pictures are mirrored, bool [N]."""
-    if config.flip == "alternate":
-        first = replace(draws, view=0).integers("flip", 0, 2)
-        return (first + draws.view) % 2 == 1
-    return draws.integers("flip", 0, 1 + config.flip).bool()
-
-
-def draw_changes(config: AugmentConfig, draws: Draws) -> dict[str, Tensor]:
-    """The column of each change, by name."""
-    columns = {}
-    for name, change in named_changes(config).items():
-        own = draws.of(name)
-        columns[name] = change.draw(own, own.uniform("applied", 0, 1) < change.probability)
-    group = config.one_of.draw(draws.of("one_of")) if config.one_of else {}
-    return columns | {f"one_of.{name}": column for name, column in group.items()}
-
-
-def numbered_table(
-    config: AugmentConfig, number: int, *, rows: int, device: torch.device
-) -> AugmentTable:
-    """The table in which every row shows its view `number`, 0 ... num_views - 1."""
-    table = draw_table(config, number, rows=rows, device=device)
-    if config.views != "all":
-        return table
-    shifts, flip = divmod(number, 1 + bool(config.flip))
-    shift_y, shift_x = divmod(shifts, 2 * config.crop_padding + 1)
-    return table._replace(
-        shift_y=torch.full_like(table.shift_y, shift_y - config.crop_padding),
-        shift_x=torch.full_like(table.shift_x, shift_x - config.crop_padding),
-        flip=torch.full_like(table.flip, bool(flip)),
-    )
-
-
-def view_numbers(config: AugmentConfig, table: AugmentTable) -> Tensor:
-    """Which of all views each row of the table shows, int64; the way back of `numbered_table`."""
-    padding = config.crop_padding
-    shifts = (table.shift_y + padding) * (2 * padding + 1) + table.shift_x + padding
-    return shifts * (1 + bool(config.flip)) + table.flip
-
-
-def draw_mix_table(
-    config: AugmentConfig, view: int, *, rows: int, partners: Tensor, device: torch.device | str
-) -> MixTable:
-    """Draw each row's partner among `partners` (int64) and how much of it shows.
-
-    A share is drawn from Beta(alpha, alpha). CutMix's box has the area 1 - share around a uniform
-    centre; what sticks out is cut off, and the share is that of the pixels which really stay.
-    """
-
-    def stream(column: str) -> numpy.random.Generator:
-        keyed = numpy.random.Philox(key("augment", column, config.seed, view))
-        return numpy.random.Generator(keyed)
-
-    def shares(alpha: float) -> Any:
-        return stream("share").beta(alpha, alpha, rows) if alpha else numpy.ones(rows)
-
-    chosen = stream("partner").integers(len(partners), size=rows)
-    cutmix_share = float(config.cutmix > 0) / (1 + (config.mixup > 0))
-    pasted = stream("pasted").random(rows) < cutmix_share
-    share = numpy.where(pasted, shares(config.cutmix), shares(config.mixup))
-    share[stream("mix").random(rows) >= config.mix_probability] = 1.0
-
-    half = SIDE * numpy.sqrt(1 - share) / 2
-    centres = stream("box").random((2, rows)) * SIDE
-    edges = [edge for centre in centres for edge in (centre - half, centre + half)]
-    box = numpy.stack(edges, axis=1).round().clip(0, SIDE).astype(numpy.int64)
-    area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    share = numpy.where(pasted, 1 - area / SIDE**2, share)
-    columns = MixTable(
-        partner=partners.cpu()[torch.from_numpy(chosen)],
-        share=torch.from_numpy(share).float(),
-        box=torch.from_numpy(box),
-        pasted=torch.from_numpy(pasted),
-    )
-    return MixTable(*(send(column, torch.device(device)) for column in columns))
-
-
-def draw_mix_tables(
-    config: AugmentConfig,
-    views: list[int],
-    *,
-    rows: int,
-    partners: Tensor,
-    device: torch.device | str,
-) -> MixTable:
-    """Those of these views, one after the other."""
-    tables = [
-        draw_mix_table(config, view, rows=rows, partners=partners, device=device) for view in views
-    ]
-    return MixTable(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
-
-
-def overwritten(old: Tensor | None, new: Tensor) -> Tensor:
-    """Return `new`, in the memory of `old` if there is one."""
-    return new if old is None else old.copy_(new)
-
-
 def pictures_by_batch(config: AugmentConfig, split: Split) -> HostPictures | None:
     """Who has the pictures when they are asked for; None if all lie on the device as they are."""
     if config.host:
@@ -302,14 +159,16 @@ class Augment:
         *,
         number: int | None = None,
         host: HostPictures | None = None,
+        prefetch: bool | None = None,
     ) -> None:
         self.config, self.split, self.number = config, split, number
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
         self.host = host or pictures_by_batch(config, split)
         self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
-        self.numbers: Tensor | None = None  # int64, which view each row of the tables is
-        self.columns: dict[str, Tensor] = {}  # all that is looked up for a picture
-        self.mix_table: MixTable | None = None
+        self.tables: EpochTables | None = None
+        # A GPU would wait for the next epoch's tables; a CPU has to draw them anyhow.
+        self.ahead = prefetch if prefetch is not None else split.labels.is_cuda
+        self.drawing: tuple[list[int], Future[EpochTables]] | None = None
 
     def again(self, *, number: int | None = None) -> Augment:
         """Another one over the same canvas, with tables and host pictures of its own."""
@@ -334,23 +193,45 @@ class Augment:
 
         They keep their addresses from epoch to epoch, since CUDA graphs read them.
         """
-        views = self.config.shown(epoch) if self.number is None else [self.number]
-        if views != self.views:
-            self.views = views
-            self.draw(views)
+        views = self.views_of(epoch)
+        if views == self.views:
+            return
+        ready, self.drawing = self.drawing, None
+        drawn = ready[1].result() if ready and ready[0] == views else self.draw(views)
+        self.tables = drawn.overwrite(self.tables, self.split.labels.device)
+        self.views = views
+        following = self.views_of(epoch + 1)
+        if self.ahead and following != views:
+            thread = ThreadPoolExecutor(1, "augment")
+            self.drawing = following, thread.submit(self.draw, following)
+            thread.shutdown(wait=False)
+
+    def views_of(self, epoch: int) -> list[int]:
+        return self.config.shown(epoch) if self.number is None else [self.number]
+
+    def draw(self, views: list[int]) -> EpochTables:
+        """Draw the tables of these views, one for each copy of a row."""
+        return draw_epoch(
+            self.config,
+            views,
+            rows=len(self.split.labels),
+            partners=self.rows,
+            numbered=self.number is not None,
+            on_host=self.host is not None,
+        )
 
     def __call__(self, batch: Batch) -> View:
         self.prepare(batch.epoch)
-        assert self.numbers is not None
+        assert self.tables
         at = batch.places
         own = View(
             images=self.pictures(batch.rows, at),
             labels=batch.labels,
-            numbers=self.numbers.index_select(0, at),
+            numbers=self.tables.numbers.index_select(0, at),
         )
-        if self.mix_table is None:
+        if self.tables.mixing is None:
             return own
-        mixing = self.mix_table.take(at)
+        mixing = self.tables.mixing.take(at)
         partners_at = mixing.partner + (at - batch.rows)  # in the tables of the same copy
         others = self.pictures(mixing.partner, partners_at)
         return replace(
@@ -360,51 +241,11 @@ class Augment:
             share=mixing.share,
         )
 
-    def draw(self, views: list[int]) -> None:
-        """Draw what the configuration needs for these views, one for each copy of a row."""
-        config, size = self.config, len(self.split.labels)
-        device = self.split.labels.device
-        draw = draw_table if self.number is None else numbered_table
-        tables = [draw(config, view, rows=size, device=device) for view in views]
-        numbers = torch.cat(
-            [
-                view_numbers(config, table)
-                if config.views == "all"
-                else torch.full((size,), view, device=device)
-                for view, table in zip(views, tables, strict=True)
-            ]
-        )
-        self.numbers = overwritten(self.numbers, numbers)
-        columns = [self.columns_of(table) for table in tables]
-        self.columns = {
-            name: overwritten(self.columns.get(name), torch.cat([part[name] for part in columns]))
-            for name in columns[0]
-        }
-        if config.mixes:
-            mixing = draw_mix_tables(config, views, rows=size, partners=self.rows, device=device)
-            before = self.mix_table or (None,) * len(mixing)
-            self.mix_table = MixTable(*map(overwritten, before, mixing))
-
-    def columns_of(self, table: AugmentTable) -> dict[str, Tensor]:
-        """What is looked up for a picture, [N, ...] each; where its crop begins is known by now."""
-        config = self.config
-        columns = dict(table.changes)
-        if config.vertical_flip:
-            columns["vertical_flip"] = table.vertical_flip
-        if config.cutout:
-            columns |= {"hole_y": table.hole_y, "hole_x": table.hole_x}
-        moved = (table.shift_y, table.shift_x, table.flip)
-        if config.moves and self.host:  # whose pictures are known batch by batch
-            columns |= dict(zip(("shift_y", "shift_x", "flip"), moved, strict=True))
-        elif config.moves:
-            rows = torch.arange(len(table.flip), device=table.flip.device)
-            columns["place"] = self.canvas.places(rows, *moved)
-        return columns
-
     def pictures(self, rows: Tensor, at: Tensor) -> Tensor:
         """The rows (int64 [B]) under the parameters `at` (int64 [B]) their places in the tables."""
         config = self.config
-        own = {name: column.index_select(0, at) for name, column in self.columns.items()}
+        assert self.tables
+        own = {name: column.index_select(0, at) for name, column in self.tables.columns.items()}
         if self.host:
             images = self.host(self.views[0], rows)
             if config.moves:

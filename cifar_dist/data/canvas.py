@@ -27,14 +27,9 @@ class Canvas:
         return SIDE + 2 * self.padding
 
     def places(self, pictures: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-        """Where crops begin, int64 like all arguments but `flip`, bool: equal to crop, then mirror.
-
-        Shifts are -padding ... padding, down and right; what is outside of a picture is black.
-        """
-        count = self.data.shape[1]
-        line = shift_y + self.padding
-        column = torch.where(flip, -shift_x, shift_x) + self.padding
-        return ((flip * count + pictures) * 3 * self.side + line) * self.side + column
+        """Return where crops of this canvas begin."""
+        images = self.data.shape[1]
+        return crop_places(pictures, shift_y, shift_x, flip, images=images, padding=self.padding)
 
     def cut(self, places: Tensor) -> Tensor:
         """uint8 [B, 3, 32, 32] from int64 [B]; strided, as the ends of lines lie between."""
@@ -44,6 +39,20 @@ class Canvas:
         return runs.index_select(0, places).as_strided(
             (len(places), 3, SIDE, SIDE), (reach, channel, side, 1)
         )
+
+
+def crop_places(
+    rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor, *, images: int, padding: int
+) -> Tensor:
+    """Return where crops begin on a canvas of so many images: equal to crop, then mirror.
+
+    int64 [B] like all arguments but `flip`, bool. Shifts are -padding ... padding, down and right;
+    what is outside of an image is black.
+    """
+    side = SIDE + 2 * padding
+    line = shift_y + padding
+    column = torch.where(flip, -shift_x, shift_x) + padding
+    return ((flip * images + rows) * 3 * side + line) * side + column
 
 
 def canvas_bytes(pictures: int, *, padding: int, mirrored: bool) -> int:

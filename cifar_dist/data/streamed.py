@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import AugmentConfig, draw_mix_tables
+from cifar_dist.data.augment import AugmentConfig
+from cifar_dist.data.augment_tables import draw_mix_tables
 from cifar_dist.data.batches import Batch, concatenate
 
 AHEAD = 3  # steps
@@ -88,7 +89,7 @@ def rows_taken(
         if config.mixes and config.shown(batch.epoch) != views:
             views = config.shown(batch.epoch)
             size = len(batch.split.labels)
-            mixes = draw_mix_tables(config, views, rows=size, partners=partners, device="cpu")
+            mixes = draw_mix_tables(config, views, rows=size, partners=partners)
         taken = [batch.rows]
         if config.mixes:
             taken.append(mixes.partner.index_select(0, batch.places))

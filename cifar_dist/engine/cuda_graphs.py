@@ -68,7 +68,7 @@ class GraphRecorder:
             if torch.cuda.current_stream() == self.stream:
                 cause = first_line(error.__context__ or error)
                 raise UserError(
-                    f"run.graph: recording the step failed ({cause}); start again with run.graph=off"
+                    f"run.cuda_graphs: recording the step failed ({cause}); start again with run.cuda_graphs=off"
                 ) from error
             raise
         return graph.replay, results
@@ -153,7 +153,9 @@ class GraphedCallable(Generic[T]):
         try:
             replay, recorded = recorder.record(work, own_pool=self.parallel)
         except RuntimeError as error:
-            log.warning(f"run.graph: the step stays eager: recording failed ({first_line(error)})")
+            log.warning(
+                f"run.cuda_graphs: the step stays eager: recording failed ({first_line(error)})"
+            )
             self.failed = True
             restore(written, after)
             generator.set_state(random_state_after)
@@ -162,12 +164,12 @@ class GraphedCallable(Generic[T]):
         difference = max(
             relative_difference(of(recorded), expected), relative_difference(written, after)
         )
-        log.debug(f"run.graph: replay and eager execution differ by {difference:.3g}")
+        log.debug(f"run.cuda_graphs: replay and eager execution differ by {difference:.3g}")
         tolerance = 0.0 if exact else REPLAY_TOLERANCE
         if difference > tolerance:
             raise UserError(
-                f"run.graph: the recorded step differs from the eager step by {difference:.2g} "
-                f"(relative; at most {tolerance:g}); start again with run.graph=off"
+                f"run.cuda_graphs: the recorded step differs from the eager step by {difference:.2g} "
+                f"(relative; at most {tolerance:g}); start again with run.cuda_graphs=off"
             )
         self.replay, self.results = replay, recorded
         return recorded

@@ -141,9 +141,10 @@ def evaluate(
     classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]
     if logits is None:  # fewer blocks than ranks
         logits = torch.zeros(mine, size, int(classes), device=device)
-    gathered = gather_blocks(logits, ranks).flatten(0, 1)[: len(rows)].cpu()
-    labels = split.labels.index_select(0, rows.to(device)).cpu()
-    return Evaluation(metrics=accuracy(gathered, labels), logits=gathered, labels=labels)
+    gathered = gather_blocks(logits, ranks).flatten(0, 1)[: len(rows)]
+    labels = split.labels.index_select(0, rows.to(device))
+    metrics = accuracy(gathered, labels)
+    return Evaluation(metrics=metrics, logits=gathered.cpu(), labels=labels.cpu())
 
 
 def block_size(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The training step as CUDA graphs, recorded once on a GPU and replayed: `run.graph`.
+"""The training step as CUDA graphs, recorded once on a GPU and replayed: `run.cuda_graphs`.
 
 At 32 px a step is hundreds of kernels of microseconds each, and launching them one by one takes
 longer than running them. Recorded are the augmentation of the rank's rows, each teacher's forward,
@@ -31,9 +31,12 @@ from cifar_dist.engine.step import (
     train_step,
     update,
 )
+from cifar_dist.errors import UserError
 from cifar_dist.learn.objective import LossInputs, Objective, sum_terms
 from cifar_dist.learn.optim import keep_scalars_on_device
 from cifar_dist.learn.sam import SamConfig
+
+CudaGraphs = Literal["auto", "on", "off"]
 
 ALIGNMENT = 64  # numbers; gradients begin where vectorised kernels like it
 PARALLEL_PIXELS = 64  # side of the largest images whose micro-batches are replayed in parallel
@@ -73,12 +76,14 @@ class GraphedStep:
         max_grad_norm: float | None,
         reduce_precision: ReducePrecision,
         new_recorder: type[GraphRecorder] | None,
+        required: bool = False,
     ) -> None:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.device, self.world_size = device, world_size
         self.precision, self.seed = precision, seed
         self.scale, self.max_grad_norm = world_size / batch_size, max_grad_norm
         self.reduce_precision, self.new_recorder = reduce_precision, new_recorder
+        self.required = required  # a recording that fails is an error
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         if world_size > 1:
             share_weights(model)
@@ -140,6 +145,10 @@ class GraphedStep:
             learning.join()
         recordings: list[GraphedCallable[Any]] = [self.augmenting, *self.teaching, *self.learning]
         if any(recording.failed for recording in recordings):
+            if self.required:
+                raise UserError(
+                    "run.cuda_graphs=on: recording the step failed (see above); write auto"
+                )
             self.new_recorder = None
             self.drop_recordings(len(batches))
         if self.world_size > 1:
@@ -255,7 +264,7 @@ def build_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     *,
-    graph: Literal["auto", "off"],
+    cuda_graphs: CudaGraphs,
     shards: int,
     precision: Precision,
     seed: int,
@@ -265,34 +274,39 @@ def build_step(
     reduce_precision: ReducePrecision,
     keep_buffers: bool = False,
 ) -> StepFn:
-    """How to take a step: recorded on a GPU where that can be, else `train_step` under DDP.
+    """Return how to take a step: recorded on a GPU where that is possible, else `train_step` under DDP.
 
-    To be built anew when other parameters learn. `keep_buffers`: one that is left out because a
-    number was not finite leaves no trace in running statistics.
+    Build it again when other parameters learn. With `keep_buffers` a step that is skipped because a
+    number was not finite leaves no trace in running statistics. UserError where `cuda_graphs` is on
+    and the step cannot be recorded.
     """
     keeping = (
         partial(restore_buffers_on_skip, model) if keep_buffers else lambda take_step: take_step
     )
-    if graph == "auto" and accelerator.device.type == "cuda":
-        reason = unsupported_reason(model, optimizer, precision=precision, sam=sam)
-        if reason is None:
-            log.info(f"run.graph: after {WARM_UP} steps the step is recorded, then replayed")
-            captured = GraphedStep(
-                model,
-                objective,
-                optimizer,
-                device=accelerator.device,
-                world_size=accelerator.num_processes,
-                precision=precision,
-                seed=seed,
-                batch_size=batch_size,
-                max_grad_norm=max_grad_norm,
-                reduce_precision=reduce_precision,
-                new_recorder=GraphRecorder,
-            )
-            return keeping(captured)
-        log.info(f"run.graph: the step is not recorded: {reason}")
-    by_hand = partial(
+    device = accelerator.device
+    reason = unsupported_reason(model, optimizer, device=device, precision=precision, sam=sam)
+    if reason and cuda_graphs == "on":
+        raise UserError(f"run.cuda_graphs=on: the step cannot be recorded: {reason}; write auto")
+    if reason is None and cuda_graphs != "off":
+        log.info(f"run.cuda_graphs: after {WARM_UP} steps the step is recorded, then replayed")
+        graphed = GraphedStep(
+            model,
+            objective,
+            optimizer,
+            device=device,
+            world_size=accelerator.num_processes,
+            precision=precision,
+            seed=seed,
+            batch_size=batch_size,
+            max_grad_norm=max_grad_norm,
+            reduce_precision=reduce_precision,
+            new_recorder=GraphRecorder,
+            required=cuda_graphs == "on",
+        )
+        return keeping(graphed)
+    if cuda_graphs != "off" and device.type == "cuda":
+        log.info(f"run.cuda_graphs: the step is not recorded: {reason}")
+    eager = partial(
         train_step,
         accelerator,
         wrap(accelerator, model, shards=shards, reduce_precision=reduce_precision),
@@ -305,7 +319,7 @@ def build_step(
         max_grad_norm=max_grad_norm,
         sam=sam,
     )
-    return keeping(by_hand)
+    return keeping(eager)
 
 
 def restore_buffers_on_skip(model: nn.Module, take_step: StepFn) -> StepFn:
@@ -336,10 +350,13 @@ def unsupported_reason(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    device: torch.device,
     precision: Precision,
     sam: SamConfig | None,
 ) -> str | None:
-    """Why a step cannot be recorded on a GPU, or None."""
+    """Return why a step cannot be recorded, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a GPU, and this is {device.type}"
     if precision == "fp16":
         return "the scaler of fp16 reads a number in each step"
     if sam:

@@ -143,14 +143,19 @@ class MetricsFile:
         self.path = path
 
     def append(self, line: Line) -> None:
+        """Add a line. It survives this process, and this machine after `sync`."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        """Put all lines on the disk, before a checkpoint that has seen them: none may be missing then."""
+        if self.path.exists():
+            with naming(self.path), self.path.open("a") as file:
+                os.fsync(file.fileno())
 
     def read(self) -> list[Line]:
         """The lines; a last one that a crash left unfinished is left out.
@@ -203,6 +208,11 @@ def _parsed(text: bytes) -> Line | None:
     return None
 
 
+def peak_reserved_bytes(device: torch.device) -> int:
+    """Return the most memory that the allocator held, recordings' pools included; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
@@ -215,11 +225,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """loss, top1 and top5 (percent) of f32 [N, C] logits; computed on the CPU in float64."""
-    logits, labels = logits.cpu().double(), labels.cpu()
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    """Return loss, top1 and top5 (percent) of f32 [N, C] logits and int64 [N] labels, on their device.
+
+    In float64. Of equal logits the first counts as larger, as `argmax` has it, on any device.
+    """
+    logits, column = logits.double(), labels[:, None]
+    own = logits.gather(1, column)
+    first = torch.arange(logits.shape[1], device=logits.device) < column
+    # all that is not below it; a number that is NaN is below nothing
+    rank = (~((logits < own) | ((logits == own) & ~first))).sum(1)
     return {
         "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
-        "top1": 100.0 * best[:, 0].double().mean().item(),
-        "top5": 100.0 * best.any(1).double().mean().item(),
+        "top1": 100.0 * (rank == 0).double().mean().item(),
+        "top5": 100.0 * (rank < 5).double().mean().item(),
     }

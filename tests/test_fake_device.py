@@ -1,0 +1,169 @@
+"""The whole step of every recipe on a device that only pretends to exist: what a GPU would wait for.
+
+Forward, backward, update, window and average run on fake tensors of torch's "lazy" device, which has
+shapes, strides and a device, and no numbers. From the second step of an epoch on nothing may copy
+between devices or read a number. Autocast is left out: torch knows none for that device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_all_recipes import RECIPES, ROOT, SMALL
+from test_speed import Waits
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import tree_leaves
+
+from cifar_dist.data.arrow import Split
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import train_batches
+from cifar_dist.engine import graphed_step, step
+from cifar_dist.engine.graphed_step import GraphedStep, unsupported_reason
+from cifar_dist.engine.metrics import Window
+from cifar_dist.learn.ema import build_average
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import build_optimizer, keep_scalars_on_device, set_learning_rate
+from cifar_dist.learn.teacher import Live
+from cifar_dist.nets.backbones import build_model
+from cifar_dist.nets.freeze import first_epochs, freeze
+from cifar_dist.recipe import Recipe, load_recipe
+
+DEVICE = torch.device("lazy", 0)
+ROWS, MICRO_BATCHES = 64, 2
+
+
+class WaitsOnOneDevice(Waits):
+    """`Waits` that takes the place of fused optimizers, which have no fake form here."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "_fused_" not in str(function):
+            return super().__torch_dispatch__(function, types, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert {tensor.device for tensor in tensors} == {DEVICE}
+        parameters, gradients = args[:2]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            assert parameter.stride() == gradient.stride()
+        return None
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch and the step take the lazy device for one of theirs."""
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        return contextlib.nullcontext()
+
+    supported = torch_optimizer._get_fused_kernels_supported_devices
+    monkeypatch.setattr(
+        torch_optimizer, "_get_fused_kernels_supported_devices", lambda: [*supported(), "lazy"]
+    )
+    monkeypatch.setattr(torch, "autocast", nothing)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    for module in (step, graphed_step):
+        monkeypatch.setattr(module, "autocast", nothing)
+    monkeypatch.setattr(step, "generator_of", lambda device: torch.default_generator)
+    monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """The model with its tensors replaced by others of their shapes and strides."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(moved(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = moved(buffer)
+    return model
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_no_step_waits_for_the_device(pretended: None, path: Path) -> None:
+    changes = ["model.pretrained=false", "model.grad_checkpointing=false"]  # no lazy device has it
+    recipe = load_recipe(ROOT / path, changes)
+    for deep in ("vit", "deit", "eva", "convnext"):  # the same layers, dozens of times
+        if recipe.model.backbone.startswith(deep):
+            small = [f"model.backbone={SMALL[deep]}", "model.image_size=64"]
+            recipe = load_recipe(ROOT / path, [*changes, *small])
+    with torch.device("meta"):
+        network = build_model(recipe.model, 100).to(memory_format=torch.channels_last)
+    taught = any(loss.taught for loss in recipe.losses.values())
+    teacher = copy.deepcopy(network).eval() if taught else None
+    with FakeTensorMode():
+        take_three_steps(recipe, network, teacher)
+
+
+def take_three_steps(recipe: Recipe, network: nn.Module, teaching: nn.Module | None) -> None:
+    augment = replace(recipe.augment, host=None)  # the host's part is a wait by its nature
+    batch_size = 4 * MICRO_BATCHES  # two at each size of model.second_size
+    images = torch.zeros(ROWS, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
+    split = Split(images=images, labels=torch.zeros(ROWS, dtype=torch.int64, device=DEVICE))
+    teacher = Live(on_device(teaching), 1.0) if teaching else None
+    model: Any = on_device(network)
+    objective = Objective(Augment(augment, split), recipe.losses, teacher)
+    freeze(model, recipe.model.freeze, epoch=None)
+    optimizer = build_optimizer(recipe.optim, model, first_epochs(model, recipe.model.freeze))
+    freeze(model, recipe.model.freeze, epoch=0)
+    average = build_average(recipe.ema, model, steps_per_epoch=1, total_steps=10**6)
+    window = Window(objective.names, shards=MICRO_BATCHES, device=DEVICE)
+    batches = train_batches(
+        split,
+        torch.arange(ROWS),
+        seed=0,
+        shuffle=True,
+        batch_size=batch_size,
+        shards=MICRO_BATCHES,
+        start_step=0,
+        rank=0,
+        world_size=1,
+        repeats=augment.repeats,
+    )
+    take_step = GraphedStep(
+        model,
+        objective,
+        optimizer,
+        device=DEVICE,
+        world_size=1,
+        precision="fp32",
+        seed=0,
+        batch_size=batch_size,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        reduce_precision="fp32",
+        new_recorder=None,
+    )
+    reason = unsupported_reason(
+        model, optimizer, device=torch.device("cuda"), precision="bf16", sam=recipe.optim.sam
+    )
+    if reason is None:
+        keep_scalars_on_device(optimizer, DEVICE)
+    else:  # its own kind of step reads a number; all but the update is looked at
+        take_step.update_weights = lambda learned: (  # type: ignore[method-assign]
+            torch.zeros((), dtype=torch.bool, device=DEVICE),
+            torch.stack([one.sums for one in learned]),
+        )
+    model.train_size = recipe.model.train_size(0)
+    counts = []
+    for number in range(3):
+        with WaitsOnOneDevice() as waits:
+            set_learning_rate(optimizer, 0.1 / (1 + number))
+            window.add(take_step(next(batches), step=number))
+            if average:
+                average.update(model, number + 1)
+        counts.append(waits.count)
+    assert counts[0] > 0, "the order and the tables of the epoch go to the device"
+    if reason is None:
+        assert counts[1:] == [0, 0]
