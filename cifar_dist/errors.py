@@ -24,10 +24,6 @@ class UserError(ValueError):
     """
 
 
-class SaidError(UserError):
-    """One whose sentence has been said already (engine/ending.py)."""
-
-
 def is_main_rank() -> bool:
     """Whether this process speaks for its group, told by the launcher's environment alone."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -68,6 +64,6 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         sentence = sentence_of(error)
         if sentence is None or "--traceback" in arguments:
             raise
-        if is_main_rank() and not isinstance(error, SaidError):
+        if is_main_rank():
             say(sentence)
         return USER_ERROR

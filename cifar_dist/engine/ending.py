@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cifar_dist.engine.runtime import end_processes
-from cifar_dist.errors import USER_ERROR, SaidError, UserError, say, sentence_of
+from cifar_dist.errors import USER_ERROR, UserError, say, sentence_of
 
 TICK_SECONDS, LOOK_SECONDS = 1.0, 0.05
 SAME_SECONDS = 2.0  # in which ranks that make the same mistake make it
@@ -45,7 +46,13 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
             raise
         ending.over.set()
         ending.tell(sentence)
-        raise SaidError(sentence) from error
+        if "--traceback" in sys.argv:
+            raise
+        # Not by sys.exit: NCCL's destructors may wait for a collective that the others have left.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, AttributeError):  # a closed one has no reader, or is None
+                stream.flush()
+        os._exit(USER_ERROR)
     except RuntimeError:  # of a collective that another rank has left
         ending.leave_if_told()
         raise
