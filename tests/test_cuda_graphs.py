@@ -309,6 +309,10 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": "bf16",
         "model": {"drop_rate": 0.0},
     },
+    "images too large to run in parallel, gradients added up at once": {
+        "optim": "sgd",
+        "model": {"drop_rate": 0.0, "image_size": 80},
+    },
     "a teacher whose loss warms up": {
         "optim": "sgd",
         "losses": {

@@ -52,14 +52,17 @@ class Gradients(NamedTuple):
     """What a micro-batch's forward and backward leave."""
 
     sums: Tensor  # f32 [terms]: each term's sum over the samples
-    tensors: list[Tensor]  # of the parameters that have one, in their order
+    tensors: list[
+        Tensor
+    ]  # of the parameters that have one, in their order; empty if added up already
 
 
 class GraphedStep:
     """`train_step` for what can be recorded: the same update, bit for bit where kernels are the same.
 
-    Each micro-batch has gradients of its own. Their sum, in the order of the micro-batches, lies in
-    one flat tensor, which ranks all-reduce at once; DDP has no part in it.
+    Gradients are added up in the order of the micro-batches in one flat tensor, which ranks all-reduce
+    at once; DDP has no part in it. Micro-batches of small images keep gradients of their own until
+    then, so that they can be replayed in parallel.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class GraphedStep:
         main = new(self.device) if new else None
         augment, teacher = self.objective.augment, self.objective.teacher
         image_size = getattr(getattr(self.model, "pixels", None), "image_size", PARALLEL_PIXELS + 1)
-        parallel = micro_batches > 1 and image_size <= PARALLEL_PIXELS
+        self.parallel = micro_batches > 1 and image_size <= PARALLEL_PIXELS
         self.augmenting: GraphedCallable[None] = GraphedCallable(
             main if augment.recordable else None
         )
@@ -116,7 +119,7 @@ class GraphedStep:
             self.teaching.append(GraphedCallable(main if can_teach else None))
             # each on a stream of its own, as cuBLAS has a workspace for each
             own = new(self.device, main.pool) if new and main else None
-            self.learning.append(GraphedCallable(own, parallel=parallel))
+            self.learning.append(GraphedCallable(own, parallel=self.parallel))
         self.summing: GraphedCallable[None] = GraphedCallable(main)
         self.updating: GraphedCallable[tuple[Tensor, Tensor]] = GraphedCallable(main)
 
@@ -137,7 +140,7 @@ class GraphedStep:
             learned.append(
                 self.learning[place](
                     partial(self.forward_backward, batch, part),
-                    written=partial(list, self.model.buffers()),
+                    written=self.learned_tensors,
                     compared=gradients_of,
                 )
             )
@@ -151,8 +154,9 @@ class GraphedStep:
                 )
             self.new_recorder = None
             self.drop_recordings(len(batches))
-        if self.world_size > 1:
+        if self.world_size > 1 and self.parallel:
             self.summing(partial(self.sum_gradients, learned), written=self.flat_tensor)
+        if self.world_size > 1:
             reduce_gradients(self.flat, self.world_size, precision=self.reduce_precision)
         skipped, sums = self.updating(
             partial(self.update_weights, learned), written=self.updated_tensors
@@ -213,20 +217,29 @@ class GraphedStep:
             if parameter.grad is not None
         }
         self.in_use = list(found)
-        return Gradients(sum_terms(terms), list(found.values()))
+        gradients = list(found.values())
+        if self.parallel:
+            return Gradients(sum_terms(terms), gradients)
+        self.add_gradients(gradients, is_first=part.start == 0)
+        return Gradients(sum_terms(terms), [])
 
     @torch.no_grad()
-    def sum_gradients(self, learned: list[Gradients]) -> None:
-        """Add up the micro-batches' gradients, in their order."""
+    def add_gradients(self, gradients: list[Tensor], *, is_first: bool) -> None:
+        """Add a micro-batch's gradients to the sum, or begin the sum with them."""
         total = [self.flat_views[number] for number in self.in_use]
-        first, *others = learned
-        torch._foreach_copy_(total, first.tensors)
-        for other in others:
-            torch._foreach_add_(total, other.tensors)
+        if is_first:
+            torch._foreach_copy_(total, gradients)
+        else:
+            torch._foreach_add_(total, gradients)
+
+    def sum_gradients(self, learned: list[Gradients]) -> None:
+        """Add up the gradients that the micro-batches kept, in their order."""
+        for place, one in enumerate(learned):
+            self.add_gradients(one.tensors, is_first=place == 0)
 
     def update_weights(self, learned: list[Gradients]) -> tuple[Tensor, Tensor]:
         """Return whether the update was skipped, and the sums of the terms of each micro-batch."""
-        if self.world_size == 1:
+        if self.world_size == 1 and self.parallel:
             self.sum_gradients(learned)
         for parameter in self.parameters:
             parameter.grad = None
@@ -242,6 +255,9 @@ class GraphedStep:
 
     def teacher_tensors(self, part: slice) -> list[Tensor]:
         return [] if self.teacher_logits is None else [self.teacher_logits[part]]
+
+    def learned_tensors(self) -> list[Tensor]:
+        return [*self.model.buffers(), *([] if self.parallel else [self.flat])]
 
     def flat_tensor(self) -> list[Tensor]:
         return [self.flat]
