@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ def share_of_threads(seconds: float = 10) -> float:
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     ending = Ending(0, 2)  # as if there were another rank; it only listens
-    with watched(Ranks(0, 2, None), lambda: 0, seconds=600, shards=1):
+    with watched(Ranks(0, 2, None), SimpleNamespace(step=0), seconds=600, shards=1):
         time.sleep(1)
         begun = time.process_time()
         time.sleep(seconds)

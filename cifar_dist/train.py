@@ -1,7 +1,7 @@
-"""Train one recipe: the walk from pickles to a finished run. Read it top to bottom.
+"""Train one recipe: set up, fit, finish. Read it top to bottom.
 
 A run is a fold over the step. All that is random is derived from (seed, step, row), so stopping,
-going on and another number of processes are one thing: start again at the checkpoint's step.
+resuming and another number of processes are one thing: start again at the checkpoint's step.
 """
 
 from __future__ import annotations
@@ -11,11 +11,8 @@ from cifar_dist import signals
 if __name__ == "__main__":
     signals.install()  # before torch: a signal kills a Python process that has no handler yet
 
-import hashlib
-import signal
 import sys
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,319 +21,222 @@ from accelerate import Accelerator
 
 from cifar_dist import __version__
 from cifar_dist.command_line import add_recipe, command_parser
-from cifar_dist.data.arrow import class_names, data_digest, open_splits, read_digest
-from cifar_dist.data.augment import Augment
-from cifar_dist.data.batches import count_steps, holdout_rows, train_batches
+from cifar_dist.data.arrow import read_digest
 from cifar_dist.data.host_pipeline import Pipeline
-from cifar_dist.data.streamed import streamed
 from cifar_dist.dry_run import plan
-from cifar_dist.engine import lock, results, run_folder
-from cifar_dist.engine.checkpoint import load_progress, load_tensors
 from cifar_dist.engine.ending import ending_together
-from cifar_dist.engine.evaluation import evaluate, refresh_statistics
-from cifar_dist.engine.graphed_step import StepFn, build_step
-from cifar_dist.engine.host import host_workers
-from cifar_dist.engine.metrics import MetricsFile, Window, peak_memory_bytes, peak_reserved_bytes
-from cifar_dist.engine.runtime import (
-    Ranks,
-    adopt_slurm_ranks,
-    log,
-    log_to_terminal,
-    progress_bar,
-    rank_mesh,
-    start_processes,
-)
+from cifar_dist.engine.evaluation import Evaluation, refresh_statistics
+from cifar_dist.engine.graphed_step import build_step
+from cifar_dist.engine.metrics import peak_memory_bytes
+from cifar_dist.engine.results import publish
+from cifar_dist.engine.runtime import adopt_slurm_ranks, log, log_to_terminal, start_processes
 from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.step import check_precision, make_scaler
-from cifar_dist.engine.tracking import Tracker
 from cifar_dist.engine.watchdog import watched
 from cifar_dist.errors import run_command
-from cifar_dist.files import write_file
-from cifar_dist.keys import key
-from cifar_dist.learn.ema import build_average
-from cifar_dist.learn.losses import logit_scale
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer, learning_rate, max_lr, set_learning_rate
-from cifar_dist.learn.teacher import build_teacher
-from cifar_dist.nets.backbones import build_model, fetch_pretrained, num_parameters, pretrained_cfg
-from cifar_dist.nets.freeze import first_epochs, freeze, frozen
-from cifar_dist.nets.pixels import patch_filters
-from cifar_dist.recipe import Recipe, load_recipe, resolved, to_yaml
-from cifar_dist.runs import (
-    SAMPLE_NOTE,
-    check_caches,
-    check_world,
-    find_teacher,
-    finished_before,
-    open_run,
-    say_finished,
-    take_over,
-    wait_for_data,
-)
+from cifar_dist.learn.optim import build_optimizer, max_lr, set_learning_rate
+from cifar_dist.nets.backbones import pretrained_cfg
+from cifar_dist.nets.freeze import freeze, frozen
+from cifar_dist.recipe import Recipe, load_recipe
+from cifar_dist.runs import SAMPLE_NOTE, finished_before, say_finished, wait_for_data
+from cifar_dist.training.finish import Outcome, finish
+from cifar_dist.training.setup import Run, setup
 
 
 def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> dict[str, Any]:
-    """Train, evaluate, log and save one recipe; returns what summary.json says.
+    """Train, evaluate, log and save one recipe, and return what summary.json contains.
 
-    Goes on where an earlier start stopped; `finished` is False when a signal stopped this one.
+    Resumes where an earlier start stopped; `finished` is False when a signal stopped this one.
     """
-    ranks, device = Ranks.of(accelerator), accelerator.device
-    run, data, folder = recipe.run, recipe.data, recipe.folder
-    check_precision(run.precision, device)
     with ExitStack() as stack:
-        # One folder, one job, one recipe, one data set, the same teachers.
-        ranks.main_does(lambda: stack.enter_context(lock.locked(folder)))
-        digest = data_digest(Path(data.path))
-        ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
-        ranks.same("data set", digest[:12])
-        trained = ranks.main_does(lambda: [find_teacher(one) for one in recipe.taught_by])
-        ranks.main_does(lambda: check_caches(recipe, trained))
-        teachers = [teacher.digest for teacher in trained]
-        saved, shards = ranks.main_does(
-            lambda: open_run(recipe, data=digest, teachers=teachers, force=force)
-        )
-        surroundings = run_folder.environment(
-            world_size=ranks.world_size, device=device, data=digest, teachers=teachers
-        )
-        shards = shards or run.shards or ranks.world_size
-        check_world(recipe, shards=shards, world_size=ranks.world_size)
+        run, state = setup(recipe, accelerator, stack, force=force)
+        seconds = recipe.run.timeout_seconds
+        with watched(run.ranks, state, seconds=seconds, shards=run.shards) as unwatch:
+            outcome = fit(run, state)
+            unwatch()
+            return finish(run, state, outcome)
 
-        # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
-        train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
-        rows, held_rows = torch.arange(len(train_split.labels)), None
-        if data.holdout:
-            rows, held_rows = holdout_rows(train_split.labels, data.holdout)
-        steps_per_epoch = count_steps(len(rows), run.batch_size)
-        total_steps = run.epochs * steps_per_epoch
 
-        # The state of the run: at step 0, or as it was saved.
-        if saved is None:
-            ranks.main_does(lambda: fetch_pretrained(recipe.model))
-        torch.manual_seed(key("weights", run.seed))
-        classes = len(class_names(Path(data.path)))
-        model = build_model(recipe.model, classes, load_tensors(saved, "model") if saved else None)
-        if saved is None and recipe.model.whiten:
-            whiten = partial(patch_filters, model.pixels, train_split.images[rows[:2000]].cpu())
-            model.pixels.filters.copy_(ranks.main_does(whiten))
-        model.to(device).to(memory_format=torch.channels_last)
-        teacher = build_teacher(
-            recipe.taught_by,
-            trained,
-            num_classes=classes,
-            device=device,
-            mesh=lambda over: rank_mesh(device, ranks.world_size, over=over),
-        )
-        if teacher and teacher.parameters_here:
-            held = " ".join(ranks.each(f"{teacher.parameters_here:,}"))
-            log.info(f"the teacher's parameters on each rank: {held}")
-        batches_of = partial(
-            train_batches,
-            rows=rows,
-            seed=run.seed,
-            shuffle=data.shuffle,
-            batch_size=run.batch_size,
-            shards=shards,
-            start_step=load_progress(saved)["step"] if saved else 0,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            repeats=recipe.augment.repeats,
-        )
-        batches = batches_of(train_split)
-        host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, run.epochs))
-        ahead = stack.enter_context(streamed(recipe.augment, train_split, rows, batches_of))
-        augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
-        objective = Objective(augment, recipe.losses, teacher)
-        freeze(model, recipe.model.freeze, epoch=None)  # for all that ever learns
-        begins = first_epochs(model, recipe.model.freeze)
-        state = State(
-            model=model,
-            optimizer=build_optimizer(recipe.optim, model, begins),
-            scaler=make_scaler(run.precision, device),
-            ema=build_average(
-                recipe.ema, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
-            ),
-            window=Window(objective.names, shards=shards, device=device),
-        )
-        if saved is not None:
-            state.restore(saved, ranks, total_steps=total_steps)
-        ranks.main_does(lambda: take_over(recipe, surroundings, saved))
-        if run.compile:
-            model.compile()
+def fit(run: Run, state: State) -> Outcome:
+    """Train to the recipe's end, an early stop or a signal; between two steps do what is due.
 
-        # What the run leaves.
-        metrics_file = MetricsFile(folder / "metrics.jsonl")
-        tracker = Tracker()
-        last_look = ranks.main_does(lambda: metrics_file.truncate(state.step, state.evaluated_step))
-        state.evaluated_step = min(state.evaluated_step, last_look)  # a lost one is due again
-        if ranks.is_main:
-            tracker.start(recipe.tracking, folder, resolved(recipe), surroundings, recipe.taught_by)
-        log.info(
-            f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {run.epochs} epochs of "
-            f"{steps_per_epoch} steps, batch {run.batch_size} in {shards} shard(s)"
-            + (f"; goes on at step {state.step} of {total_steps}" if saved else "")
+    What is due is decided anew after a restart, and nothing happens twice at a step.
+    """
+    settings, evaluation = run.recipe.run, None
+    while True:
+        step, early_stop = state.step, early_stop_reason(run, state)
+        at_end = step == run.total_steps or early_stop is not None
+        polled = state.steps_to_poll == 0
+        stop, save_now = poll(run, state) if polled else (0, False)
+        stop = 0 if at_end else stop
+        log_due = should_log(
+            step, pending=state.window.steps, every=settings.report_every_steps, at_end=at_end
         )
-        unwatch = stack.enter_context(
-            watched(ranks, lambda: state.step, seconds=run.timeout_seconds, shards=shards)
+        eval_due = should_evaluate(
+            step,
+            evaluated=state.evaluated_step,
+            every=settings.eval_every_epochs * run.steps_per_epoch,
+            at_end=at_end,
+            stopping=stop > 0,
         )
-        bar = stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main))
-
-        def tell(kind: str, values: dict[str, Any]) -> None:
-            line = {"kind": kind, "step": state.step, "epoch": state.step / steps_per_epoch}
-            line |= values
-            ranks.main_does(lambda: results.publish(line, metrics_file, tracker, epochs=run.epochs))
-
-        look = partial(
-            evaluate,
-            state.evaluated_model,
-            precision=run.precision,
-            logit_scale=logit_scale(recipe.losses.values()),
-            ranks=ranks,
+        save_due = should_save(
+            step, saved=state.saved_step, at_end=at_end, stopping=stop > 0, save_now=save_now
         )
-        why_no_more = partial(
-            state.why_no_more,
-            epochs_without_gain=run.stop_after_epochs_without_gain,
-            steps_per_epoch=steps_per_epoch,
-        )
-        lr_of = partial(
-            learning_rate,
-            recipe.optim,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-        )
-        evaluation, test_rows = None, torch.arange(len(test_split.labels))
-        check_data()  # has run beside
-        take_step: StepFn | None = None
-        to_vote = 0  # steps; counted, so that a rank that lost count of its own votes all the same
-        while True:
-            # What is due after `step` updates; nothing here happens twice at a step.
-            step, epoch = state.step, state.step // steps_per_epoch
-            ended_early = step < total_steps and why_no_more()
-            at_end = step == total_steps or bool(ended_early)
-            stop, save_now, votes = 0, False, to_vote == 0
-            if votes:
-                stop, save_now, to_vote = vote(
-                    state, ranks, save_every_minutes=run.save_every_minutes
-                )
-                stop = 0 if at_end else stop
-            report_due = state.window.steps and (at_end or step % run.report_every_steps == 0)
-            look_due = step > state.evaluated_step and not stop
-            look_due &= at_end or step % (run.eval_every_epochs * steps_per_epoch) == 0
-            save_due = step > state.saved_step and (at_end or stop or save_now)
-            if report_due or look_due or save_due:
-                state.check_numbers(ranks, most_skips=run.most_skips, warn=bool(report_due))
-            if report_due:
-                numbers = state.window.report(batch_size=run.batch_size, may_skip=run.may_skip)
-                numbers |= {"lr": max_lr(state.optimizer, lr_of(step - 1))}
-                tell("train", numbers | {"memory_bytes": peak_memory_bytes(device)})
-                state.window.clear()
-            if look_due:
-                with state.window.paused():
-                    if state.ema and state.ema.mixes_statistics(step):
-                        refresh_statistics(
-                            state.ema.model,
-                            augment.again(),  # workers are further on
-                            train_split,
-                            rows,
-                            seed=run.seed,
-                            epoch=epoch - 1,  # the last one
-                            precision=run.precision,
-                            ranks=ranks,
-                            frozen=frozen(begins, epoch - 1),
-                        )
-                    evaluation = look(test_split, test_rows)
-                    numbers = dict(evaluation.metrics)
-                    if held_rows is not None:
-                        held_out = look(train_split, held_rows).metrics
-                        numbers |= {f"val_{name}": value for name, value in held_out.items()}
-                        save_due |= state.note_held_out(held_out["top1"])
-                    tell("eval", numbers)
-                    state.evaluated_step = step
-                if not at_end and why_no_more():
-                    continue  # now this is the end, and other things are due
-            if save_due:
-                facts = {"shards": shards, "data": digest, "teachers": teachers}
-                facts["world_size"], keep = ranks.world_size, run.keep_checkpoints
-                with state.window.paused():
-                    ranks.main_does(metrics_file.sync)
-                    state.save(folder / "checkpoints", ranks, keep=keep, facts=facts)
-            if stop or at_end:
-                state.finish_saving(ranks)
-                break
-            new_epoch = step % steps_per_epoch == 0
-            if host and (votes or new_epoch) and not host.show(epoch):
-                to_vote = 0  # a signal came before the epoch's pictures
-                continue
+        if log_due or eval_due or save_due:
+            state.check_numbers(run.ranks, most_skips=settings.most_skips, warn=log_due)
+        if log_due:
+            log_training(run, state)
+        if eval_due:
+            evaluation, is_best = evaluate(run, state)
+            if not at_end and early_stop_reason(run, state):
+                continue  # this step is the end, and more is due
+            save_due |= is_best
+        if save_due:
+            save(run, state)
+        if stop or at_end:
+            state.finish_saving(run.ranks)
+            return Outcome(evaluation, stop, early_stop)
+        if images_ready(run, state, polled=polled):
+            train_one_step(run, state)
 
-            # DDP reduces what learned when it was made, so the step is made anew where that changes.
-            if take_step is None or new_epoch:
-                changed = freeze(model, recipe.model.freeze, epoch=epoch)
-                if changed or take_step is None:
-                    take_step = None  # its recordings' memory is free for the next ones
-                    take_step = build_step(
-                        accelerator,
-                        model,
-                        objective,
-                        state.optimizer,
-                        state.scaler,
-                        cuda_graphs=run.cuda_graphs,
-                        shards=shards,
-                        precision=run.precision,
-                        seed=run.seed,
-                        batch_size=run.batch_size,
-                        max_grad_norm=recipe.optim.max_grad_norm,
-                        sam=recipe.optim.sam,
-                        reduce_precision=run.reduce_precision,
-                        keep_buffers=run.may_skip,
-                    )
 
-            # The life of a sample: rows -> view -> outputs -> terms -> gradient -> weights.
-            set_learning_rate(state.optimizer, lr_of(step))
-            model.train_size = recipe.model.train_size(epoch)
-            made = take_step(next(batches), step=step)
-            state.window.add(made)
-            state.step, to_vote = state.step + 1, to_vote - 1
-            if state.ema:
-                state.ema.update(model, state.step)
-            bar.update()
+def should_log(step: int, *, pending: int, every: int, at_end: bool) -> bool:
+    """Whether to log after `step` updates; `pending`: updates since the last report."""
+    return pending > 0 and (at_end or step % every == 0)
 
-        # The last numbers are the headline, whatever an earlier epoch had.
-        unwatch()
-        peaks, reserved = zip(
-            *ranks.each((peak_memory_bytes(device), peak_reserved_bytes(device))), strict=True
-        )
-        log.info(
-            f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}"
-            + (f" (reserved: {max(reserved) >> 20})" if max(reserved) else "")
-        )
-        facts = {
-            "name": recipe.name,
-            "shards": shards,
-            "world_size": ranks.world_size,
-            "parameters": num_parameters(model),
-            "peak_memory_bytes": max(peaks),
-            **({"peak_reserved_bytes": max(reserved)} if max(reserved) else {}),
-            "epochs": state.step / steps_per_epoch,
-            "steps": state.step,
-            "seconds": state.seconds,
-            "finished": at_end,
-            **({"ended_early": ended_early} if ended_early else {}),
-            **({"stopped_by": signal.Signals(stop).name} if stop else {}),
-        }
-        if at_end and evaluation is None:  # all was done but the summary
-            evaluation = look(test_split, test_rows)
 
-        def conclude() -> dict[str, Any]:
-            lines = metrics_file.read()
-            summary = results.summarize(facts, lines)
-            if evaluation is not None and at_end:
-                results.write_predictions(folder, evaluation)
-            results.write_summary(folder, summary)
-            if stop:  # slurm/train.sh reads it to know whether to queue the job again
-                write_file(folder / "stopped", f"{signal.Signals(stop).name}\n")
-            tracker.finish(summary, evaluation if at_end else None)
-            return summary
+def should_evaluate(step: int, *, evaluated: int, every: int, at_end: bool, stopping: bool) -> bool:
+    """Whether to evaluate after `step` updates; `evaluated`: after how many it was done last.
 
-        return ranks.main_does(conclude)
+    A run that is asked to stop evaluates when it is resumed.
+    """
+    return step > evaluated and not stopping and (at_end or step % every == 0)
+
+
+def should_save(step: int, *, saved: int, at_end: bool, stopping: bool, save_now: bool) -> bool:
+    """Whether to save a checkpoint after `step` updates; `saved`: the last one's number."""
+    return step > saved and (at_end or stopping or save_now)
+
+
+def early_stop_reason(run: Run, state: State) -> str | None:
+    """Return why training ends before the recipe's last step, or None."""
+    if state.step == run.total_steps:
+        return None
+    return state.why_no_more(
+        epochs_without_gain=run.recipe.run.stop_after_epochs_without_gain,
+        steps_per_epoch=run.steps_per_epoch,
+    )
+
+
+def poll(run: Run, state: State) -> tuple[int, bool]:
+    """Agree with the other ranks on a stop signal, or 0, and on whether to save now."""
+    stop, save_now, state.steps_to_poll = vote(
+        state, run.ranks, save_every_minutes=run.recipe.run.save_every_minutes
+    )
+    return stop, save_now
+
+
+def log_training(run: Run, state: State) -> None:
+    """Log the means since the last report, and begin the next ones."""
+    settings = run.recipe.run
+    numbers = state.window.report(batch_size=settings.batch_size, may_skip=settings.may_skip)
+    numbers |= {"lr": max_lr(state.optimizer, run.learning_rate(state.step - 1))}
+    log_record(run, state, "train", numbers | {"memory_bytes": peak_memory_bytes(run.device)})
+    state.window.clear()
+
+
+def log_record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
+    """Write a record to metrics.jsonl, W&B and the terminal."""
+    record = {"kind": kind, "step": state.step, "epoch": state.step / run.steps_per_epoch}
+    epochs = run.recipe.run.epochs
+    run.ranks.main_does(publish, record | values, run.metrics_file, run.tracker, epochs=epochs)
+
+
+def evaluate(run: Run, state: State) -> tuple[Evaluation, bool]:
+    """Evaluate on the test and validation rows, and log it; whether validation top-1 is the best yet."""
+    is_best, epoch = False, state.step // run.steps_per_epoch
+    with state.window.paused():
+        if state.ema and state.ema.mixes_statistics(state.step):
+            refresh_statistics(
+                state.ema.model,
+                run.objective.augment.again(),  # workers are further on
+                run.train_split,
+                run.rows,
+                seed=run.recipe.run.seed,
+                epoch=epoch - 1,  # the last one
+                precision=run.recipe.run.precision,
+                ranks=run.ranks,
+                frozen=frozen(run.unfreeze_epochs, epoch - 1),
+            )
+        evaluation = run.evaluate(state, run.test_split)
+        numbers = dict(evaluation.metrics)
+        if run.val_rows is not None:
+            validation = run.evaluate(state, run.train_split, run.val_rows).metrics
+            numbers |= {f"val_{name}": value for name, value in validation.items()}
+            is_best = state.note_held_out(validation["top1"])
+        log_record(run, state, "eval", numbers)
+        state.evaluated_step = state.step
+    return evaluation, is_best
+
+
+def save(run: Run, state: State) -> None:
+    """Save a checkpoint, after all records that it has seen."""
+    with state.window.paused():
+        run.ranks.main_does(run.metrics_file.sync)
+        keep = run.recipe.run.keep_checkpoints
+        state.save(run.folder / "checkpoints", run.ranks, keep=keep, facts=run.metadata)
+
+
+def images_ready(run: Run, state: State, *, polled: bool) -> bool:
+    """Whether the host's workers, if there are any, have this epoch's images; False: poll first."""
+    new_epoch = state.step % run.steps_per_epoch == 0
+    if run.host and (polled or new_epoch) and not run.host.show(state.step // run.steps_per_epoch):
+        state.steps_to_poll = 0
+        return False
+    return True
+
+
+def train_one_step(run: Run, state: State) -> None:
+    """The life of a sample: rows -> augmented images -> outputs -> losses -> gradient -> weights."""
+    epoch = state.step // run.steps_per_epoch
+    if state.step_fn is None or state.step % run.steps_per_epoch == 0:
+        prepare_step(run, state, epoch)
+    assert state.step_fn
+    set_learning_rate(state.optimizer, run.learning_rate(state.step))
+    state.model.train_size = run.recipe.model.train_size(epoch)
+    state.window.add(state.step_fn(next(run.batches), step=state.step))
+    state.step += 1
+    state.steps_to_poll -= 1
+    if state.ema:
+        state.ema.update(state.model, state.step)
+    run.bar.update()
+
+
+def prepare_step(run: Run, state: State, epoch: int) -> None:
+    """Let learn what learns in this epoch; where that changes, build the step again.
+
+    DDP reduces the parameters that required a gradient when it was built, and no others.
+    """
+    changed = freeze(state.model, run.recipe.model.freeze, epoch=epoch)
+    if state.step_fn is not None and not changed:
+        return
+    state.step_fn = None  # its recordings' memory is free for the next ones
+    settings = run.recipe.run
+    state.step_fn = build_step(
+        run.accelerator,
+        state.model,
+        run.objective,
+        state.optimizer,
+        state.scaler,
+        cuda_graphs=settings.cuda_graphs,
+        shards=run.shards,
+        precision=settings.precision,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        max_grad_norm=run.recipe.optim.max_grad_norm,
+        sam=run.recipe.optim.sam,
+        reduce_precision=settings.reduce_precision,
+        keep_buffers=settings.may_skip,
+    )
 
 
 def main(arguments: list[str]) -> int:

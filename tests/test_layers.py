@@ -57,7 +57,7 @@ def test_imports_point_down(path: Path) -> None:
     ("library", "homes"),
     [
         ("timm", {"nets/backbones.py", "nets/timm_folder.py", "learn/optim.py"}),
-        ("accelerate", {"engine", "train.py"}),
+        ("accelerate", {"engine", "training", "train.py"}),
         ("wandb", {"engine"}),
         ("datasets", {"data/arrow.py"}),
         ("pydantic", {"recipe.py"}),

@@ -238,14 +238,14 @@ class Ranks:
         dist.all_gather_object(seen, value, group=self.group)
         return seen
 
-    def main_does(self, act: Callable[[], T]) -> T:
-        """Rank 0 acts, all ranks get its result, or all raise its UserError."""
+    def main_does(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Call `act(*arguments, **options)` on rank 0; all ranks get its result or raise its UserError."""
         if self.world_size == 1:
-            return act()
+            return act(*arguments, **options)
         box: list[Any] = [None, None]
         if self.is_main:
             try:
-                box[0] = act()
+                box[0] = act(*arguments, **options)
             except (UserError, OSError) as error:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, group=self.group)

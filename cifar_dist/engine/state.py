@@ -18,6 +18,7 @@ from torch import nn
 
 from cifar_dist import signals
 from cifar_dist.engine import checkpoint
+from cifar_dist.engine.graphed_step import StepFn
 from cifar_dist.engine.metrics import Window
 from cifar_dist.engine.runtime import Ranks, log
 from cifar_dist.errors import UserError
@@ -29,12 +30,16 @@ VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
 @dataclass
 class State:
-    model: nn.Module  # the bare one
+    model: Any  # the bare one, an nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Average | None
     window: Window
     step: int = 0  # updates done
+    step_fn: StepFn | None = None  # how to do the next one
+    steps_to_poll: int = (
+        0  # counted, so that a rank that lost count of its steps polls all the same
+    )
     saved_step: int = -1  # nothing: a signal before the first step saves, too
     evaluated_step: int = 0
     best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint", "step"}

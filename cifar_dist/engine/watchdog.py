@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -26,11 +26,15 @@ LOOK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
 END_SECONDS = 2  # the longest end of an interpreter whose collectives failed
 
 
+class HasStep(Protocol):
+    step: int  # updates done
+
+
 class Register:
     """What ranks say of themselves every second, kept where they met at the start (rank 0's host)."""
 
-    def __init__(self, ranks: Ranks, step: Callable[[], int]) -> None:
-        self.ranks, self.step = ranks, step
+    def __init__(self, ranks: Ranks, state: HasStep) -> None:
+        self.ranks, self.state = ranks, state
         self.me = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
         self.stop = threading.Event()
         if ranks.world_size > 1:
@@ -43,7 +47,7 @@ class Register:
         with suppress(RuntimeError):  # rank 0 is gone: the others learn it by their collectives
             while not self.stop.wait(TICK_SECONDS if tick else 0):
                 tick += 1
-                said = {**self.me, "tick": tick, "step": self.step()}
+                said = {**self.me, "tick": tick, "step": self.state.step}
                 self.mine.set(f"register/{self.ranks.rank}", json.dumps(said))
 
     def _read(self) -> dict[int, dict[str, Any]]:
@@ -89,7 +93,7 @@ class Register:
 
 @contextmanager
 def watched(
-    ranks: Ranks, step: Callable[[], int], *, seconds: int, shards: int
+    ranks: Ranks, state: HasStep, *, seconds: int, shards: int
 ) -> Iterator[Callable[[], None]]:
     """End this process when it makes no progress for so long; say rank and step of what goes wrong.
 
@@ -99,11 +103,11 @@ def watched(
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
-    register, over = Register(ranks, step), threading.Event()
+    register, over = Register(ranks, state), threading.Event()
     me = f"rank {ranks.rank} ({socket.gethostname()}, process {os.getpid()})"
 
     def now() -> tuple[int, int]:
-        return step(), ranks.pulse.beats
+        return state.step, ranks.pulse.beats
 
     def watch() -> None:
         seen, ticks = now(), 0
@@ -132,7 +136,7 @@ def watched(
         over.set()
         if is_out_of_memory(error):
             remedy = f"cut the batch finer: run.shards={2 * shards} --force"
-            raise UserError(f"out of memory after step {step()}; {remedy}") from error
+            raise UserError(f"out of memory after step {state.step}; {remedy}") from error
         if "more than 1 value per channel" in str(error):  # BatchNorm's
             raise UserError(
                 f"a shard of the batch is too small: BatchNorm needs two rows to compare; lower "
@@ -140,7 +144,7 @@ def watched(
             ) from error
         if isinstance(error, UserError | OSError) and sentence_of(error):
             raise
-        error.add_note(f"This is {me}, after step {step()}.")
+        error.add_note(f"This is {me}, after step {state.step}.")
         if ranks.world_size > 1:
             if isinstance(error, RuntimeError):  # a collective that another rank has left
                 error.add_note(f"The others: {register.missing()}.")

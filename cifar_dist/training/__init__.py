@@ -1,0 +1,1 @@
+"""What a training consists of around its loop, which is in `cifar_dist/train.py`."""

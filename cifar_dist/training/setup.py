@@ -1,0 +1,285 @@
+"""Build all that a recipe's training needs, at step 0 or as its newest checkpoint left it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+from cifar_dist.data.arrow import Split, class_names, data_digest, open_splits
+from cifar_dist.data.augment import Augment
+from cifar_dist.data.batches import Batch, count_steps, holdout_rows, train_batches
+from cifar_dist.data.streamed import streamed
+from cifar_dist.engine import lock, run_folder
+from cifar_dist.engine.checkpoint import load_progress, load_tensors
+from cifar_dist.engine.evaluation import Evaluation, evaluate
+from cifar_dist.engine.host import HostWorkers, host_workers
+from cifar_dist.engine.metrics import MetricsFile, Window
+from cifar_dist.engine.runtime import Ranks, log, progress_bar, rank_mesh
+from cifar_dist.engine.state import State
+from cifar_dist.engine.step import check_precision, make_scaler
+from cifar_dist.engine.tracking import Tracker
+from cifar_dist.keys import key
+from cifar_dist.learn.ema import build_average
+from cifar_dist.learn.losses import logit_scale
+from cifar_dist.learn.objective import Objective
+from cifar_dist.learn.optim import build_optimizer, learning_rate
+from cifar_dist.learn.teacher import Over, Teacher, Trained, build_teacher
+from cifar_dist.nets.backbones import build_model, fetch_pretrained
+from cifar_dist.nets.freeze import first_epochs, freeze
+from cifar_dist.nets.pixels import patch_filters
+from cifar_dist.recipe import Recipe, resolved, to_yaml
+from cifar_dist.runs import check_caches, check_world, find_teacher, open_run, take_over
+
+WHITENING_ROWS = 2000  # images that the whitening filters are computed from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What stays the same in this process while a recipe trains."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    ranks: Ranks
+    shards: int
+    train_split: Split
+    test_split: Split
+    rows: Tensor  # int64, those of the train split to train on
+    val_rows: Tensor | None  # int64, those held out for validation
+    steps_per_epoch: int
+    total_steps: int
+    objective: Objective
+    batches: Iterator[list[Batch]]  # this rank's, from the first step that is not done
+    host: HostWorkers | None
+    unfreeze_epochs: Mapping[str, int | None]  # the epoch in which each parameter begins to learn
+    metrics_file: MetricsFile
+    tracker: Tracker
+    bar: tqdm
+    metadata: dict[str, Any]  # of each checkpoint, compared at the next start
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.folder
+
+    def learning_rate(self, step: int) -> float:
+        """Return the schedule's learning rate of update `step`, counted from 0."""
+        return learning_rate(
+            self.recipe.optim,
+            step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def evaluate(self, state: State, split: Split, rows: Tensor | None = None) -> Evaluation:
+        """Evaluate the model, or its average if there is one, on some rows of a split or on all."""
+        return evaluate(
+            state.evaluated_model,
+            split,
+            torch.arange(len(split.labels)) if rows is None else rows,
+            precision=self.recipe.run.precision,
+            logit_scale=logit_scale(self.recipe.losses.values()),
+            ranks=self.ranks,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run starts from; equal on all ranks."""
+
+    data_digest: str
+    teachers: list[Trained]
+    checkpoint: Path | None  # None for a new run
+    shards: int
+    environment: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return load_progress(self.checkpoint)["step"] if self.checkpoint else 0
+
+
+def setup(
+    recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, force: bool
+) -> tuple[Run, State]:
+    """Build the run and its state. What has to be closed is entered into `stack`.
+
+    UserError, on all ranks, for what the run cannot start from.
+    """
+    ranks, device = Ranks.of(accelerator), accelerator.device
+    check_precision(recipe.run.precision, device)
+    ranks.main_does(stack.enter_context, lock.locked(recipe.folder))
+    origin = find_origin(recipe, ranks, device, force=force)
+
+    # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
+    data = recipe.data
+    train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
+    rows, val_rows = torch.arange(len(train_split.labels)), None
+    if data.holdout:
+        rows, val_rows = holdout_rows(train_split.labels, data.holdout)
+    steps_per_epoch = count_steps(len(rows), recipe.run.batch_size)
+    total_steps = recipe.run.epochs * steps_per_epoch
+
+    model = build_initial_model(recipe, origin, ranks, train_split.images, rows).to(device)
+    model.to(memory_format=torch.channels_last)
+    teacher = find_teachers(recipe, origin, ranks, device)
+    plan = partial(batches_of, recipe, origin, ranks, rows)
+    host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, recipe.run.epochs))
+    ahead = stack.enter_context(streamed(recipe.augment, train_split, rows, plan))
+    augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
+    objective = Objective(augment, recipe.losses, teacher)
+    freeze(model, recipe.model.freeze, epoch=None)  # for all that ever learns
+    unfreeze_epochs = first_epochs(model, recipe.model.freeze)
+    state = State(
+        model=model,
+        optimizer=build_optimizer(recipe.optim, model, unfreeze_epochs),
+        scaler=make_scaler(recipe.run.precision, device),
+        ema=build_average(
+            recipe.ema, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        ),
+        window=Window(objective.names, shards=origin.shards, device=device),
+    )
+    if origin.checkpoint is not None:
+        state.restore(origin.checkpoint, ranks, total_steps=total_steps)
+    ranks.main_does(take_over, recipe, origin.environment, origin.checkpoint)
+    if recipe.run.compile:
+        model.compile()
+    metrics_file = MetricsFile(recipe.folder / "metrics.jsonl")
+    last_evaluation = ranks.main_does(metrics_file.truncate, state.step, state.evaluated_step)
+    state.evaluated_step = min(state.evaluated_step, last_evaluation)  # a lost one is due again
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        ranks=ranks,
+        shards=origin.shards,
+        train_split=train_split,
+        test_split=test_split,
+        rows=rows,
+        val_rows=val_rows,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        objective=objective,
+        batches=plan(train_split),
+        host=host,
+        unfreeze_epochs=unfreeze_epochs,
+        metrics_file=metrics_file,
+        tracker=start_tracker(recipe, origin, ranks),
+        bar=stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main)),
+        metadata={
+            "shards": origin.shards,
+            "data": origin.data_digest,
+            "teachers": [teacher.digest for teacher in origin.teachers],
+            "world_size": ranks.world_size,
+        },
+    )
+    log.info(
+        f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {recipe.run.epochs} epochs of "
+        f"{steps_per_epoch} steps, batch {recipe.run.batch_size} in {origin.shards} shard(s)"
+        + (f"; goes on at step {state.step} of {total_steps}" if origin.checkpoint else "")
+    )
+    check_data()  # the digests, computed by threads meanwhile
+    return run, state
+
+
+def find_origin(recipe: Recipe, ranks: Ranks, device: torch.device, *, force: bool) -> Origin:
+    """Agree on recipe, data, teachers and checkpoint; UserError where ranks or runs do not match."""
+    digest = data_digest(Path(recipe.data.path))
+    ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
+    ranks.same("data set", digest[:12])
+    teachers = ranks.main_does(look_up_teachers, recipe)
+    ranks.main_does(check_caches, recipe, teachers)
+    digests = [teacher.digest for teacher in teachers]
+    checkpoint, shards = ranks.main_does(
+        open_run, recipe, data=digest, teachers=digests, force=force
+    )
+    shards = shards or recipe.run.shards or ranks.world_size
+    check_world(recipe, shards=shards, world_size=ranks.world_size)
+    return Origin(
+        data_digest=digest,
+        teachers=teachers,
+        checkpoint=checkpoint,
+        shards=shards,
+        environment=run_folder.environment(
+            world_size=ranks.world_size, device=device, data=digest, teachers=digests
+        ),
+    )
+
+
+def look_up_teachers(recipe: Recipe) -> list[Trained]:
+    return [find_teacher(teacher) for teacher in recipe.taught_by]
+
+
+def build_initial_model(
+    recipe: Recipe, origin: Origin, ranks: Ranks, images: Tensor, rows: Tensor
+) -> Any:
+    """Return the model on the CPU, with initial or pretrained weights, or ready for a checkpoint's."""
+    saved = origin.checkpoint
+    if saved is None:
+        ranks.main_does(fetch_pretrained, recipe.model)
+    torch.manual_seed(key("weights", recipe.run.seed))
+    classes = len(class_names(Path(recipe.data.path)))
+    weights = load_tensors(saved, "model") if saved else None
+    model: Any = build_model(recipe.model, classes, weights)
+    if saved is None and recipe.model.whiten:
+        few = images[rows[:WHITENING_ROWS]].cpu()
+        model.pixels.filters.copy_(ranks.main_does(patch_filters, model.pixels, few))
+    return model
+
+
+def find_teachers(
+    recipe: Recipe, origin: Origin, ranks: Ranks, device: torch.device
+) -> Teacher | None:
+    """Return the recipe's teachers as one, or None; the log says how many parameters each rank holds."""
+
+    def mesh(over: Over) -> DeviceMesh | None:
+        return rank_mesh(device, ranks.world_size, over=over)
+
+    teacher = build_teacher(
+        recipe.taught_by,
+        origin.teachers,
+        num_classes=len(class_names(Path(recipe.data.path))),
+        device=device,
+        mesh=mesh,
+    )
+    if teacher and teacher.parameters_here:
+        held = " ".join(ranks.each(f"{teacher.parameters_here:,}"))
+        log.info(f"the teacher's parameters on each rank: {held}")
+    return teacher
+
+
+def batches_of(
+    recipe: Recipe, origin: Origin, ranks: Ranks, rows: Tensor, split: Split
+) -> Iterator[list[Batch]]:
+    """Return this rank's shards of each step, from the first step that is not done."""
+    return train_batches(
+        split,
+        rows,
+        seed=recipe.run.seed,
+        shuffle=recipe.data.shuffle,
+        batch_size=recipe.run.batch_size,
+        shards=origin.shards,
+        start_step=origin.step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        repeats=recipe.augment.repeats,
+    )
+
+
+def start_tracker(recipe: Recipe, origin: Origin, ranks: Ranks) -> Tracker:
+    tracker = Tracker()
+    if ranks.is_main:
+        settings, environment = resolved(recipe), origin.environment
+        tracker.start(recipe.tracking, recipe.folder, settings, environment, recipe.taught_by)
+    return tracker

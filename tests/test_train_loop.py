@@ -1,0 +1,58 @@
+"""What the training loop decides between two steps: pure functions of the step and a few numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from cifar_dist.train import should_evaluate, should_log, should_save
+
+
+@pytest.mark.parametrize(
+    ("step", "pending", "at_end", "due"),
+    [
+        (50, 50, False, True),
+        (100, 1, False, True),  # resumed at 99
+        (60, 10, False, False),
+        (60, 10, True, True),  # the end, whatever its step
+        (0, 0, False, False),  # nothing to report yet
+        (100, 0, True, False),  # reported before the restart
+    ],
+)
+def test_should_log(step: int, pending: int, at_end: bool, due: bool) -> None:
+    assert should_log(step, pending=pending, every=50, at_end=at_end) is due
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluated", "at_end", "stopping", "due"),
+    [
+        (6, 0, False, False, True),
+        (7, 6, False, False, False),
+        (12, 12, False, False, False),  # a restart right after an evaluation
+        (13, 12, True, False, True),
+        (12, 6, False, True, False),  # it is done when the run is resumed
+        (0, 0, False, False, False),
+    ],
+)
+def test_should_evaluate(
+    step: int, evaluated: int, at_end: bool, stopping: bool, due: bool
+) -> None:
+    found = should_evaluate(step, evaluated=evaluated, every=6, at_end=at_end, stopping=stopping)
+    assert found is due
+
+
+@pytest.mark.parametrize(
+    ("step", "saved", "at_end", "stopping", "save_now", "due"),
+    [
+        (5, 3, False, False, False, False),
+        (5, 3, True, False, False, True),
+        (5, 3, False, True, False, True),
+        (5, 3, False, False, True, True),
+        (5, 5, True, True, True, False),  # nothing new
+        (0, -1, False, True, False, True),  # a signal before the first step
+    ],
+)
+def test_should_save(
+    step: int, saved: int, at_end: bool, stopping: bool, save_now: bool, due: bool
+) -> None:
+    found = should_save(step, saved=saved, at_end=at_end, stopping=stopping, save_now=save_now)
+    assert found is due
