@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -246,7 +247,7 @@ def main(arguments: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     try:
         accelerator = start_processes(timeout_seconds=MEET_SECONDS, threads=recipe.run.threads)
-        ranks = Ranks.of(accelerator)
+        ranks = Ranks.of(accelerator, timeout=timedelta(seconds=MEET_SECONDS))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise UserError(
             f"the processes did not meet within {MEET_SECONDS} s ({first_line(error)}): "
@@ -255,8 +256,9 @@ def main(arguments: list[str]) -> int:
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"the processes cannot talk to each other ({first_line(error)}): set GLOO_SOCKET_IFNAME, and "
-            "NCCL_SOCKET_IFNAME on GPUs, to the network's interface between the machines (`ip addr`)"
+            f"the processes cannot start together ({first_line(error)}); if that is about an address or "
+            "a socket, set GLOO_SOCKET_IFNAME, and on GPUs NCCL_SOCKET_IFNAME, to the interface of the "
+            "network between the machines (`ip addr`)"
         ) from None
     findings = examine(recipe, ranks, accelerator.device)
     end_processes(accelerator)

@@ -389,3 +389,23 @@ def bits_after(
     numbers = [*network.parameters(), *network.buffers(), window.sums]
     numbers += [value for value in states if isinstance(value, torch.Tensor)]
     return torch.cat([number.detach().double().flatten() for number in numbers])
+
+
+class FailsToUpdate(EmulatedRecorder):
+    def record(self, work: Callable[[], Any], *, own_pool: bool) -> Any:
+        if isinstance(work, partial) and work.func.__name__ == "update_weights":
+            raise RuntimeError("not while capturing")
+        return super().record(work, own_pool=own_pool)
+
+
+@pytest.mark.parametrize("recorder", [FailsOnce, FailsToUpdate])
+def test_with_cuda_graphs_on_any_failed_recording_is_an_error(data: Path, recorder: Any) -> None:
+    FailsOnce.left = 1
+    split = load_split(data, "train")
+    objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
+    step, batches = a_step(model_of(CrossEntropy()), objective, recorder), batches_of(split)
+    step.required = True
+    for number in range(WARM_UP):
+        step(next(batches), step=number)
+    with pytest.raises(UserError, match=r"run\.cuda_graphs=on: recording the step failed"):
+        step(next(batches), step=WARM_UP)

@@ -89,7 +89,7 @@ def test_a_network_interface_that_is_not_there_is_named(
     environment = {"GLOO_SOCKET_IFNAME": "nosuch0"}
     ranks = Ranks("doctor", [recipe()], cwd=tmp_path, world_size=2, environment=environment)
     assert ranks.wait() == [2, 2], ranks.output
-    assert "error: the processes cannot talk to each other" in ranks.output
+    assert "error: the processes cannot start together" in ranks.output
     assert "nosuch0" in ranks.output
     assert "set GLOO_SOCKET_IFNAME" in ranks.output
     assert "Traceback" not in ranks.output

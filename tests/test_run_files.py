@@ -153,3 +153,15 @@ def test_a_start_that_is_refused_leaves_no_folder(
 ) -> None:
     train(recipe(**sections), cwd=tmp_path, world_size=2, expect=2)
     assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_a_tail_of_zeros_that_a_machine_left_is_an_unfinished_line(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        file.append({"kind": "train", "step": step, "epoch": 0.5, "loss": 1.0})
+    file.sync()
+    with file.path.open("ab") as tail:
+        tail.write(b'{"kind": "tr' + bytes(4096))
+    assert [line["step"] for line in file.read()] == [1, 2]
+    file.truncate(2, 0)
+    assert file.path.read_bytes().endswith(b"}\n")

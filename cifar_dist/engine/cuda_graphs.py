@@ -32,7 +32,9 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device, pool: Any = None) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        # Of the higher priority: torch's streams are few, and one of the other could be the one on
+        # which a thread copies images meanwhile.
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = pool or torch.cuda.graph_pool_handle()
 
     @contextmanager
@@ -141,11 +143,11 @@ class GraphedCallable(Generic[T]):
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         generator = generator_of(recorder.device)
-        before, random_state = clones(written), generator.get_state()
+        before, random_state = on_host(written), generator.get_state()
         with recorder.on_stream():
             results = work()
         recorder.join()
-        expected, after = clones(of(results)), clones(written)
+        expected, after = on_host(of(results)), on_host(written)
         random_state_after = generator.get_state()
         self.parallel &= torch.equal(random_state, random_state_after)
         restore(written, before)
@@ -162,7 +164,8 @@ class GraphedCallable(Generic[T]):
             return results
         replay()
         difference = max(
-            relative_difference(of(recorded), expected), relative_difference(written, after)
+            relative_difference(on_host(of(recorded)), expected),
+            relative_difference(on_host(written), after),
         )
         log.debug(f"run.cuda_graphs: replay and eager execution differ by {difference:.3g}")
         tolerance = 0.0 if exact else REPLAY_TOLERANCE
@@ -179,8 +182,9 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def clones(tensors: list[Tensor]) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
+def on_host(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies on the CPU: a device that the run just fits has no room for them."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from cifar_dist.learn.sam import SamConfig
 CudaGraphs = Literal["auto", "on", "off"]
 
 ALIGNMENT = 64  # numbers; gradients begin where vectorised kernels like it
+MAX_STREAMS = 32  # torch has so many of a priority, and hands them out again and again
 PARALLEL_PIXELS = 64  # side of the largest images whose micro-batches are replayed in parallel
 
 
@@ -108,7 +109,7 @@ class GraphedStep:
         main = new(self.device) if new else None
         augment, teacher = self.objective.augment, self.objective.teacher
         image_size = getattr(getattr(self.model, "pixels", None), "image_size", PARALLEL_PIXELS + 1)
-        self.parallel = micro_batches > 1 and image_size <= PARALLEL_PIXELS
+        self.parallel = 1 < micro_batches < MAX_STREAMS and image_size <= PARALLEL_PIXELS
         self.augmenting: GraphedCallable[None] = GraphedCallable(
             main if augment.recordable else None
         )
@@ -117,8 +118,9 @@ class GraphedStep:
         for _ in range(micro_batches):
             can_teach = teacher is not None and teacher.recordable
             self.teaching.append(GraphedCallable(main if can_teach else None))
-            # each on a stream of its own, as cuBLAS has a workspace for each
-            own = new(self.device, main.pool) if new and main else None
+            # In parallel each has a stream of its own, and with it a workspace of cuBLAS. One after
+            # the other they share the stream, without which they could not share the pool's memory.
+            own = new(self.device, main.pool) if new and main and self.parallel else main
             self.learning.append(GraphedCallable(own, parallel=self.parallel))
         self.summing: GraphedCallable[None] = GraphedCallable(main)
         self.updating: GraphedCallable[tuple[Tensor, Tensor]] = GraphedCallable(main)
@@ -146,13 +148,11 @@ class GraphedStep:
             )
         for learning in self.learning:
             learning.join()
-        recordings: list[GraphedCallable[Any]] = [self.augmenting, *self.teaching, *self.learning]
-        if any(recording.failed for recording in recordings):
-            if self.required:
-                raise UserError(
-                    "run.cuda_graphs=on: recording the step failed (see above); write auto"
-                )
-            self.new_recorder = None
+        inputs: list[GraphedCallable[Any]] = [self.augmenting, *self.teaching, *self.learning]
+        if any(recording.failed for recording in inputs) and not self.required:
+            self.new_recorder = (
+                None  # the update must not read what is computed elsewhere each time
+            )
             self.drop_recordings(len(batches))
         if self.world_size > 1 and self.parallel:
             self.summing(partial(self.sum_gradients, learned), written=self.flat_tensor)
@@ -161,6 +161,8 @@ class GraphedStep:
         skipped, sums = self.updating(
             partial(self.update_weights, learned), written=self.updated_tensors
         )
+        if self.required and any(one.failed for one in (*inputs, self.summing, self.updating)):
+            raise UserError("run.cuda_graphs=on: recording the step failed (see above); write auto")
         return StepResult(shards_of_rank(batches, self.world_size), sums, skipped)
 
     def drop_stale_recordings(self, epoch: int, micro_batches: int) -> None:

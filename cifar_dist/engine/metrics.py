@@ -158,13 +158,13 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
     def read(self) -> list[Line]:
-        """The lines; a last one that a crash left unfinished is left out.
+        """The lines; a last one that a crash left unfinished, or as zeros, is left out.
 
         UserError for any other that cannot be read, since what is after it would be lost.
         """
         if not self.path.exists():
             return []
-        *finished, rest = self.path.read_bytes().split(b"\n")
+        *finished, rest = self.path.read_bytes().rstrip(b"\0").split(b"\n")
         lines = []
         for number, text in enumerate(finished, 1):
             line = _parsed(text)
@@ -229,6 +229,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
     In float64. Of equal logits the first counts as larger, as `argmax` has it, on any device.
     """
+    if not logits.is_cuda:  # a Mac's GPU has no float64
+        logits, labels = logits.cpu(), labels.cpu()
     logits, column = logits.double(), labels[:, None]
     own = logits.gather(1, column)
     first = torch.arange(logits.shape[1], device=logits.device) < column

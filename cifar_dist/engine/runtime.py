@@ -33,6 +33,7 @@ ReducePrecision = Literal["fp32", "bf16"]  # in which ranks send each other grad
 
 log = logging.getLogger("cifar_dist")
 
+AGREEMENT_TIMEOUT = timedelta(minutes=30)
 LATER_SECONDS = 10  # collectives give up later than the watchdog, which knows rank and step
 
 # What launchers put into the environment and the recipe decides: variable -> (neutral, remedy).
@@ -212,9 +213,14 @@ class Ranks:
     pulse: Pulse = field(default_factory=Pulse)
 
     @classmethod
-    def of(cls, accelerator: Accelerator) -> Ranks:
+    def of(cls, accelerator: Accelerator, *, timeout: timedelta = AGREEMENT_TIMEOUT) -> Ranks:
+        """The ranks of a launch. `timeout`: how long one may keep the others waiting.
+
+        Before and after the watchdog's time rank 0 may download weights and upload results.
+        """
         alone = accelerator.num_processes == 1
-        timeout = accelerator.init_handler.timeout if accelerator.init_handler else None
+        if accelerator.init_handler and accelerator.init_handler.timeout:
+            timeout = max(timeout, accelerator.init_handler.timeout)
         group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
         return cls(accelerator.process_index, accelerator.num_processes, group)  # type: ignore[arg-type]
 

@@ -64,6 +64,7 @@ def write_results(
     run: Run, facts: dict[str, Any], outcome: Outcome, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     """Write the files of a run's end, on rank 0, and return the summary."""
+    run.metrics_file.sync()
     summary = results.summarize(facts, run.metrics_file.read())
     if evaluation is not None and outcome.finished:
         results.write_predictions(run.folder, evaluation)

@@ -151,6 +151,7 @@ def setup(
         ),
         window=Window(objective.names, shards=origin.shards, device=device),
     )
+    stack.callback(state.writer.shutdown)  # an error lets the checkpoint that is being written end
     if origin.checkpoint is not None:
         state.restore(origin.checkpoint, ranks, total_steps=total_steps)
     ranks.main_does(take_over, recipe, origin.environment, origin.checkpoint)
