@@ -143,11 +143,11 @@ class GraphedCallable(Generic[T]):
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
         generator = generator_of(recorder.device)
-        before, random_state = on_host(written), generator.get_state()
+        before, random_state = copies(written), generator.get_state()
         with recorder.on_stream():
             results = work()
         recorder.join()
-        expected, after = on_host(of(results)), on_host(written)
+        expected, after = copies(of(results)), copies(written)
         random_state_after = generator.get_state()
         self.parallel &= torch.equal(random_state, random_state_after)
         restore(written, before)
@@ -164,8 +164,7 @@ class GraphedCallable(Generic[T]):
             return results
         replay()
         difference = max(
-            relative_difference(on_host(of(recorded)), expected),
-            relative_difference(on_host(written), after),
+            relative_difference(of(recorded), expected), relative_difference(written, after)
         )
         log.debug(f"run.cuda_graphs: replay and eager execution differ by {difference:.3g}")
         tolerance = 0.0 if exact else REPLAY_TOLERANCE
@@ -182,9 +181,13 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def on_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies on the CPU: a device that the run just fits has no room for them."""
-    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of the tensors, on the CPU where a GPU has little room left for them."""
+    cuda = bool(tensors) and tensors[0].is_cuda
+    free = torch.cuda.mem_get_info(tensors[0].device)[0] if cuda else 0
+    if cuda and 4 * sum(tensor.nbytes for tensor in tensors) > free:  # before, after, both compared
+        return [tensor.detach().cpu() for tensor in tensors]
+    return [tensor.detach().clone() for tensor in tensors]
 
 
 @torch.no_grad()
@@ -201,7 +204,7 @@ def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """
     difference = norm = 0.0
     for one, other in zip(found, expected, strict=True):
-        one, other = one.double().nan_to_num(), other.double().nan_to_num()
+        one, other = one.to(other.device).double().nan_to_num(), other.double().nan_to_num()
         difference += float((one - other).square().sum())
         norm += float(other.square().sum())
     return math.sqrt(difference / norm) if norm else math.sqrt(difference)
