@@ -14,25 +14,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cifar_dist.engine.run_folder import commit, processor_name
+from cifar_dist.engine.run_folder import commit, installed, processor_name
 
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pyarrow", "datasets")
 TAIL = 4000  # characters of a failed command's log to print
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def machine() -> dict[str, Any]:

@@ -24,12 +24,12 @@ import torch
 from accelerate import Accelerator
 from gpu import GPUS, floor_milliseconds
 from measure import settle
+from ours import our_batches
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from cifar_dist.data.arrow import Split
 from cifar_dist.data.augment import Augment
-from cifar_dist.data.batches import train_batches
 from cifar_dist.engine.cuda_graphs import WARM_UP
 from cifar_dist.engine.graphed_step import build_step
 from cifar_dist.engine.metrics import Window
@@ -97,17 +97,7 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
     optimizer = build_optimizer(recipe.optim, model)
     average = build_average(recipe.ema, model, steps_per_epoch=100, total_steps=10**6)
     window = Window(objective.names, shards=shards, device=device)
-    batches = train_batches(
-        split,
-        torch.arange(ROWS),
-        seed=0,
-        shuffle=True,
-        batch_size=run.batch_size,
-        shards=shards,
-        start_step=0,
-        rank=0,
-        world_size=1,
-    )
+    batches = our_batches(split, batch_size=run.batch_size, shards=shards)
     if run.compile:
         model.compile()
     take_step = build_step(

@@ -34,7 +34,7 @@ from cifar_dist.engine.runtime import (
 )
 from cifar_dist.engine.step import check_precision
 from cifar_dist.engine.tracking import decide_mode
-from cifar_dist.errors import UserError, is_main_rank, run_command, sentence_of
+from cifar_dist.errors import UserError, first_line, is_main_rank, run_command, sentence_of
 from cifar_dist.files import make_folder
 from cifar_dist.recipe import Recipe, load_recipe, to_yaml
 from cifar_dist.runs import check_world
@@ -224,10 +224,6 @@ def examine(recipe: Recipe, ranks: Ranks, device: torch.device) -> list[Finding]
         *traffic(ranks, device),
         Finding("W&B", None, f"{mode} ({reason})"),
     ]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def main(arguments: list[str]) -> int:

@@ -38,6 +38,11 @@ def sentence_of(error: UserError | OSError) -> str | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; torch's go on with advice and traces."""
+    return str(error).partition("\n")[0]
+
+
 def say(sentence: str) -> None:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
 

@@ -330,6 +330,9 @@ def test_tables_drawn_ahead_are_the_same_and_stay_at_their_addresses(
     for epoch in (0, 1, 3, 4):
         for augment in (ahead, plain):
             augment.prepare(epoch)
+        assert plain.drawing is None
+        assert ahead.drawing is not None
+        assert ahead.drawing[0] == config.shown(epoch + 1)
         found, wanted = tree_leaves(ahead.tables), tree_leaves(plain.tables)
         assert all(map(torch.equal, found, wanted))
         addresses.add(tuple(tensor.data_ptr() for tensor in found))

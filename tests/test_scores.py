@@ -154,3 +154,17 @@ def test_holm_by_hand() -> None:
     assert scores.holm([0.02, 0.021]) == pytest.approx([0.04, 0.04])
     assert scores.holm([0.9, 0.8]) == [1, 1]
     assert scores.holm([]) == []
+
+
+def test_top1_of_equal_logits_is_that_of_argmax() -> None:
+    """As every reader of predictions has it; logits of a bf16 head are often equal."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 10, generator=generator).round()
+    labels = torch.randint(0, 10, (2000,), generator=generator)
+    found = accuracy(logits, labels)
+    right = logits.argmax(1) == labels
+    assert found["top1"] == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
+    order = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
+    among = (order == labels[:, None]).any(1)
+    assert found["top5"] == pytest.approx(100 * among.double().mean().item(), abs=1e-9)
+    assert accuracy(torch.full((3, 10), torch.nan), torch.zeros(3, dtype=torch.int64))["top1"] == 0

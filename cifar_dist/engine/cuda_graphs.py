@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_dist.engine.runtime import log
 from cifar_dist.engine.step import generator_of
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -32,8 +32,8 @@ class GraphRecorder:
 
     def __init__(self, device: torch.device, pool: Any = None) -> None:
         self.device = device
-        # Of the higher priority: torch's streams are few, and one of the other could be the one on
-        # which a thread copies images meanwhile.
+        # Not of the default priority: torch reuses its few streams, so this could be the one on which
+        # another thread copies images while a graph is captured.
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = pool or torch.cuda.graph_pool_handle()
 
@@ -175,10 +175,6 @@ class GraphedCallable(Generic[T]):
             )
         self.replay, self.results = replay, recorded
         return recorded
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:

@@ -39,7 +39,7 @@ from cifar_dist.learn.sam import SamConfig
 CudaGraphs = Literal["auto", "on", "off"]
 
 ALIGNMENT = 64  # numbers; gradients begin where vectorised kernels like it
-MAX_STREAMS = 32  # torch has so many of a priority, and hands them out again and again
+MAX_STREAMS = 32  # torch has 32 streams per priority and hands them out round robin
 PARALLEL_PIXELS = 64  # side of the largest images whose micro-batches are replayed in parallel
 
 

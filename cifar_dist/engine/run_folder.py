@@ -15,17 +15,18 @@ import torch
 import cifar_dist
 
 
+def installed(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def environment(
     *, world_size: int, device: torch.device, data: str, teachers: list[str]
 ) -> dict[str, Any]:
     """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
     packages = (
         "torch",
         "timm",

@@ -37,9 +37,7 @@ class State:
     window: Window
     step: int = 0  # updates done
     step_fn: StepFn | None = None  # how to do the next one
-    steps_to_poll: int = (
-        0  # counted, so that a rank that lost count of its steps polls all the same
-    )
+    steps_to_poll: int = 0  # counted separately, so that a desynchronised rank still joins the poll
     saved_step: int = -1  # nothing: a signal before the first step saves, too
     evaluated_step: int = 0
     best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint", "step"}

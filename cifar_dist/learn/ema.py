@@ -33,7 +33,7 @@ class EmaConfig:
 
 
 class Pairs:
-    """The tensors of an average and of its model, looked up once: that takes the host as long as a step.
+    """The tensors of an average and of its model, listed once: each time would walk all modules.
 
     Buffers are looked up by name at each update, since DDP puts others in place of the model's.
     """

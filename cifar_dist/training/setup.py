@@ -103,12 +103,10 @@ class Origin:
     data_digest: str
     teachers: list[Trained]
     checkpoint: Path | None  # None for a new run
+    step: int  # updates that it has done
     shards: int
+    num_classes: int
     environment: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return load_progress(self.checkpoint)["step"] if self.checkpoint else 0
 
 
 def setup(
@@ -211,7 +209,9 @@ def find_origin(recipe: Recipe, ranks: Ranks, device: torch.device, *, force: bo
         data_digest=digest,
         teachers=teachers,
         checkpoint=checkpoint,
+        step=load_progress(checkpoint)["step"] if checkpoint else 0,
         shards=shards,
+        num_classes=len(class_names(Path(recipe.data.path))),
         environment=run_folder.environment(
             world_size=ranks.world_size, device=device, data=digest, teachers=digests
         ),
@@ -230,9 +230,8 @@ def build_initial_model(
     if saved is None:
         ranks.main_does(fetch_pretrained, recipe.model)
     torch.manual_seed(key("weights", recipe.run.seed))
-    classes = len(class_names(Path(recipe.data.path)))
     weights = load_tensors(saved, "model") if saved else None
-    model: Any = build_model(recipe.model, classes, weights)
+    model: Any = build_model(recipe.model, origin.num_classes, weights)
     if saved is None and recipe.model.whiten:
         few = images[rows[:WHITENING_ROWS]].cpu()
         model.pixels.filters.copy_(ranks.main_does(patch_filters, model.pixels, few))
@@ -250,7 +249,7 @@ def find_teachers(
     teacher = build_teacher(
         recipe.taught_by,
         origin.teachers,
-        num_classes=len(class_names(Path(recipe.data.path))),
+        num_classes=origin.num_classes,
         device=device,
         mesh=mesh,
     )
