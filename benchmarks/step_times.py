@@ -60,6 +60,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("run.precision=bf16", "run.cuda_graphs=off"),
     ),
     ("r18_32 with RandAugment", "r18_32_rand_augment", ()),
+    ("r18_32 with MixUp and CutMix", "r18_32_mix", ()),
     ("speed_75 at 32 px", "speed_75", ("model.growing=null",)),
     ("r50_224: 1 of 64, one GPU of eight", "r50_224", ("run.batch_size=64", "run.shards=1")),
     (
@@ -68,6 +69,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("run.batch_size=64", "run.shards=1", "run.cuda_graphs=off"),
     ),
     ("r18_32_kd, ResNet-50 at 224 px teaches", "r18_32_kd", ()),
+    ("wrn28_10_32", "wrn28_10_32", ()),
     ("r18_32: 1 of 500, compiled", "r18_32", ("run.shards=1", "run.compile=true")),
 ]
 
