@@ -36,7 +36,7 @@ faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m fault
 
 schema: $(VENV)/.user
-	$(BIN)/python -c "from cifar_dist.recipe import json_schema; from cifar_dist.files import write_json; from pathlib import Path; write_json(Path('recipes/schema.json'), json_schema())"
+	$(BIN)/python -c "from cifar_dist.recipe.schema import json_schema; from cifar_dist.utils.files import write_json; from pathlib import Path; write_json(Path('recipes/schema.json'), json_schema())"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cifar_dist needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }

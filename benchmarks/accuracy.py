@@ -5,7 +5,7 @@ Each run is `accelerate launch -m cifar_dist.train`; where it was interrupted it
 
 from __future__ import annotations
 
-from cifar_dist import signals
+from cifar_dist.distributed import signals
 
 if __name__ == "__main__":
     signals.install()  # Ctrl-C is the end of the budget, from the first moment on
@@ -26,11 +26,13 @@ from typing import Any
 
 import torch
 
-from cifar_dist.data.arrow import DIGEST, data_digest
-from cifar_dist.engine.results import read_json, read_summary
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import alone, write_file, write_json
-from cifar_dist.recipe import NOT_THE_RECIPE, Recipe, changes, flat, load_recipe, resolved
+from cifar_dist.data.dataset import DIGEST, data_digest
+from cifar_dist.recipe.diff import NOT_THE_RECIPE, changes, flat
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe, resolved
+from cifar_dist.run_folder.results import read_summary
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import alone, read_json, write_file, write_json
 
 SAVE_SECONDS = 120  # what a training may take to save; then it is killed
 EPILOG = """\

@@ -20,17 +20,17 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 from torch import nn
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
-from cifar_dist.data.arrow import class_names, load_split, open_splits, read_split
-from cifar_dist.data.augment import Augment
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks
-from cifar_dist.engine.state import State
-from cifar_dist.engine.step import make_scaler
-from cifar_dist.files import write_json
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import ModelConfig, num_parameters
+from cifar_dist.data.augment.augmentation import Augment
+from cifar_dist.data.dataset import class_names, load_split, open_splits, read_split
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.backbones import ModelConfig, num_parameters
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.state import State
+from cifar_dist.utils.files import write_json
+from cifar_dist.utils.precision import make_scaler
 
 PEER_START = Path(__file__).with_name("peer_start.py")
 HEAVY = ("albumentations", "cv2", "datasets", "pandas", "wandb", "pydantic")

@@ -10,11 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.batches import take
-from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
-from cifar_dist.data.policies import (
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.policies import (
     OPERATIONS,
     STRENGTHS,
     WIDE_RANGES,
@@ -23,8 +20,11 @@ from cifar_dist.data.policies import (
     apply_operation,
     columns_of,
 )
-from cifar_dist.data.sample import draw_sample
-from cifar_dist.errors import run_command
+from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
+from cifar_dist.data.batches import take
+from cifar_dist.data.dataset import Split
+from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.utils.errors import run_command
 
 COLUMNS, SCALE, GAP, LABEL = 12, 2, 4, 190  # pictures a line, and sizes in pixels
 

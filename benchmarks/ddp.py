@@ -21,16 +21,18 @@ import torch
 from measure import Conditions, Measured, Turn
 from ours import CROP_FLIP, OPTIM, our_batches, our_step
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment
-from cifar_dist.engine.graphed_step import StepFn
-from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
-from cifar_dist.engine.step import make_scaler, train_step
-from cifar_dist.files import write_json
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.data.augment.augmentation import Augment
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.training.graphed_step import StepFn
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import train_step
+from cifar_dist.utils.files import write_json
+from cifar_dist.utils.precision import make_scaler
 
 PROCESSES, STEPS = 2, 4  # a turn has as many steps
 TOGETHER, APART = "together: DDP", "apart: two independent trainings"

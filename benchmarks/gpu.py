@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.engine.cuda_graphs import WARM_UP
-from cifar_dist.engine.estimate import activation_bytes
-from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
+from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters
+from cifar_dist.recipe.estimate import activation_bytes
+from cifar_dist.training.cuda_graphs import WARM_UP
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from cifar_dist.engine.run_folder import commit, installed, processor_name
+from cifar_dist.training.environment import commit, installed
+from cifar_dist.utils.host import processor_name
 
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]

@@ -12,16 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_dist.engine.ending import Ending
-from cifar_dist.engine.graphed_step import restore_buffers_on_skip
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks
-from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.step import StepResult, make_scaler
-from cifar_dist.engine.watchdog import watched
-from cifar_dist.learn.objective import sum_terms
-from cifar_dist.learn.optim import OptimConfig, build_optimizer
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.error_propagation import Ending
+from cifar_dist.distributed.watchdog import watched
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.training.graphed_step import restore_buffers_on_skip
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import sum_terms
+from cifar_dist.training.state import State, vote
+from cifar_dist.training.step import StepResult
+from cifar_dist.utils.precision import make_scaler
 
 CPU = torch.device("cpu")
 

@@ -33,17 +33,18 @@ from peers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_dist.data.arrow import Split, load_split, read_digest
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import take
-from cifar_dist.engine.host import host_workers
-from cifar_dist.engine.runtime import Ranks, start_processes
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_json
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.data.dataset import Split, load_split, read_digest
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.launch import start_processes
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.training.albumentations_workers import host_workers
+from cifar_dist.training.objective import Objective
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import write_json
 
 TUTORIAL = "tutorial: Dataset, DataLoader"
 TUTORIAL_AUGMENTED = "... one of five by albumentations"

@@ -18,12 +18,13 @@ from accuracy import refuse_twice
 from measure import Work, machine, settle, spread, take_turns
 from tables import markdown, shown
 
-from cifar_dist.engine.runtime import start_processes
-from cifar_dist.engine.step import autocast, check_precision
-from cifar_dist.errors import run_command
-from cifar_dist.files import write_json
-from cifar_dist.nets.backbones import Classifier, build_model
-from cifar_dist.recipe import Recipe, load_recipe
+from cifar_dist.distributed.launch import start_processes
+from cifar_dist.models.backbones import Classifier, build_model
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.utils.errors import run_command
+from cifar_dist.utils.files import write_json
+from cifar_dist.utils.precision import autocast, check_precision
 
 TRAINING_ROWS = 50_000
 

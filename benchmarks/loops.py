@@ -32,11 +32,11 @@ from peers import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import AugmentConfig
-from cifar_dist.engine.evaluation import evaluate
-from cifar_dist.engine.runtime import Ranks
-from cifar_dist.nets.backbones import ModelConfig
+from cifar_dist.data.augment.augmentation import AugmentConfig
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.evaluation.evaluator import evaluate
+from cifar_dist.models.backbones import ModelConfig
 
 BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
 EVALUATED = 2_500  # rows, where a CPU has to do it

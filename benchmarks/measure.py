@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.engine.run_folder import commit, processor_name
+from cifar_dist.training.environment import commit
+from cifar_dist.utils.host import processor_name
 
 Work = Callable[[], int]  # a piece of work; returns how many units it did
 

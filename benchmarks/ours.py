@@ -10,23 +10,20 @@ from accelerate import Accelerator
 from measure import Work
 from torch import Tensor, nn
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, take, train_batches
-from cifar_dist.engine.graphed_step import CudaGraphs, StepFn, build_step
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import ReducePrecision
-from cifar_dist.engine.step import Precision, make_scaler
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import (
-    OptimConfig,
-    build_optimizer,
-    learning_rate,
-    set_learning_rate,
-)
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.heads import LinearHead, Outputs
+from cifar_dist.data.dataset import Split
+from cifar_dist.distributed.ddp import ReducePrecision
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.heads import LinearHead, Outputs
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.optim.schedule import learning_rate
+from cifar_dist.recipe.schema import CudaGraphs
+from cifar_dist.training.graphed_step import StepFn, build_step
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
+from cifar_dist.utils.precision import Precision, make_scaler
 
 BATCH_SIZE = 250
 REPORT_STEPS = 50

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD
+from cifar_dist.data.dataset import Split
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD
 
 T = TypeVar("T")
 Batches = Iterator[tuple[Tensor, Tensor]]  # (images float32 [B, 3, S, S], labels int64 [B])

@@ -20,11 +20,10 @@ from loops import evaluations, input_pipelines, loops_32, loops_224, null_loops
 from measure import Conditions, Measured, machine
 from tables import Results, page_part, write_page
 
-from cifar_dist.data.arrow import load_split, read_digest
-from cifar_dist.engine.results import read_json
-from cifar_dist.engine.runtime import end_processes, start_processes
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_json
+from cifar_dist.data.dataset import load_split, read_digest
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs/performance.md"

@@ -15,10 +15,10 @@ from accuracy import Row, read_rows
 from shortened import STUDIES
 from tables import markdown, write_page
 
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file
 from cifar_dist.reporting.charts import HEIGHT, WIDTH, Series, line_chart
 from cifar_dist.reporting.tutorial import PUBLISHED
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import write_file
 
 HERE = Path(__file__).parent
 LOGS = HERE.parent / "docs/results"

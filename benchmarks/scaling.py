@@ -17,13 +17,14 @@ from statistics import median
 
 from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.augment import Augment
-from cifar_dist.engine.runtime import Ranks, end_processes, start_processes
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import ModelConfig
+from cifar_dist.data.augment.augmentation import Augment
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.backbones import ModelConfig
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.training.objective import Objective
 
 WORLDS, BATCH_SIZE, STEPS = (1, 2, 3, 4), 250, 4
 

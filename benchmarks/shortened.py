@@ -5,7 +5,7 @@ Each run is one of `accuracy.py`, with the changes that are written here; its re
 
 from __future__ import annotations
 
-from cifar_dist import signals
+from cifar_dist.distributed import signals
 
 if __name__ == "__main__":
     signals.install()  # Ctrl-C is the end of the budget, from the first moment on
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accuracy import command_line, plan, seed_list, train_all
 
-from cifar_dist.errors import UserError, run_command
+from cifar_dist.utils.errors import UserError, run_command
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 EPILOG = """\

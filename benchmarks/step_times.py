@@ -28,20 +28,22 @@ from ours import our_batches
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment
-from cifar_dist.engine.cuda_graphs import WARM_UP
-from cifar_dist.engine.graphed_step import build_step
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.run_folder import commit, processor_name
-from cifar_dist.engine.step import make_scaler
-from cifar_dist.learn.ema import build_average
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer, set_learning_rate
-from cifar_dist.learn.teacher import Live
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.freeze import freeze
-from cifar_dist.recipe import Recipe, load_recipe
+from cifar_dist.data.augment.augmentation import Augment
+from cifar_dist.data.dataset import Split
+from cifar_dist.distill.teacher import Live
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.freeze import freeze
+from cifar_dist.optim.averaging import build_average
+from cifar_dist.optim.optimizer import build_optimizer, set_learning_rate
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.training.cuda_graphs import WARM_UP
+from cifar_dist.training.environment import commit
+from cifar_dist.training.graphed_step import build_step
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
+from cifar_dist.utils.host import processor_name
+from cifar_dist.utils.precision import make_scaler
 
 ROWS, CLASSES = 50_000, 100
 

@@ -13,8 +13,8 @@ from input import TUTORIAL, TUTORIAL_AUGMENTED
 from loops import CONSTANT, EAGER, OURS, RESNET50, SMALL_STEM, TIMM, TIMM_TUNED
 from measure import Turn, ratios, spread
 
-from cifar_dist.errors import UserError
-from cifar_dist.files import write_file
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import write_file
 
 Results = dict[str, Any]  # a results file
 Spread = dict[str, float]  # median, least, most

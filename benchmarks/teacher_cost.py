@@ -24,20 +24,23 @@ import torch
 from measure import Turn, machine, ratios, spread
 from safetensors.torch import save_file
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment, AugmentConfig, View
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
 from cifar_dist.data.batches import take, train_batches
-from cifar_dist.engine.runtime import Ranks, end_processes, rank_mesh, start_processes, wrap
-from cifar_dist.engine.step import make_scaler, train_step
-from cifar_dist.errors import run_command
-from cifar_dist.files import sha256, write_json
-from cifar_dist.learn.logit_cache import CacheWriter
-from cifar_dist.learn.loss import Loss
-from cifar_dist.learn.losses import CrossEntropy, Distill
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import OptimConfig, build_optimizer
-from cifar_dist.learn.teacher import Teacher, TeacherConfig, Trained, build_teacher
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.data.dataset import Split
+from cifar_dist.distill.logit_cache import CacheWriter
+from cifar_dist.distill.teacher import Teacher, TeacherConfig, Trained, build_teacher
+from cifar_dist.distributed.context import Ranks, rank_mesh
+from cifar_dist.distributed.ddp import wrap
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.losses.base import Loss
+from cifar_dist.losses.classification import CrossEntropy, Distill
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import train_step
+from cifar_dist.utils.errors import run_command
+from cifar_dist.utils.files import sha256, write_json
+from cifar_dist.utils.precision import make_scaler
 
 ROWS, CLASSES, VIEWS = 50_000, 100, 8
 STUDENT = ModelConfig(backbone="resnet18", image_size=32)

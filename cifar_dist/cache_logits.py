@@ -6,7 +6,7 @@ kill costs seconds, and any number of processes goes on to the same bytes.
 
 from __future__ import annotations
 
-from cifar_dist import signals
+from cifar_dist.distributed import signals
 
 if __name__ == "__main__":
     signals.install()
@@ -22,30 +22,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.command_line import add_recipe, command_parser
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import holdout_rows, take
-from cifar_dist.engine.ending import ending_together
-from cifar_dist.engine.evaluation import BLOCK_SIZE
-from cifar_dist.engine.lock import locked
-from cifar_dist.engine.runtime import (
-    Ranks,
-    adopt_slurm_ranks,
-    gather_blocks,
-    log,
-    log_to_terminal,
-    progress_bar,
-    rank_mesh,
-    start_processes,
-)
-from cifar_dist.engine.step import autocast, check_precision
-from cifar_dist.engine.tracked_jobs import track_cache
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.learn.logit_cache import CacheWriter
-from cifar_dist.learn.teacher import Live, TeacherConfig, live_teacher
-from cifar_dist.recipe import Recipe, load_recipe
-from cifar_dist.runs import cache_origin, find_teacher
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.distill.logit_cache import CacheWriter
+from cifar_dist.distill.teacher import Live, TeacherConfig, live_teacher
+from cifar_dist.distributed.context import Ranks, rank_mesh
+from cifar_dist.distributed.ddp import gather_blocks
+from cifar_dist.distributed.error_propagation import ending_together
+from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
+from cifar_dist.evaluation.evaluator import BLOCK_SIZE
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.recipe.teachers import cache_origin, find_teacher
+from cifar_dist.tracking.background_jobs import track_cache
+from cifar_dist.training.lock import locked
+from cifar_dist.utils.cli import add_recipe, command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.log import log, log_to_terminal, progress_bar
+from cifar_dist.utils.precision import autocast, check_precision
 
 
 def blocks_from(done: int, shape: list[int]) -> list[tuple[int, int, int]]:

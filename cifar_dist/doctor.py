@@ -21,23 +21,20 @@ import torch
 import torch.distributed as dist
 
 import cifar_dist
-from cifar_dist.command_line import add_recipe, command_parser
-from cifar_dist.data.arrow import SPLITS, data_digest, read_digest, read_split
 from cifar_dist.data.batches import count_steps
-from cifar_dist.engine.lock import machine
-from cifar_dist.engine.runtime import (
-    Ranks,
-    adopt_slurm_ranks,
-    end_processes,
-    log_to_terminal,
-    start_processes,
-)
-from cifar_dist.engine.step import check_precision
-from cifar_dist.engine.tracking import decide_mode
-from cifar_dist.errors import UserError, first_line, is_main_rank, run_command, sentence_of
-from cifar_dist.files import make_folder
-from cifar_dist.recipe import Recipe, load_recipe, to_yaml
-from cifar_dist.runs import check_world
+from cifar_dist.data.dataset import SPLITS, data_digest, read_digest, read_split
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.launch import adopt_slurm_ranks, end_processes, start_processes
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe, to_yaml
+from cifar_dist.tracking.tracker import decide_mode
+from cifar_dist.training.resume import check_world
+from cifar_dist.utils.cli import add_recipe, command_parser
+from cifar_dist.utils.errors import UserError, first_line, is_main_rank, run_command, sentence_of
+from cifar_dist.utils.files import make_folder
+from cifar_dist.utils.host import machine
+from cifar_dist.utils.log import log_to_terminal
+from cifar_dist.utils.precision import check_precision
 
 MEET_SECONDS = 60
 SEE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders

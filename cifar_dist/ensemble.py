@@ -19,20 +19,21 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.command_line import check_output, command_parser
-from cifar_dist.engine.metrics import accuracy
-from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.engine.scores import (
+from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.evaluation.report import HELD_OUT
+from cifar_dist.evaluation.scores import (
     bootstrap_interval,
     fit_temperature,
     mcnemar,
     percent,
     reliability,
 )
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import write_file, write_json
-from cifar_dist.findings import FOLDER, HELD_OUT
 from cifar_dist.reporting.comparison import Run, read_logits, read_run
+from cifar_dist.run_folder.evaluations import FOLDER
+from cifar_dist.utils.cli import check_output, command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import write_file, write_json
+from cifar_dist.utils.log import log, log_to_terminal
 
 OURS = {"ensemble.json", "predictions.safetensors", "teachers.yaml"}
 

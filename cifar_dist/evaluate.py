@@ -9,30 +9,27 @@ from typing import Any
 
 import torch
 
-from cifar_dist import findings
-from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import Hierarchy, data_digest, load_split, read_hierarchy
 from cifar_dist.data.batches import holdout_rows
-from cifar_dist.data.cifair import cifair_split
-from cifar_dist.engine import results
-from cifar_dist.engine.ending import ending_together
-from cifar_dist.engine.evaluation import Evaluation, WithFlips, evaluate
-from cifar_dist.engine.runtime import (
-    Ranks,
-    adopt_slurm_ranks,
-    log,
-    log_to_terminal,
-    start_processes,
-)
-from cifar_dist.engine.step import check_precision
-from cifar_dist.engine.tracked_jobs import track_evaluation
-from cifar_dist.errors import UserError, is_main_rank, run_command
-from cifar_dist.files import try_place
-from cifar_dist.learn.losses import logit_scale
-from cifar_dist.near_duplicates import read_list
-from cifar_dist.recipe import Recipe
+from cifar_dist.data.dataset import Hierarchy, data_digest, load_split, read_hierarchy
+from cifar_dist.data.ingest.cifair import cifair_split
+from cifar_dist.data.ingest.near_duplicates import read_list
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.error_propagation import ending_together
+from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
+from cifar_dist.evaluation import report
+from cifar_dist.evaluation.evaluator import Evaluation, WithFlips, evaluate
+from cifar_dist.losses.classification import logit_scale
+from cifar_dist.recipe.runs import load_model, load_run
+from cifar_dist.recipe.schema import Recipe
 from cifar_dist.reporting.comparison import read_logits
-from cifar_dist.runs import load_model, load_run
+from cifar_dist.run_folder import results
+from cifar_dist.run_folder.evaluations import FOLDER, trained_on
+from cifar_dist.tracking.background_jobs import track_evaluation
+from cifar_dist.utils.cli import command_parser
+from cifar_dist.utils.errors import UserError, is_main_rank, run_command
+from cifar_dist.utils.files import try_place
+from cifar_dist.utils.log import log, log_to_terminal
+from cifar_dist.utils.precision import check_precision
 
 
 def find(
@@ -45,14 +42,14 @@ def find(
 ) -> dict[str, Any]:
     """All numbers of evaluation.json that come from predictions; None where there is nothing to say."""
     logits, labels = evaluation.logits, evaluation.labels
-    found = findings.numbers(logits, labels, hierarchy)
+    found = report.numbers(logits, labels, hierarchy)
     found |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
     if held_out is not None:
-        fitted = findings.fitted_temperature(held_out.logits, held_out.labels)
-        found["temperature"] = fitted | findings.tempered(logits, labels, fitted["value"])
+        fitted = report.fitted_temperature(held_out.logits, held_out.labels)
+        found["temperature"] = fitted | report.tempered(logits, labels, fitted["value"])
     if duplicates is not None:
         found["without_near_duplicates"] = {
-            **findings.without_rows(logits, labels, duplicates["test_rows"]),
+            **report.without_rows(logits, labels, duplicates["test_rows"]),
             "found_by": {name: duplicates[name] for name in ("min_detail", "min_layout")},
             "note": "our own search, a lower bound: ciFAIR lists 891",
         }
@@ -198,9 +195,9 @@ def main(arguments: list[str]) -> int:
     data = options.data or Path(recipe.data.path)
     surroundings = results.read_facts(options.run, "environment.json")
     summary = results.read_facts(options.run, "summary.json")
-    same_data = findings.trained_on(surroundings, data)
+    same_data = trained_on(surroundings, data)
     is_headline = options.checkpoint is None and options.split == "test" and not options.flips
-    headline = options.run / findings.FOLDER
+    headline = options.run / FOLDER
     output = options.output or (headline if is_headline else None)
     to_headline = output is not None and output.resolve() == headline.resolve()
     if to_headline and not same_data:
@@ -251,8 +248,8 @@ def main(arguments: list[str]) -> int:
                 }
                 found = facts | found
                 if held is not None:  # first, as evaluation.json says of which checkpoint it is
-                    findings.write_held_out(output, held.logits, held.labels)
-                findings.write_findings(
+                    report.write_held_out(output, held.logits, held.labels)
+                report.write_findings(
                     output, found, evaluation.logits, evaluation.labels, hierarchy
                 )
                 log.info(f"written to {output}")

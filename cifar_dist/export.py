@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.command_line import check_output, command_parser
-from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.exporting import OURS, export
-from cifar_dist.usable import load_usable
+from cifar_dist.exporting.formats import OURS, export
+from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.utils.cli import check_output, command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:

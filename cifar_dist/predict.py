@@ -15,14 +15,14 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.image_ops import SIDE
-from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import try_place, write_file, write_json
-from cifar_dist.reporting.pictures import png
-from cifar_dist.usable import Usable, load_usable
+from cifar_dist.data.augment.image_ops import SIDE
+from cifar_dist.data.dataset import load_split
+from cifar_dist.inference.trained_model import Usable, load_usable
+from cifar_dist.reporting.images import png
+from cifar_dist.utils.cli import command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import try_place, write_file, write_json
+from cifar_dist.utils.log import log, log_to_terminal
 
 ENDINGS = {  # of files in folders
     *(".apng", ".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.command_line import command_parser
-from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import try_place, write_file
 from cifar_dist.reporting.comparison import group_runs, latex_table, read_run
 from cifar_dist.reporting.page import page
+from cifar_dist.utils.cli import command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import try_place, write_file
+from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cifar_dist.command_line import command_parser
-from cifar_dist.data.arrow import data_digest
-from cifar_dist.engine import results
-from cifar_dist.engine.evaluation import Evaluation
-from cifar_dist.engine.metrics import MetricsFile, accuracy
-from cifar_dist.engine.runtime import log, log_to_terminal
-from cifar_dist.engine.tracking import Tracker, decide_mode, identity_of, offline_folders
-from cifar_dist.errors import UserError, run_command
-from cifar_dist.files import sha256, write_json
-from cifar_dist.recipe import Recipe, load_recipe, resolved
+from cifar_dist.data.dataset import data_digest
+from cifar_dist.evaluation.evaluator import Evaluation
+from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe, resolved
 from cifar_dist.reporting.comparison import read_logits
+from cifar_dist.run_folder import results
+from cifar_dist.run_folder.records import MetricsFile
+from cifar_dist.tracking.tracker import Tracker, decide_mode, identity_of, offline_folders
+from cifar_dist.utils.cli import command_parser
+from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.files import read_object, sha256, write_json
+from cifar_dist.utils.log import log, log_to_terminal
 
 UPLOAD_SECONDS = 600
 
@@ -91,7 +93,7 @@ def main(arguments: list[str]) -> int:
     summary = folder / "summary.json"
     now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
     note = folder / "wandb_synced.json"
-    before = results.read_object(note, "remove it and start this again") or {}
+    before = read_object(note, "remove it and start this again") or {}
     offline = folder / "wandb" / Path(before.get("offline") or "none").name
     on_server: set[str] = set(before.get("on_server", []))
     if before.get("of") != now or not offline.is_dir():

@@ -6,7 +6,7 @@ resuming and another number of processes are one thing: start again at the check
 
 from __future__ import annotations
 
-from cifar_dist import signals
+from cifar_dist.distributed import signals
 
 if __name__ == "__main__":
     signals.install()  # before torch: a signal kills a Python process that has no handler yet
@@ -20,26 +20,28 @@ import torch
 from accelerate import Accelerator
 
 from cifar_dist import __version__
-from cifar_dist.command_line import add_recipe, command_parser
-from cifar_dist.data.arrow import read_digest
-from cifar_dist.data.host_pipeline import Pipeline
-from cifar_dist.dry_run import plan
-from cifar_dist.engine.ending import ending_together
-from cifar_dist.engine.evaluation import Evaluation, refresh_statistics
-from cifar_dist.engine.graphed_step import build_step
-from cifar_dist.engine.metrics import peak_memory_bytes
-from cifar_dist.engine.results import publish
-from cifar_dist.engine.runtime import adopt_slurm_ranks, log, log_to_terminal, start_processes
-from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.watchdog import watched
-from cifar_dist.errors import run_command
-from cifar_dist.learn.optim import build_optimizer, max_lr, set_learning_rate
-from cifar_dist.nets.backbones import pretrained_cfg
-from cifar_dist.nets.freeze import freeze, frozen
-from cifar_dist.recipe import Recipe, load_recipe
-from cifar_dist.runs import SAMPLE_NOTE, finished_before, say_finished, wait_for_data
+from cifar_dist.data.augment.albumentations_pipeline import Pipeline
+from cifar_dist.data.dataset import read_digest
+from cifar_dist.distributed.error_propagation import ending_together
+from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
+from cifar_dist.distributed.watchdog import watched
+from cifar_dist.evaluation.evaluator import Evaluation, refresh_statistics
+from cifar_dist.models.backbones import pretrained_cfg
+from cifar_dist.models.freeze import freeze, frozen
+from cifar_dist.optim.optimizer import build_optimizer, max_lr, set_learning_rate
+from cifar_dist.recipe.dry_run import plan
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training.finish import Outcome, finish
+from cifar_dist.training.graphed_step import build_step
+from cifar_dist.training.log_record import publish
+from cifar_dist.training.resume import SAMPLE_NOTE, finished_before, say_finished, wait_for_data
 from cifar_dist.training.setup import Run, setup
+from cifar_dist.training.state import State, vote
+from cifar_dist.utils.cli import add_recipe, command_parser
+from cifar_dist.utils.errors import run_command
+from cifar_dist.utils.host import peak_memory_bytes
+from cifar_dist.utils.log import log, log_to_terminal
 
 
 def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> dict[str, Any]:

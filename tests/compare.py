@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cifar_dist.engine.checkpoint import checkpoints, damage
+from cifar_dist.run_folder.checkpoint import checkpoints, damage
 
 CLOCK = ("images_per_second", "memory_bytes", "seconds")
 

@@ -16,10 +16,10 @@ import yaml
 from ranks import train
 from small_data import quick_recipe, small_data
 
-from cifar_dist.data.arrow import write_dataset
-from cifar_dist.data.sample import draw_sample
-from cifar_dist.engine.checkpoint import save_checkpoint
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.data.dataset import write_dataset
+from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.run_folder.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar_dist import signals
 from cifar_dist import train as walk
-from cifar_dist.engine.graphed_step import StepFn
-from cifar_dist.engine.state import State
-from cifar_dist.errors import run_command
-from cifar_dist.files import naming
+from cifar_dist.distributed import signals
+from cifar_dist.training.graphed_step import StepFn
+from cifar_dist.training.state import State
+from cifar_dist.utils.errors import run_command
+from cifar_dist.utils.files import naming
 
 FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
 

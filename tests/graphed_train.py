@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from cifar_dist import train
-from cifar_dist.engine.graphed_step import GraphedStep, StepFn
-from cifar_dist.learn.objective import Objective
+from cifar_dist.training.graphed_step import GraphedStep, StepFn
+from cifar_dist.training.objective import Objective
 
 
 def main(arguments: list[str]) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cifar_dist.engine.runtime import end_processes, start_processes, wrap
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.distributed.ddp import wrap
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.models.backbones import ModelConfig, build_model
 
 
 def main(arguments: list[str]) -> int:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from cifar_dist import train as walk
-from cifar_dist.engine.runtime import end_processes, start_processes
-from cifar_dist.engine.state import State
-from cifar_dist.recipe import load_recipe
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.training.state import State
 
 if __name__ == "__main__":
     states: list[State] = []

@@ -34,8 +34,8 @@ def _be_rank(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = [command, *arguments]
-    from cifar_dist import signals
-    from cifar_dist.errors import run_command
+    from cifar_dist.distributed import signals
+    from cifar_dist.utils.errors import run_command
 
     signals.install()
     sys.exit(run_command(importlib.import_module(command).main))

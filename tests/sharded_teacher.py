@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from cifar_dist.engine.runtime import end_processes, rank_mesh, start_processes
-from cifar_dist.learn.teacher import TeacherConfig, freeze, shard_by_shard
-from cifar_dist.nets.backbones import build_model
-from cifar_dist.runs import find_teacher
+from cifar_dist.distill.teacher import TeacherConfig, freeze, shard_by_shard
+from cifar_dist.distributed.context import rank_mesh
+from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.models.backbones import build_model
+from cifar_dist.recipe.teachers import find_teacher
 
 
 def main(arguments: list[str]) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.data.pickles import RawMeta, RawSplit
-from cifar_dist.data.sample import draw_sample
+from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
+from cifar_dist.data.ingest.synthetic import draw_sample
 
 
 def cut(raw: RawSplit, rows: int) -> RawSplit:

@@ -13,12 +13,14 @@ from compare import lines
 from conftest import TeacherMaker
 from ranks import Ranks, train
 
-from cifar_dist.dry_run import plan
-from cifar_dist.learn.losses import LOSSES
-from cifar_dist.learn.optim import build_optimizer
-from cifar_dist.nets.backbones import build_model
-from cifar_dist.nets.freeze import first_epochs, freeze
-from cifar_dist.recipe import flat, load_recipe, resolved, validate
+from cifar_dist.losses.classification import LOSSES
+from cifar_dist.models.backbones import build_model
+from cifar_dist.models.freeze import first_epochs, freeze
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.recipe.diff import flat
+from cifar_dist.recipe.dry_run import plan
+from cifar_dist.recipe.load import load_recipe, validate
+from cifar_dist.recipe.schema import resolved
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from small_data import cut, small_data
 
-from cifar_dist.data.arrow import (
+from cifar_dist.data.dataset import (
     DIGEST,
     INFO,
     TABLE,
@@ -29,8 +29,8 @@ from cifar_dist.data.arrow import (
     read_split,
     write_dataset,
 )
-from cifar_dist.data.pickles import RawSplit
-from cifar_dist.errors import UserError
+from cifar_dist.data.ingest.pickles import RawSplit
+from cifar_dist.utils.errors import UserError
 
 TRAIN, TEST, META = small_data()
 
@@ -86,7 +86,7 @@ def test_datasets_opens_it(written: Path, tmp_path: Path) -> None:
 
 def test_loading_needs_no_datasets_and_gives_no_warning(written: Path) -> None:
     code = (
-        "import sys, pathlib; from cifar_dist.data.arrow import load_split;"
+        "import sys, pathlib; from cifar_dist.data.dataset import load_split;"
         f"load_split(pathlib.Path({str(written)!r}), 'train', 'cpu'); assert 'datasets' not in sys.modules"
     )
     folder = Path(__file__).parents[1]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.augment_tables import draw_mix_table, draw_table, numbered_table, view_numbers
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.image_ops import MEAN_COLOUR, cutout, mix
+from cifar_dist.data.augment.tables import draw_mix_table, draw_table, numbered_table, view_numbers
 from cifar_dist.data.batches import take, train_batches
-from cifar_dist.data.image_ops import MEAN_COLOUR, cutout, mix
+from cifar_dist.data.dataset import Split, load_split
 
 ALL = AugmentConfig(crop_padding=4, flip=True, cutout=8)
 CPU = torch.device("cpu")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.data.arrow import Split, load_split
 from cifar_dist.data.batches import (
     epoch_order,
     eval_blocks,
@@ -16,7 +15,8 @@ from cifar_dist.data.batches import (
     shard_bounds,
     train_batches,
 )
-from cifar_dist.errors import UserError
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ from input import TUTORIAL
 from loops import EAGER, OURS
 from PIL import Image
 
-from cifar_dist.data.arrow import read_split
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import ModelConfig
-from cifar_dist.recipe import load_recipe
+from cifar_dist.data.dataset import read_split
+from cifar_dist.models.backbones import ModelConfig
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.utils.errors import UserError
 
 BENCHMARKS = Path(accuracy.__file__).parent
 SMALL = {"epochs": 1, "report_every_steps": 2}

@@ -18,13 +18,13 @@ from compare import lines
 from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import Ranks, train
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import take
-from cifar_dist.learn.logit_cache import CacheWriter, check_cache, open_logits, part_of
-from cifar_dist.learn.teacher import Cached, build_teacher
-from cifar_dist.recipe import load_recipe
-from cifar_dist.runs import find_teacher
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distill.logit_cache import CacheWriter, check_cache, open_logits, part_of
+from cifar_dist.distill.teacher import Cached, build_teacher
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.teachers import find_teacher
 
 VIEWS = {"crop_padding": 2, "flip": True, "cutout": 0, "mixup": 0, "cutmix": 0, "views": 3}
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.data.canvas import canvas_of
+from cifar_dist.data.augment.padded_images import canvas_of
 
 
 @pytest.fixture

@@ -14,13 +14,9 @@ from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.augment_tables import draw_table
-from cifar_dist.data.batches import take
-from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing, OneOf
-from cifar_dist.data.image_ops import BLENDS, noise
-from cifar_dist.data.policies import (
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.image_ops import BLENDS, noise
+from cifar_dist.data.augment.policies import (
     AUTO_RANGES,
     OPERATIONS,
     STRENGTHS,
@@ -31,9 +27,13 @@ from cifar_dist.data.policies import (
     apply_operation,
     columns_of,
 )
-from cifar_dist.errors import UserError
-from cifar_dist.keys import Draws
-from cifar_dist.recipe import validate
+from cifar_dist.data.augment.tables import draw_table
+from cifar_dist.data.augment.transforms import Affine, Change, ColorJitter, Erasing, OneOf
+from cifar_dist.data.batches import take
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.recipe.load import validate
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.random import Draws
 
 CPU = torch.device("cpu")
 MANY = 50_000

@@ -12,10 +12,10 @@ import pytest
 import torch
 from small_data import cut
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.cifair import cifair_split
-from cifar_dist.data.sample import draw_sample
-from cifar_dist.errors import UserError
+from cifar_dist.data.dataset import load_split
+from cifar_dist.data.ingest.cifair import cifair_split
+from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,13 @@ from ranks import train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_dist.errors import UserError
-from cifar_dist.learn.optim import build_optimizer, learning_rate
-from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters, pretrained_cfg
-from cifar_dist.nets.cifar_resnet import PUBLISHED, find_cifar_resnet
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD
-from cifar_dist.recipe import load_recipe
+from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters, pretrained_cfg
+from cifar_dist.models.cifar_resnet import PUBLISHED, find_cifar_resnet
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.optim.schedule import learning_rate
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()

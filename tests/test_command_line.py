@@ -26,8 +26,8 @@ from cifar_dist import (
     report,
     train,
 )
-from cifar_dist.errors import INTERRUPTED, UserError, run_command
-from cifar_dist.files import folder_aside, write_file
+from cifar_dist.utils.errors import INTERRUPTED, UserError, run_command
+from cifar_dist.utils.files import folder_aside, write_file
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
@@ -155,7 +155,7 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.Mon
 def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
     """`command | head -1`: no trace, and what comes after the printing is done."""
     script = (
-        "import sys; from cifar_dist.engine.runtime import log, log_to_terminal; log_to_terminal()\n"
+        "import sys; from cifar_dist.distributed.context import log, log_to_terminal; log_to_terminal()\n"
         "for line in range(20000): log.info(f'line {line}')\n"
         "print('done', file=sys.stderr)"
     )

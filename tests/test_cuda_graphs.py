@@ -19,28 +19,29 @@ from emulated_recorder import EmulatedRecorder
 from ranks import Ranks, train
 from test_speed import batches_of, model_of
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.engine.cuda_graphs import WARM_UP, GraphedCallable
-from cifar_dist.engine.graphed_step import GraphedStep, flat_gradients, unsupported_reason
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import log
-from cifar_dist.engine.step import Precision, make_scaler, train_step
-from cifar_dist.errors import UserError
-from cifar_dist.learn.distill_losses import Distill
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.margin_losses import ArcFace
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import (
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distill.teacher import Live
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.losses.distillation import Distill
+from cifar_dist.losses.margin import ArcFace
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.optimizer import (
     OptimConfig,
     build_optimizer,
     keep_scalars_on_device,
     saved_state,
     set_learning_rate,
 )
-from cifar_dist.learn.sam import SamConfig
-from cifar_dist.learn.teacher import Live
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.optim.sam import SamConfig
+from cifar_dist.training.cuda_graphs import WARM_UP, GraphedCallable
+from cifar_dist.training.graphed_step import GraphedStep, flat_gradients, unsupported_reason
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import train_step
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log
+from cifar_dist.utils.precision import Precision, make_scaler
 
 CPU = torch.device("cpu")
 

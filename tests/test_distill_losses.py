@@ -11,11 +11,12 @@ from test_losses import outputs_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment, AugmentConfig, View
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
 from cifar_dist.data.batches import Batch, take
-from cifar_dist.learn.loss import Loss
-from cifar_dist.learn.losses import (
+from cifar_dist.data.dataset import Split
+from cifar_dist.distill.teacher import Mean
+from cifar_dist.losses.base import Loss
+from cifar_dist.losses.classification import (
     LOSSES,
     ArcFace,
     CrossEntropy,
@@ -25,9 +26,8 @@ from cifar_dist.learn.losses import (
     LogitMse,
     MarginDistill,
 )
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.teacher import Mean
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.models.heads import Outputs
+from cifar_dist.training.objective import Objective
 
 TAUGHT: list[Loss] = [
     Distill(),

@@ -17,22 +17,22 @@ from ranks import Ranks, train
 from safetensors.torch import load_file, save_file
 from test_resume import EVERY_STEP, wait_for_step
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import View
+from cifar_dist.data.augment.augmentation import View
 from cifar_dist.data.batches import take
-from cifar_dist.engine.checkpoint import checkpoints
-from cifar_dist.engine.runtime import rank_mesh
-from cifar_dist.errors import UserError
-from cifar_dist.files import sha256
-from cifar_dist.learn.teacher import (
+from cifar_dist.data.dataset import Split
+from cifar_dist.distill.teacher import (
     TeacherConfig,
     build_teacher,
     parameters_without_numbers,
     shard_by_shard,
 )
-from cifar_dist.nets.backbones import ModelConfig, build_model, create_backbone
-from cifar_dist.recipe import load_recipe
-from cifar_dist.runs import find_teacher
+from cifar_dist.distributed.context import rank_mesh
+from cifar_dist.models.backbones import ModelConfig, build_model, create_backbone
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.run_folder.checkpoint import checkpoints
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import sha256
 
 MODELS = {  # with what is hard to shard about them
     "test_resnet": "BatchNorm's statistics",

@@ -12,7 +12,7 @@ from conftest import RecipeMaker
 from ranks import Ranks, free_port, start_rank
 
 import cifar_dist.doctor as command
-from cifar_dist.engine.runtime import Ranks as Group
+from cifar_dist.distributed.context import Ranks as Group
 
 
 def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.dry_run import plan
-from cifar_dist.engine.estimate import readable
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import ModelConfig, build_model, num_parameters
-from cifar_dist.recipe import validate
+from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters
+from cifar_dist.recipe.dry_run import plan
+from cifar_dist.recipe.estimate import readable
+from cifar_dist.recipe.load import validate
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.mark.parametrize(

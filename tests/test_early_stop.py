@@ -11,9 +11,9 @@ from conftest import RecipeMaker
 from ranks import train
 from test_resume import kill_and_go_on
 
-from cifar_dist.engine.checkpoint import checkpoints
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import validate
+from cifar_dist.recipe.load import validate
+from cifar_dist.run_folder.checkpoint import checkpoints
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_dist.errors import UserError
-from cifar_dist.learn.ema import Ema, EmaConfig, build_average
+from cifar_dist.optim.averaging import Ema, EmaConfig, build_average
+from cifar_dist.utils.errors import UserError
 
 
 def one_number(value: float) -> Any:

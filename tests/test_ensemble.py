@@ -17,17 +17,17 @@ from scipy import optimize
 from small_data import quick_recipe
 from torch import Tensor
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.augment import View
+from cifar_dist.data.augment.augmentation import View
 from cifar_dist.data.batches import take
-from cifar_dist.engine.metrics import accuracy
-from cifar_dist.engine.scores import fit_temperature, reliability
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distill.teacher import build_teacher
 from cifar_dist.ensemble import choose_weights, diversity, join, main, weighted_mean
-from cifar_dist.errors import UserError
-from cifar_dist.learn.teacher import build_teacher
-from cifar_dist.recipe import load_recipe
+from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.evaluation.scores import fit_temperature, reliability
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.reporting.comparison import read_run
-from cifar_dist.runs import find_teacher
+from cifar_dist.utils.errors import UserError
 
 
 def members(rows: int = 400, classes: int = 5) -> tuple[Tensor, Tensor]:

@@ -15,19 +15,19 @@ from test_cifair import content, write_cifair
 from torch.nn.functional import cross_entropy
 
 from cifar_dist import predict, report
-from cifar_dist.data.arrow import (
+from cifar_dist.data.dataset import (
     data_digest,
     load_split,
     read_digest,
     read_hierarchy,
     write_dataset,
 )
-from cifar_dist.data.sample import draw_sample
-from cifar_dist.engine.scores import confusion
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import load_recipe
+from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.evaluation.scores import confusion
+from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.recipe.load import load_recipe
 from cifar_dist.reporting.comparison import read_run
-from cifar_dist.usable import load_usable
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

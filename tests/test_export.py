@@ -18,16 +18,16 @@ from ranks import train
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cifar_dist.data.arrow import data_digest
-from cifar_dist.engine.checkpoint import save_checkpoint
-from cifar_dist.errors import UserError
+from cifar_dist.data.dataset import data_digest
+from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.export import main
-from cifar_dist.exporting import CHECKED_BATCHES, compare, describe
-from cifar_dist.learn.teacher import TeacherConfig
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.timm_folder import timm_state
-from cifar_dist.runs import find_teacher
-from cifar_dist.usable import load_usable
+from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, describe
+from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.timm_folder import timm_state
+from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.run_folder.checkpoint import save_checkpoint
+from cifar_dist.utils.errors import UserError
 
 RunMaker = Callable[..., Path]
 ARCFACE = {"arcface": {"scale": 16.0, "margin": 0.2}}

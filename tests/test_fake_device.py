@@ -22,19 +22,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import train_batches
-from cifar_dist.engine import graphed_step, step
-from cifar_dist.engine.graphed_step import GraphedStep, unsupported_reason
-from cifar_dist.engine.metrics import Window
-from cifar_dist.learn.ema import build_average
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer, keep_scalars_on_device, set_learning_rate
-from cifar_dist.learn.teacher import Live
-from cifar_dist.nets.backbones import build_model
-from cifar_dist.nets.freeze import first_epochs, freeze
-from cifar_dist.recipe import Recipe, load_recipe
+from cifar_dist.data.dataset import Split
+from cifar_dist.distill.teacher import Live
+from cifar_dist.models.backbones import build_model
+from cifar_dist.models.freeze import first_epochs, freeze
+from cifar_dist.optim.averaging import build_average
+from cifar_dist.optim.optimizer import build_optimizer, keep_scalars_on_device, set_learning_rate
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.training import graphed_step, step
+from cifar_dist.training.graphed_step import GraphedStep, unsupported_reason
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
 
 DEVICE = torch.device("lazy", 0)
 ROWS, MICRO_BATCHES = 64, 2

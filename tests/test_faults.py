@@ -15,7 +15,7 @@ from compare import assert_same_bits, lines, tensors
 from conftest import RecipeMaker
 from ranks import Ranks, free_port, start_rank, train
 
-from cifar_dist.engine.checkpoint import checkpoints
+from cifar_dist.run_folder.checkpoint import checkpoints
 
 ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "report_every_steps": 100_000}
 TIMEOUT = 4  # run.timeout_seconds

@@ -13,14 +13,15 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 
-from cifar_dist.engine.checkpoint import checkpoints, load_optimizer
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks as RankGroup
-from cifar_dist.errors import UserError
-from cifar_dist.files import sha256
-from cifar_dist.learn.optim import OptimConfig, build_optimizer
-from cifar_dist.learn.teacher import TeacherConfig
-from cifar_dist.runs import find_teacher, load_model, load_run
+from cifar_dist.distill.teacher import TeacherConfig
+from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.recipe.runs import load_model, load_run
+from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.run_folder.checkpoint import checkpoints, load_optimizer
+from cifar_dist.training.metric_window import Window
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import sha256
 
 SHORT = {"epochs": 2}  # 12 steps
 

@@ -14,13 +14,13 @@ from ranks import free_port, start_rank, train
 from test_resume import kill_and_go_on
 from torch import nn
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.engine.evaluation import evaluate
-from cifar_dist.engine.runtime import Ranks as RankGroup
-from cifar_dist.errors import UserError
-from cifar_dist.learn.optim import OptimConfig, build_optimizer
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.freeze import FreezeConfig, first_epochs, freeze, frozen
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.evaluation.evaluator import evaluate
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.freeze import FreezeConfig, first_epochs, freeze, frozen
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.utils.errors import UserError
 
 BODY_FIRST_TWO: list[dict[str, Any]] = [{"pattern": "backbone.*", "until_epoch": 2}]
 

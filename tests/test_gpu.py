@@ -27,17 +27,17 @@ from test_speed import ALL_OPS, Waits, batches_of, model_of
 from test_streamed import plan, shown
 from torch import Tensor, nn
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
-from cifar_dist.data.streamed import streamed
-from cifar_dist.engine.checkpoint import checkpoints
-from cifar_dist.engine.cuda_graphs import WARM_UP, GraphRecorder
-from cifar_dist.engine.graphed_step import GraphedStep, StepFn, build_step
-from cifar_dist.engine.step import Precision, make_scaler
-from cifar_dist.errors import UserError
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.data.streaming import streamed
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.run_folder.checkpoint import checkpoints
+from cifar_dist.training.cuda_graphs import WARM_UP, GraphRecorder
+from cifar_dist.training.graphed_step import GraphedStep, StepFn, build_step
+from cifar_dist.training.objective import Objective
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.precision import Precision, make_scaler
 
 pytestmark = pytest.mark.gpu
 

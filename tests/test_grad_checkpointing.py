@@ -11,8 +11,8 @@ from conftest import RecipeMaker
 from ranks import train
 from torch import nn
 
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

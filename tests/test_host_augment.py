@@ -26,16 +26,17 @@ from test_resume import EVERY_STEP, wait_for_step
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.albumentations_buffer import Inline
+from cifar_dist.data.augment.albumentations_pipeline import SINGLE, Pipeline, load_library
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.shared_memory import Layout, allocate
 from cifar_dist.data.batches import take
-from cifar_dist.data.host_pictures import Inline
-from cifar_dist.data.host_pipeline import SINGLE, Pipeline, load_library
-from cifar_dist.data.shared_pages import Layout, allocate
-from cifar_dist.engine.host import HostWorkers, host_workers
-from cifar_dist.engine.runtime import Ranks as RankGroup
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import flat, load_recipe
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.recipe.diff import flat
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.training.albumentations_workers import HostWorkers, host_workers
+from cifar_dist.utils.errors import UserError
 
 ONE_OF: dict[str, Any] = {
     "OneOf": {
@@ -217,7 +218,7 @@ def test_a_run_refuses_arguments_with_one_sentence(tmp_path: Path, recipe: Recip
 
 
 def test_a_missing_or_other_version_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_dist.data.host_pipeline.VERSION", "1.4.0")
+    monkeypatch.setattr("cifar_dist.data.augment.albumentations_pipeline.VERSION", "1.4.0")
     with pytest.raises(UserError, match=r"means albumentations 1\.4\.0, not 2\.0\.8: pip install"):
         load_library()
     monkeypatch.setitem(sys.modules, "albumentations", None)
@@ -308,7 +309,9 @@ def test_the_next_epoch_is_filled_while_this_one_is_shown(split: Split) -> None:
 def test_a_full_memory_gives_way_to_the_temporary_folder(
     split: Split, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cifar_dist.data.shared_pages.SHARED_MEMORY", str(tmp_path / "none"))
+    monkeypatch.setattr(
+        "cifar_dist.data.augment.shared_memory.SHARED_MEMORY", str(tmp_path / "none")
+    )
     with started(split, 1) as host:
         host.show(0)
         assert torch.equal(host(0, torch.arange(64)), inline(split, 0, list(range(64))))
@@ -316,7 +319,7 @@ def test_a_full_memory_gives_way_to_the_temporary_folder(
 
 
 def test_a_memory_that_nobody_may_write_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cifar_dist.data.shared_pages.SHARED_MEMORY", "/proc")
+    monkeypatch.setattr("cifar_dist.data.augment.shared_memory.SHARED_MEMORY", "/proc")
     with allocate(Layout(rows=1, workers=1)) as file:
         assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{file.fileno()}")
 

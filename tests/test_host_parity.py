@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.albumentations_pipeline import Pipeline, load_library
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.image_ops import BLENDS, LOOK_UPS, MEAN_COLOUR
+from cifar_dist.data.augment.policies import RandAugment
+from cifar_dist.data.augment.transforms import Affine, Change, ColorJitter, Erasing
 from cifar_dist.data.batches import take
-from cifar_dist.data.changes import Affine, Change, ColorJitter, Erasing
-from cifar_dist.data.host_pipeline import Pipeline, load_library
-from cifar_dist.data.image_ops import BLENDS, LOOK_UPS, MEAN_COLOUR
-from cifar_dist.data.policies import RandAugment
-from cifar_dist.keys import Draws
+from cifar_dist.data.dataset import Split
+from cifar_dist.utils.random import Draws
 
 KEYS = 3000
 

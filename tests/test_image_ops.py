@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.image_ops import (
+from cifar_dist.data.augment.image_ops import (
     BLENDS,
     LOOK_UPS,
     MEAN_COLOUR,
@@ -32,6 +31,7 @@ from cifar_dist.data.image_ops import (
     shift_hue,
     warp,
 )
+from cifar_dist.data.dataset import load_split
 
 IDENTITY = torch.eye(2, 3).flatten()
 FACTORS = [0.0, 0.01, 0.1, 0.4, 0.75, 1.0, 1.25, 1.6, 1.9, 1.99]

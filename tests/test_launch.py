@@ -16,7 +16,7 @@ from compare import assert_same_bits, largest_difference
 from conftest import RecipeMaker
 from ranks import free_port, rank_variables, start_rank, train
 
-from cifar_dist.engine.checkpoint import checkpoints, damage
+from cifar_dist.run_folder.checkpoint import checkpoints, damage
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"

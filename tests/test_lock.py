@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.engine import lock
-from cifar_dist.engine.lock import locked
-from cifar_dist.errors import UserError
+from cifar_dist.training import lock
+from cifar_dist.training.lock import locked
+from cifar_dist.utils.errors import UserError
 
 processes = multiprocessing.get_context("fork")
 
@@ -90,7 +90,7 @@ def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds the folder's lock, with these variables, and looks at it often."""
     script = (
         "import sys, pathlib\n"
-        "from cifar_dist.engine import lock\n"
+        "from cifar_dist.training import lock\n"
         "lock.HEARTBEAT_SECONDS = 0.1\n"
         "with lock.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('mine', flush=True)\n"

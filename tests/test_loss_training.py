@@ -10,7 +10,7 @@ from compare import assert_same_bits, lines
 from conftest import RecipeMaker
 from ranks import train
 
-from cifar_dist.learn.losses import LOSSES
+from cifar_dist.losses.classification import LOSSES
 
 BESIDE: dict[str, dict[str, Any]] = {  # what a loss needs that cannot stand alone
     "triplet": {"cross_entropy": {}},

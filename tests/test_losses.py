@@ -13,7 +13,7 @@ from timm.loss import BinaryCrossEntropy as TimmsBinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.learn.losses import (
+from cifar_dist.losses.classification import (
     LOSSES,
     ArcFace,
     BinaryCrossEntropy,
@@ -23,7 +23,7 @@ from cifar_dist.learn.losses import (
     SupCon,
     logit_scale,
 )
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.models.heads import Outputs
 
 LABELLED = [make() for make in LOSSES.values() if not make.taught]
 

@@ -12,9 +12,9 @@ from pytorch_metric_learning.losses import CosFaceLoss, LargeMarginSoftmaxLoss, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.learn.losses import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
-from cifar_dist.learn.margin_losses import psi
-from cifar_dist.nets.heads import CosineHead, LinearHead, Outputs
+from cifar_dist.losses.classification import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
+from cifar_dist.losses.margin import psi
+from cifar_dist.models.heads import CosineHead, LinearHead, Outputs
 
 Margin = ArcFace | CosFace | SphereFace | LargeMarginSoftmax
 MARGINS: list[Margin] = [

@@ -12,9 +12,9 @@ from pytorch_metric_learning.miners import BatchHardMiner
 from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor
 
-from cifar_dist.learn.losses import LOSSES, Contrastive, SupCon, Triplet
-from cifar_dist.learn.metric_losses import partners
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.losses.classification import LOSSES, Contrastive, SupCon, Triplet
+from cifar_dist.losses.metric import partners
+from cifar_dist.models.heads import Outputs
 
 Metric = Triplet | Contrastive | SupCon
 METRIC: list[Metric] = [

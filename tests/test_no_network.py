@@ -20,10 +20,10 @@ mount --bind resolv.conf /etc/resolv.conf && exec "$@"
 """
 TIMED = """
 import sys, time
-from cifar_dist.engine.tracking import decide_mode
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import ModelConfig, fetch_pretrained
-from cifar_dist.prepare import prepare
+from cifar_dist.tracking.tracker import decide_mode
+from cifar_dist.utils.errors import UserError
+from cifar_dist.models.backbones import ModelConfig, fetch_pretrained
+from cifar_dist.data.ingest.preparation import prepare
 from pathlib import Path
 
 def seconds(act):

@@ -14,18 +14,18 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from cifar_dist.errors import UserError
-from cifar_dist.learn.optim import (
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.optimizer import (
     REFUSED,
     OptimConfig,
     build_optimizer,
-    learning_rate,
     load_state,
     max_lr,
     saved_state,
     set_learning_rate,
 )
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.optim.schedule import learning_rate
+from cifar_dist.utils.errors import UserError
 
 
 def rates(config: OptimConfig, epochs: int, steps_per_epoch: int) -> list[float]:

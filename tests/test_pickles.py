@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from small_data import cut, small_data
 
-from cifar_dist.data import members, pickle_machine
-from cifar_dist.data.members import is_official, read_members
-from cifar_dist.data.pickles import BATCH_LABELS, RawSplit, read_meta, read_pickle
-from cifar_dist.data.sample import pickle_members
-from cifar_dist.errors import UserError
+from cifar_dist.data.ingest import archive, safe_pickle
+from cifar_dist.data.ingest.archive import is_official, read_members
+from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawSplit, read_meta, read_pickle
+from cifar_dist.data.ingest.synthetic import pickle_members
+from cifar_dist.utils.errors import UserError
 
 TRAIN, TEST, META = small_data()
 MEMBERS = pickle_members(TRAIN, TEST, META)
@@ -376,7 +376,7 @@ def entry(
     return info
 
 
-def archive(path: Path, *extra: tarfile.TarInfo, without: str = "", prefix: str = "") -> Path:
+def write_archive(path: Path, *extra: tarfile.TarInfo, without: str = "", prefix: str = "") -> Path:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, data in MEMBERS.items():
@@ -392,7 +392,7 @@ def archive(path: Path, *extra: tarfile.TarInfo, without: str = "", prefix: str 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.xz"])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_archives_are_read(tmp_path: Path, name: str, prefix: str) -> None:
-    found = read_members(archive(tmp_path / name, prefix=prefix))
+    found = read_members(write_archive(tmp_path / name, prefix=prefix))
     assert found == MEMBERS
     assert not is_official(found)
 
@@ -423,7 +423,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_archive_never_reaches_outside(tmp_path: Path, name: str) -> None:
-    path = archive(tmp_path / "a.tar.gz", ATTACKS[name], without="test")
+    path = write_archive(tmp_path / "a.tar.gz", ATTACKS[name], without="test")
     with pytest.raises(UserError, match=r"plain file|has no cifar-100-python/test"):
         read_members(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -431,7 +431,7 @@ def test_an_archive_never_reaches_outside(tmp_path: Path, name: str) -> None:
 
 def test_foreign_members_beside_the_three_do_no_harm(tmp_path: Path) -> None:
     extra = entry("../../owned", 4), entry("/owned", 4), entry("l", kind=tarfile.SYMTYPE, link="/")
-    path = archive(tmp_path / "a.tar.gz", *extra)
+    path = write_archive(tmp_path / "a.tar.gz", *extra)
     assert read_members(path) == MEMBERS
     assert list(tmp_path.iterdir()) == [path]
 
@@ -439,7 +439,7 @@ def test_foreign_members_beside_the_three_do_no_harm(tmp_path: Path) -> None:
 def test_a_member_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     for name in ("cifar-100-python/test", "./cifar-100-python/test"):
         with pytest.raises(UserError, match="occurs twice"):
-            read_members(archive(tmp_path / "a.tar", entry(name, 3)))
+            read_members(write_archive(tmp_path / "a.tar", entry(name, 3)))
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
@@ -453,7 +453,9 @@ def test_bombs_are_refused(tmp_path: Path, kind: bytes, name: str) -> None:
 
 
 def test_too_many_members_are_refused(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.tar", *(entry(f"{n}") for n in range(members.MAX_ARCHIVE_MEMBERS)))
+    path = write_archive(
+        tmp_path / "a.tar", *(entry(f"{n}") for n in range(archive.MAX_ARCHIVE_MEMBERS))
+    )
     with pytest.raises(UserError, match="too many members"):
         read_members(path)
 
@@ -469,7 +471,7 @@ def test_headers_that_announce_headers_without_end_are_refused(tmp_path: Path) -
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:
     for name in ("a.tar", "a.tar.gz", "a.tar.xz"):
-        whole = archive(tmp_path / name).read_bytes()
+        whole = write_archive(tmp_path / name).read_bytes()
         for cut_at in (0, 5, 100, 700, len(whole) // 2):
             (tmp_path / name).write_bytes(whole[:cut_at])
             with pytest.raises(UserError):
@@ -499,7 +501,7 @@ def test_the_real_pickles_read_as_pickle_load_reads_them() -> None:
         assert raw.coarse_labels.tolist() == oracle[b"coarse_labels"]
         assert [name.encode() for name in raw.filenames] == oracle[b"filenames"]
     assert read_meta(io.BytesIO(found["meta"])).fine_label_names[0] == "apple"
-    assert pickle_machine.MAX_OPCODES > 4 * 100_000
+    assert safe_pickle.MAX_OPCODES > 4 * 100_000
 
 
 NESTED = {  # a tuple in the place of a module's name; a look-up would hash it
@@ -512,8 +514,8 @@ NESTED = {  # a tuple in the place of a module's name; a look-up would hash it
 def test_a_name_that_is_no_text_neither_hangs_nor_overflows_the_stack(shape: str) -> None:
     """In a process of its own, since the one would not end and the other would take this one along."""
     script = (
-        "import sys\nfrom cifar_dist.data.pickles import read_pickle\n"
-        "from cifar_dist.errors import UserError\n"
+        "import sys\nfrom cifar_dist.data.ingest.pickles import read_pickle\n"
+        "from cifar_dist.utils.errors import UserError\n"
         "try: read_pickle(sys.stdin.buffer, 'train')\n"
         "except UserError as error: print(error)\n"
     )

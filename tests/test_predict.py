@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 from ranks import Ranks
 from safetensors.torch import load_file
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.engine.runtime import log
-from cifar_dist.engine.scores import fit_temperature
-from cifar_dist.errors import UserError
+from cifar_dist.data.dataset import load_split
+from cifar_dist.evaluation.scores import fit_temperature
 from cifar_dist.predict import ENDINGS, find_pictures, main, read_picture
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log
 
 
 def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 from small_data import cut, small_data
 
-from cifar_dist import signals
-from cifar_dist.data import download as download_module
-from cifar_dist.data.arrow import class_names, content_digest, load_split, read_digest, read_split
-from cifar_dist.data.download import download
-from cifar_dist.data.pickles import RawSplit
-from cifar_dist.data.sample import pickle_members, write_pickles
-from cifar_dist.errors import UserError
-from cifar_dist.prepare import prepare
-from cifar_dist.runs import wait_for_data
+from cifar_dist.data.dataset import class_names, content_digest, load_split, read_digest, read_split
+from cifar_dist.data.ingest import download as download_module
+from cifar_dist.data.ingest.download import download
+from cifar_dist.data.ingest.pickles import RawSplit
+from cifar_dist.data.ingest.preparation import prepare
+from cifar_dist.data.ingest.synthetic import pickle_members, write_pickles
+from cifar_dist.distributed import signals
+from cifar_dist.training.resume import wait_for_data
+from cifar_dist.utils.errors import UserError
 
 TRAIN, TEST, META = small_data()
 

@@ -10,21 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cifar_dist.errors import UserError
-from cifar_dist.learn.losses import LOSSES
-from cifar_dist.recipe import (
-    Recipe,
-    flat,
-    identity,
-    json_schema,
-    load_recipe,
-    recipe_changes,
-    resolved,
-    to_yaml,
-    validate,
-)
-from cifar_dist.strict_yaml import parse_yaml
-from cifar_dist.unknown_keys import known_keys
+from cifar_dist.losses.classification import LOSSES
+from cifar_dist.recipe.diff import flat, identity, recipe_changes
+from cifar_dist.recipe.load import load_recipe, validate
+from cifar_dist.recipe.schema import Recipe, json_schema, resolved, to_yaml
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.strict_yaml import parse_yaml
+from cifar_dist.utils.unknown_keys import known_keys
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))

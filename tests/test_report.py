@@ -17,11 +17,10 @@ from ranks import Ranks, train
 from safetensors.torch import load_file, save_file
 from small_data import quick_recipe
 
-from cifar_dist.data.arrow import write_dataset
-from cifar_dist.data.pickles import RawMeta
-from cifar_dist.data.sample import draw_sample
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import load_recipe
+from cifar_dist.data.dataset import write_dataset
+from cifar_dist.data.ingest.pickles import RawMeta
+from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.recipe.load import load_recipe
 from cifar_dist.report import main
 from cifar_dist.reporting.charts import MOST_POINTS, Series, line_chart, number, thinned, ticks
 from cifar_dist.reporting.comparison import (
@@ -32,6 +31,7 @@ from cifar_dist.reporting.comparison import (
     read_run,
 )
 from cifar_dist.reporting.tutorial import PUBLISHED
+from cifar_dist.utils.errors import UserError
 
 HOSTILE = "<script>alert('x')</script>"
 

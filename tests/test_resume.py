@@ -15,9 +15,9 @@ from compare import assert_same_bits, largest_difference, lines
 from conftest import RecipeMaker
 from ranks import Ranks, train
 
-from cifar_dist.engine.checkpoint import checkpoints, damage, newest_valid, save_checkpoint
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks as RankGroup
+from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.run_folder.checkpoint import checkpoints, damage, newest_valid, save_checkpoint
+from cifar_dist.training.metric_window import Window
 
 EVERY_STEP = 1e-9  # minutes between saves: one at every vote, which one process holds every step
 

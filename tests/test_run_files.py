@@ -11,10 +11,10 @@ from conftest import RecipeMaker, taught
 from ranks import train
 
 from cifar_dist import export, predict, report
-from cifar_dist.engine.metrics import MetricsFile
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import load_recipe
-from cifar_dist.runs import finished_before
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.run_folder.records import MetricsFile
+from cifar_dist.training.resume import finished_before
+from cifar_dist.utils.errors import UserError
 
 LINES = [
     {"kind": kind, "step": step, "epoch": step / 2, "loss": 1.5}

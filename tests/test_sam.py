@@ -17,20 +17,14 @@ from test_resume import kill_and_go_on
 from test_step import CPU, model_of, plainly, shards_of
 from torch import Tensor, nn
 
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
-from cifar_dist.engine.step import (
-    Precision,
-    StepResult,
-    leading,
-    make_scaler,
-    seed_draws,
-    train_step,
-)
-from cifar_dist.learn.loss import Loss
-from cifar_dist.learn.losses import CrossEntropy, Distill
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.sam import SamConfig
+from cifar_dist.losses.base import Loss
+from cifar_dist.losses.classification import CrossEntropy, Distill
+from cifar_dist.optim.sam import SamConfig
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepResult, leading, seed_draws, train_step
+from cifar_dist.utils.precision import Precision, make_scaler
 
 SAM, ASAM = SamConfig(rho=0.1), SamConfig(rho=0.5, adaptive=True)
 

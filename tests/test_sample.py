@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_dist.data.arrow import content_digest
-from cifar_dist.data.members import read_members
-from cifar_dist.data.pickles import check_hierarchy, read_meta, read_pickle
-from cifar_dist.data.sample import COLOURS, SHAPES, draw_sample, write_pickles
+from cifar_dist.data.dataset import content_digest
+from cifar_dist.data.ingest.archive import read_members
+from cifar_dist.data.ingest.pickles import check_hierarchy, read_meta, read_pickle
+from cifar_dist.data.ingest.synthetic import COLOURS, SHAPES, draw_sample, write_pickles
 
 TRAIN, TEST, META = draw_sample(train_per_class=6, test_per_class=2)
 FIRST_NAME = "yellow_star_s_000000.png"

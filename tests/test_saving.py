@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from cifar_dist.engine.checkpoint import checkpoints, damage, load_optimizer, load_tensors
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks
-from cifar_dist.engine.state import State, vote
-from cifar_dist.engine.step import make_scaler
-from cifar_dist.learn.optim import OptimConfig, build_optimizer
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.run_folder.checkpoint import checkpoints, damage, load_optimizer, load_tensors
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.state import State, vote
+from cifar_dist.utils.precision import make_scaler
 
 ALONE, CPU = Ranks(0, 1, None), torch.device("cpu")
 KEPT: dict[str, Any] = {"keep": 2, "facts": {"shards": 1}}

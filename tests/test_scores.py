@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from torchmetrics.classification import MulticlassCalibrationError
 
-from cifar_dist.engine import scores
-from cifar_dist.engine.metrics import accuracy
+from cifar_dist.evaluation import scores
+from cifar_dist.evaluation.metrics import accuracy
 
 LABELS = torch.tensor([0, 0, 1, 2, 3])
 PREDICTED = torch.tensor([0, 1, 1, 3, 0])

@@ -11,8 +11,8 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 
-from cifar_dist.errors import UserError
-from cifar_dist.nets.backbones import Growing, ModelConfig, build_model
+from cifar_dist.models.backbones import Growing, ModelConfig, build_model
+from cifar_dist.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
 

@@ -20,9 +20,9 @@ from conftest import RecipeMaker
 from ranks import Ranks
 from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, wait_until, why_not
 
-from cifar_dist.engine import slurm
-from cifar_dist.engine.checkpoint import checkpoints
-from cifar_dist.engine.lock import process_start
+from cifar_dist.distributed import slurm
+from cifar_dist.run_folder.checkpoint import checkpoints
+from cifar_dist.utils.host import process_start
 
 LONG = {"epochs": 100, "eval_every_epochs": 50, "save_every_minutes": 0.01}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.small_maps import TapConv2d, use_taps
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.small_maps import TapConv2d, use_taps
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4])

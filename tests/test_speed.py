@@ -17,21 +17,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
+from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
 from cifar_dist.data.batches import Batch, train_batches
-from cifar_dist.data.changes import Affine, ColorJitter, Erasing, OneOf
-from cifar_dist.data.policies import RandAugment, TrivialAugment
-from cifar_dist.engine.graphed_step import GraphedStep
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.step import Precision, StepResult, make_scaler, train_step, update
-from cifar_dist.learn.ema import Ema, EmaConfig
-from cifar_dist.learn.loss import Loss
-from cifar_dist.learn.losses import LOSSES, CrossEntropy
-from cifar_dist.learn.objective import Objective, sum_terms
-from cifar_dist.learn.optim import OptimConfig, build_optimizer, set_learning_rate
-from cifar_dist.learn.teacher import Live
-from cifar_dist.nets.backbones import ModelConfig, build_model
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.distill.teacher import Live
+from cifar_dist.losses.base import Loss
+from cifar_dist.losses.classification import LOSSES, CrossEntropy
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.averaging import Ema, EmaConfig
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.training.graphed_step import GraphedStep
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective, sum_terms
+from cifar_dist.training.step import StepResult, train_step, update
+from cifar_dist.utils.precision import Precision, make_scaler
 
 CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
 ALL_OPS = AugmentConfig(

@@ -13,22 +13,16 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from cifar_dist.config import config
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, train_batches
-from cifar_dist.engine.step import (
-    Precision,
-    StepResult,
-    check_precision,
-    make_scaler,
-    seed_draws,
-    train_step,
-)
-from cifar_dist.learn.losses import CrossEntropy
-from cifar_dist.learn.objective import Objective
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.heads import Outputs
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.heads import Outputs
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepResult, seed_draws, train_step
+from cifar_dist.utils.config import config
+from cifar_dist.utils.precision import Precision, check_precision, make_scaler
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from compare import assert_same_bits
 from conftest import RecipeMaker
 from ranks import Ranks, train
 
-from cifar_dist.engine.checkpoint import checkpoints, damage, newest_valid
-from cifar_dist.engine.metrics import MetricsFile
-from cifar_dist.files import folder_aside, remove_folder, rename, try_place, write_file
+from cifar_dist.run_folder.checkpoint import checkpoints, damage, newest_valid
+from cifar_dist.run_folder.records import MetricsFile
+from cifar_dist.utils.files import folder_aside, remove_folder, rename, try_place, write_file
 
 EVERY_STEP = 1e-9
 
@@ -129,7 +129,7 @@ SAVER = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from cifar_dist.engine.checkpoint import prune, save_checkpoint
+from cifar_dist.run_folder.checkpoint import prune, save_checkpoint
 
 folder, stop_at, calls = Path(sys.argv[1]), int(sys.argv[2]), 0
 def count(event, arguments):

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.data.arrow import Split, load_split
-from cifar_dist.data.augment import Augment, AugmentConfig, View
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
 from cifar_dist.data.batches import Batch, concatenate, eval_blocks, train_batches
-from cifar_dist.data.streamed import Streamed, rows_taken, streamed
-from cifar_dist.errors import UserError
-from cifar_dist.recipe import load_recipe
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.data.streaming import Streamed, rows_taken, streamed
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.utils.errors import UserError
 
 ROWS = torch.arange(5, 64)  # the others are held out
 MIXED = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.2, cutmix=1.0)

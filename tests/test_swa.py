@@ -15,15 +15,15 @@ from test_ema import one_number, set_to
 from test_resume import kill_and_go_on
 from torch import nn
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.data.augment import Augment, AugmentConfig
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import epoch_order
-from cifar_dist.engine.evaluation import refresh_statistics
-from cifar_dist.engine.runtime import Ranks as RankGroup
-from cifar_dist.errors import UserError
-from cifar_dist.learn.ema import EmaConfig, Swa
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.recipe import validate
+from cifar_dist.data.dataset import load_split
+from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.evaluation.evaluator import refresh_statistics
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.optim.averaging import EmaConfig, Swa
+from cifar_dist.recipe.load import validate
+from cifar_dist.utils.errors import UserError
 
 SWA = {"kind": "swa", "decay": 0.999, "start_epoch": 2}  # the tests' recipe has another decay
 

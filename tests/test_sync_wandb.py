@@ -16,8 +16,8 @@ from ranks import Ranks, train
 from test_tracking import records
 
 from cifar_dist import sync_wandb
-from cifar_dist.engine import tracking
-from cifar_dist.errors import UserError
+from cifar_dist.tracking import tracker
+from cifar_dist.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -109,12 +109,12 @@ def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity
     folder.mkdir(parents=True)
     (tmp_path / "wandb_id").write_text(identity)
     with pytest.raises(UserError, match="is no id of W&B"):
-        tracking.identity_of(tmp_path)
+        tracker.identity_of(tmp_path)
     (tmp_path / "wandb_id").write_text("abc\n")
-    assert tracking.offline_folders(tmp_path, tracking.identity_of(tmp_path)) == [folder]
+    assert tracker.offline_folders(tmp_path, tracker.identity_of(tmp_path)) == [folder]
 
 
 def test_an_id_that_a_file_gives_names_no_other_place(tmp_path: Path) -> None:
     (tmp_path / "run/wandb/offline-run-1-x").mkdir(parents=True)
     with pytest.raises(UserError, match="no id of W&B"):
-        tracking.offline_folders(tmp_path / "run", "x/../..")
+        tracker.offline_folders(tmp_path / "run", "x/../..")

@@ -24,8 +24,8 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_server import wandb_server
 
-from cifar_dist.data.arrow import data_digest, load_split, read_hierarchy
-from cifar_dist.engine.tracking import EXTREMES, Tracker, TrackingConfig, decide_mode
+from cifar_dist.data.dataset import data_digest, load_split, read_hierarchy
+from cifar_dist.tracking.tracker import EXTREMES, Tracker, TrackingConfig, decide_mode
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +158,7 @@ def test_a_failing_call_switches_tracking_off(
 ) -> None:
     import wandb
 
-    monkeypatch.setattr("cifar_dist.engine.tracking.log.propagate", True)
+    monkeypatch.setattr("cifar_dist.tracking.tracker.log.propagate", True)
     tracker = Tracker()
     recipe = {"name": "a", "data": {"path": "data"}}
     tracker.start(TrackingConfig(mode="offline"), tmp_path, recipe, {}, ())

@@ -15,7 +15,7 @@ from ranks import Ranks, train
 from slurm_cluster import wait_until
 from wandb_server import wandb_server
 
-from cifar_dist.engine.tracking import Tracker, TrackingConfig
+from cifar_dist.tracking.tracker import Tracker, TrackingConfig
 
 STEPS, OFF = 24, "W&B is off from now on; the run goes on without it"
 RECIPE = {"name": "a", "data": {"path": "none"}}
@@ -36,7 +36,7 @@ def test_a_silent_server_holds_up_a_start_for_five_seconds_at_most(
 ) -> None:
     """It takes connections and says nothing; then the run is offline."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("cifar_dist.engine.tracking.log.propagate", True)
+    monkeypatch.setattr("cifar_dist.tracking.tracker.log.propagate", True)
     with wandb_server() as server:
         server.deaf.set()
         for name, value in server.environment.items():

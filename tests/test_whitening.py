@@ -11,9 +11,9 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 from torch.nn import functional as F
 
-from cifar_dist.data.arrow import load_split
-from cifar_dist.nets.backbones import ModelConfig, build_model
-from cifar_dist.nets.pixels import CIFAR_MEAN, CIFAR_STD, WHITENED, PixelInput, patch_filters
+from cifar_dist.data.dataset import load_split
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, WHITENED, PixelInput, patch_filters
 
 
 def test_answers_to_patches_are_uncorrelated_with_variance_one(middle_data: Path) -> None:

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from cifar_dist.engine.metrics import Window
-from cifar_dist.engine.runtime import Ranks
+from cifar_dist.distributed.context import Ranks
+from cifar_dist.training.metric_window import Window
 
 CPU = torch.device("cpu")
 ALONE = Ranks(rank=0, world_size=1, group=None)

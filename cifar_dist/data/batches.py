@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cifar_dist.data.arrow import Split
-from cifar_dist.errors import UserError
-from cifar_dist.keys import generator
+from cifar_dist.data.dataset import Split
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.random import generator
 
 
 @dataclass(frozen=True, kw_only=True)

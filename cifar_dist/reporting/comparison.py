@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cifar_dist.engine import results
-from cifar_dist.engine.metrics import Line, MetricsFile
-from cifar_dist.engine.scores import holm, mcnemar
-from cifar_dist.engine.tracking import SEED_IN_NAME
-from cifar_dist.errors import UserError
-from cifar_dist.findings import read_findings
-from cifar_dist.recipe import Recipe, identity, load_recipe
+from cifar_dist.evaluation.scores import holm, mcnemar
+from cifar_dist.recipe.diff import identity
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.run_folder import results
+from cifar_dist.run_folder.evaluations import read_findings
+from cifar_dist.run_folder.records import Line, MetricsFile
+from cifar_dist.tracking.tracker import SEED_IN_NAME
+from cifar_dist.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,12 +11,12 @@ import jinja2
 import torch
 
 from cifar_dist import __version__
-from cifar_dist.data.arrow import load_split, read_digest, read_hierarchy
 from cifar_dist.data.batches import holdout_rows
-from cifar_dist.engine.runtime import progress_bar
-from cifar_dist.engine.scores import class_scores, confusion, fold
-from cifar_dist.findings import name_of, numbers, trained_on
-from cifar_dist.recipe import Recipe, flat, resolved
+from cifar_dist.data.dataset import load_split, read_digest, read_hierarchy
+from cifar_dist.evaluation.report import name_of, numbers
+from cifar_dist.evaluation.scores import class_scores, confusion, fold
+from cifar_dist.recipe.diff import flat
+from cifar_dist.recipe.schema import Recipe, resolved
 from cifar_dist.reporting.charts import (
     COLOURS,
     Series,
@@ -32,13 +32,15 @@ from cifar_dist.reporting.comparison import (
     mean_and_deviation,
     paired_tests,
 )
-from cifar_dist.reporting.pictures import (
+from cifar_dist.reporting.images import (
     augmented_views,
     confident_mistakes,
     data_uri,
     frequent_confusions,
 )
 from cifar_dist.reporting.tutorial import side_by_side
+from cifar_dist.run_folder.evaluations import trained_on
+from cifar_dist.utils.log import progress_bar
 
 CURVES = (  # kind of line, its value, and the axis's name
     ("eval", "top1", "test top-1, %"),

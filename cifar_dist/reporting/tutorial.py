@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cifar_dist.engine.tracking import SEED_IN_NAME
 from cifar_dist.reporting.comparison import Group, mean_and_deviation
+from cifar_dist.tracking.tracker import SEED_IN_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

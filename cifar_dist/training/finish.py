@@ -6,14 +6,14 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
-from cifar_dist.engine import results
-from cifar_dist.engine.evaluation import Evaluation
-from cifar_dist.engine.metrics import peak_memory_bytes, peak_reserved_bytes
-from cifar_dist.engine.runtime import log
-from cifar_dist.engine.state import State
-from cifar_dist.files import write_file
-from cifar_dist.nets.backbones import num_parameters
+from cifar_dist.evaluation.evaluator import Evaluation
+from cifar_dist.models.backbones import num_parameters
+from cifar_dist.run_folder import results
 from cifar_dist.training.setup import Run
+from cifar_dist.training.state import State
+from cifar_dist.utils.files import write_file
+from cifar_dist.utils.host import peak_memory_bytes, peak_reserved_bytes
+from cifar_dist.utils.log import log
 
 
 @dataclass(frozen=True)

@@ -16,30 +16,34 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from cifar_dist.data.arrow import Split, class_names, data_digest, open_splits
-from cifar_dist.data.augment import Augment
+from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import Batch, count_steps, holdout_rows, train_batches
-from cifar_dist.data.streamed import streamed
-from cifar_dist.engine import lock, run_folder
-from cifar_dist.engine.checkpoint import load_progress, load_tensors
-from cifar_dist.engine.evaluation import Evaluation, evaluate
-from cifar_dist.engine.host import HostWorkers, host_workers
-from cifar_dist.engine.metrics import MetricsFile, Window
-from cifar_dist.engine.runtime import Ranks, log, progress_bar, rank_mesh
-from cifar_dist.engine.state import State
-from cifar_dist.engine.step import check_precision, make_scaler
-from cifar_dist.engine.tracking import Tracker
-from cifar_dist.keys import key
-from cifar_dist.learn.ema import build_average
-from cifar_dist.learn.losses import logit_scale
-from cifar_dist.learn.objective import Objective
-from cifar_dist.learn.optim import build_optimizer, learning_rate
-from cifar_dist.learn.teacher import Over, Teacher, Trained, build_teacher
-from cifar_dist.nets.backbones import build_model, fetch_pretrained
-from cifar_dist.nets.freeze import first_epochs, freeze
-from cifar_dist.nets.pixels import patch_filters
-from cifar_dist.recipe import Recipe, resolved, to_yaml
-from cifar_dist.runs import check_caches, check_world, find_teacher, open_run, take_over
+from cifar_dist.data.dataset import Split, class_names, data_digest, open_splits
+from cifar_dist.data.streaming import streamed
+from cifar_dist.distill.teacher import Over, Teacher, Trained, build_teacher
+from cifar_dist.distributed.context import Ranks, rank_mesh
+from cifar_dist.evaluation.evaluator import Evaluation, evaluate
+from cifar_dist.losses.classification import logit_scale
+from cifar_dist.models.backbones import build_model, fetch_pretrained
+from cifar_dist.models.freeze import first_epochs, freeze
+from cifar_dist.models.preprocess import patch_filters
+from cifar_dist.optim.averaging import build_average
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.optim.schedule import learning_rate
+from cifar_dist.recipe.schema import Recipe, resolved, to_yaml
+from cifar_dist.recipe.teachers import check_caches, find_teacher
+from cifar_dist.run_folder.checkpoint import load_progress, load_tensors
+from cifar_dist.run_folder.records import MetricsFile
+from cifar_dist.tracking.tracker import Tracker
+from cifar_dist.training import environment, lock
+from cifar_dist.training.albumentations_workers import HostWorkers, host_workers
+from cifar_dist.training.metric_window import Window
+from cifar_dist.training.objective import Objective
+from cifar_dist.training.resume import check_world, open_run, take_over
+from cifar_dist.training.state import State
+from cifar_dist.utils.log import log, progress_bar
+from cifar_dist.utils.precision import check_precision, make_scaler
+from cifar_dist.utils.random import key
 
 WHITENING_ROWS = 2000  # images that the whitening filters are computed from
 
@@ -212,7 +216,7 @@ def find_origin(recipe: Recipe, ranks: Ranks, device: torch.device, *, force: bo
         step=load_progress(checkpoint)["step"] if checkpoint else 0,
         shards=shards,
         num_classes=len(class_names(Path(recipe.data.path))),
-        environment=run_folder.environment(
+        environment=environment.environment(
             world_size=ranks.world_size, device=device, data=digest, teachers=digests
         ),
     )

@@ -1,0 +1,175 @@
+"""Convert CIFAR-100, or synthetic data, to the Arrow dataset that training reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shlex
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from cifar_dist.data.dataset import (
+    DIGEST,
+    INFO,
+    SPLITS,
+    TABLE,
+    content_digest,
+    data_digest,
+    read_digest,
+    read_split,
+    write_dataset,
+)
+from cifar_dist.data.ingest.archive import FOLDER, OFFICIAL_MD5, is_official, read_members
+from cifar_dist.data.ingest.download import download
+from cifar_dist.data.ingest.pickles import (
+    RawMeta,
+    RawSplit,
+    check_hierarchy,
+    read_meta,
+    read_pickle,
+)
+from cifar_dist.data.ingest.synthetic import draw_sample, pickle_members
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import alone
+
+OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+
+
+ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
+
+
+SAMPLE = "sample"
+
+
+ELSEWHERE = (
+    "choose another place (--output of prepare, data.path of a recipe)"  # train prepares too
+)
+
+
+Content = Literal["official", "sample", "other"]
+
+
+def prepare(
+    source: str | None, output: Path, *, any_content: bool = False, force: bool = False
+) -> None:
+    """Make `output` the data set that `load_split` reads; nothing to do where it is one already.
+
+    `source`: an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
+    three files must be CIFAR-100's own (by md5) unless `any_content`. Raises UserError, and leaves
+    nothing behind but a begun download, which the next call goes on with.
+    """
+    started = time.monotonic()
+    source = source or OFFICIAL_URL
+    output = output.expanduser().resolve()
+    with alone(output.parent, elsewhere=ELSEWHERE):
+        for path in output.parent.iterdir():  # of one that was killed
+            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        _refuse_foreign(output)
+        held = None if force else _held(output)
+        expected = SAMPLE if source == SAMPLE else None if any_content else "official"
+        if held is not None and expected is not None:
+            _say_held(output, same=held["content"] == expected)
+            return
+        content: Content
+        if source == SAMPLE:
+            content, members = "sample", pickle_members(*draw_sample())
+        else:
+            members = _read_source(source, output)
+            content = "official" if is_official(members) else "other"
+            if content != expected and expected is not None:
+                command = _command(output, "--any-content", "--source", source)
+                raise UserError(f"{source} is not the official CIFAR-100; take it with {command}")
+        train, test, meta = _parse(members, source)
+        if held is not None:
+            digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
+            _say_held(output, same=all(held[s]["sha256"] == digests[s] for s in SPLITS))
+            return
+        beside = {f"{FOLDER}/{name}": data for name, data in members.items()}
+        write_dataset(
+            output, train, test, meta, content=content, beside=beside if source == SAMPLE else None
+        )
+    print(
+        f"{output}: {content} data, {len(train.images):,} + {len(test.images):,} rows, digest "
+        f"{data_digest(output)[:12]}, {time.monotonic() - started:.1f} s; open it with\n"
+        f"  from datasets import load_from_disk\n"
+        f'  train, test = load_from_disk("{output}").values()',
+        flush=True,
+    )
+
+
+def _command(output: Path, *options: str) -> str:
+    words = ["python", "-m", "cifar_dist.prepare", *options, "--output", str(output)]
+    return f"`{shlex.join(words)}`"
+
+
+def _read_source(source: str, output: Path) -> dict[str, bytes]:
+    if not source.startswith(("http://", "https://")):
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"{source} does not exist; give an archive, a folder or a URL "
+                "(--source of prepare, data.source of a recipe)"
+            )
+        return read_members(path)
+    # Named after the URL, so that a download never goes on with the beginning of another.
+    key = hashlib.sha256(source.encode()).hexdigest()[:8]
+    part = output.with_name(f"{output.name}.{key}.part")
+    remedy = f"get it in another way and give it with {_command(output, '--source', 'FILE')}"
+    download(source, part, md5=ARCHIVE_MD5.get(source), remedy=remedy)
+    try:
+        return read_members(part)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    finally:
+        part.unlink()
+
+
+def _parse(members: dict[str, bytes], source: str) -> tuple[RawSplit, RawSplit, RawMeta]:
+    try:
+        train = read_pickle(io.BytesIO(members["train"]), "train")
+        test = read_pickle(io.BytesIO(members["test"]), "test")
+        check_hierarchy(train, test)
+        return train, test, read_meta(io.BytesIO(members["meta"]))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _held(output: Path) -> dict[str, Any] | None:
+    """The digest of the data set at `output`, verified; None where there is nothing."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return None
+    for name in SPLITS:
+        read_split(output, name)
+    return read_digest(output)
+
+
+def _say_held(output: Path, *, same: bool) -> None:
+    if not same:
+        raise UserError(
+            f"{output} holds other data; {ELSEWHERE}, or replace them with "
+            f"{_command(output, '--force')} and the --source or --sample of yours"
+        )
+    print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
+
+
+def _refuse_foreign(output: Path) -> None:
+    """UserError unless `output` is absent, empty, or holds no file but those we write."""
+    if not output.exists():
+        return
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    if names and "dataset_dict.json" not in names:
+        raise UserError(f"{output} is not a data set of ours; {ELSEWHERE}")
+    known = {"dataset_dict.json", DIGEST}
+    known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
+    with suppress(UserError):
+        if read_digest(output)["content"] == SAMPLE:
+            known |= {f"{FOLDER}/{name}" for name in OFFICIAL_MD5}
+    for path in output.rglob("*"):
+        name = path.relative_to(output).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            raise UserError(f"{output} holds {name}, which is not ours; {ELSEWHERE}")

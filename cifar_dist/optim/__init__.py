@@ -1,0 +1,1 @@
+"""Optimizers, schedules, SAM and weight averaging."""

@@ -1,0 +1,1 @@
+"""Recipes: schema, loading, comparison, dry run, look-up of runs."""

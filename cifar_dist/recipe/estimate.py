@@ -1,0 +1,80 @@
+"""What a recipe will cost, before it is run: parameters, FLOPs, steps, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cifar_dist.models.backbones import num_parameters
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+
+SAMPLES = 4  # BatchNorm needs two to train, in each half where these have sizes of their own
+
+
+def activation_bytes(model: nn.Module) -> tuple[int, int]:
+    """(bytes that one sample keeps for the backward in float32, FLOPs of one sample's forward).
+
+    `model` lives under a FakeTensorMode, as its inputs here do: nothing is computed.
+    """
+    images = torch.zeros(SAMPLES, 3, 32, 32, dtype=torch.uint8)
+    weights = {storage_id(parameter) for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # a storage's address is only its own while it lives
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if storage_id(tensor) not in weights:
+            alive.append(tensor)
+            kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(images)
+    return sum(kept.values()) // SAMPLES, counter.get_total_flops() // SAMPLES
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def optimizer_states(config: OptimConfig) -> int:
+    """How many values an optimizer keeps for each weight, found by one step of a tiny model."""
+    model = nn.Linear(8, 8, bias=False)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer = build_optimizer(config, model)
+    optimizer.step()
+    states = optimizer.state[model.weight].values()
+    kept = sum(state.numel() for state in states if isinstance(state, torch.Tensor))
+    return round(kept / model.weight.numel())
+
+
+def estimate(
+    model: nn.Module, *, batch_size: int, shards: int, states: int, ema: bool, half: bool
+) -> dict[str, Any]:
+    """Numbers about a model in training; `states` float32 values an optimizer keeps a parameter.
+
+    Memory is one process's: weights, gradients, optimizer, average, and one shard's activations
+    (half as large under autocast). A lower bound: workspaces and fragmentation come on top.
+    """
+    parameters = num_parameters(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    activations, flops = activation_bytes(model)
+    shard = -(-batch_size // shards)
+    fixed = 4 * (parameters + trained * (1 + states) + (parameters if ema else 0))
+    return {
+        "parameters": parameters,
+        "forward_flops_per_image": flops,
+        "memory_bytes": fixed + shard * activations // (2 if half else 1),
+    }
+
+
+def readable(number: float, unit: str = "") -> str:
+    """1234567 -> '1.23 M'."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 999.5:
+            return f"{number:.3g} {prefix}{unit}".rstrip()
+        number /= 1000
+    return f"{number:.3g} E{unit}"

@@ -1,0 +1,101 @@
+"""Read a YAML recipe, apply overrides, and validate it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cifar_dist.recipe.schema import ADAPTER, Recipe
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.strict_yaml import parse_yaml
+from cifar_dist.utils.unknown_keys import refuse_unknown_keys
+
+MAX_BYTES = 1 << 16  # a recipe is a page, not a program
+
+
+# What people write from habit, and where it lives here.
+HABITS = {
+    "gradient_accumulation_steps": "run.shards (a global batch is cut into shards)",
+    "accumulate_grad_batches": "run.shards (a global batch is cut into shards)",
+    "mixed_precision": "run.precision",
+    "amp": "run.precision",
+    "num_epochs": "run.epochs",
+    "num_processes": "nothing: the launcher decides the number of processes",
+    "num_gpus": "nothing: the launcher decides the number of processes",
+    "learning_rate": "optim.lr",
+    "wd": "optim.weight_decay",
+    "scheduler": "optim.schedule",
+    "name_or_path": "model.backbone",
+    "per_device_train_batch_size": "run.batch_size (the global batch)",
+    "wandb": "tracking.mode",
+    "graph": "run.cuda_graphs",
+    "albumentations": "augment.host (a list of {Name: {arguments}})",
+}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy."""
+    raw = read_plain(path)
+    for override in overrides or []:
+        apply_override(raw, override)
+    return validate(raw, where=str(path))
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A recipe's file as plain data, of which nothing is checked yet."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is no recipe")
+        text = path.read_text()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; see recipes/"
+        raise UserError(f"{path}: no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    raw = parse_yaml(text, where=str(path))
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping that begins with `name: ...`")
+    return raw
+
+
+def validate(raw: dict[str, Any], *, where: str) -> Recipe:
+    """Check plain data against the config classes; types are exact, unknown keys are refused."""
+    refuse_unknown_keys(raw, Recipe, where=where, habits=HABITS)
+    try:
+        text = json.dumps(raw, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{where}: a number in it is not finite; write one that is") from None
+    try:
+        return ADAPTER.validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: "
+            + problem["msg"].removeprefix("Value error, ")
+            + (
+                ""
+                if problem["type"] in ("missing", "value_error")
+                else f" (got {problem['input']!r})"
+            )
+            for problem in error.errors()
+        ]
+        raise UserError(f"{where}: {'; '.join(problems[:4])}") from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in plain data; may open a section that the file lacks."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"{override!r}: write an override as section.key=value, like run.epochs=2")
+    *sections, last = dotted.split(".")
+    place = raw
+    for section in sections:
+        inner = place.get(section)
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{override!r}: {section} is a value, not a section")
+        place[section] = place = inner or {}
+    place[last] = parse_yaml(text, where=override)

@@ -1,0 +1,94 @@
+"""Floor 5. Tensors -> pictures in the page: PNG as data, so that nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.batches import take
+from cifar_dist.data.dataset import Split
+from cifar_dist.evaluation.scores import confusion
+
+GAP = 2  # pixels between the pictures of a sheet
+
+
+def png(image: Tensor) -> bytes:
+    """uint8 [3, H, W] as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def data_uri(image: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Rows of pictures, uint8 [3, S, S] each, as one picture with white gaps."""
+    side, across = rows[0][0].shape[1] + GAP, max(len(row) for row in rows)
+    canvas = torch.full((3, len(rows) * side - GAP, across * side - GAP), 255, dtype=torch.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            canvas[:, i * side : (i + 1) * side - GAP, j * side : (j + 1) * side - GAP] = image
+    return canvas
+
+
+def augmented_views(
+    config: AugmentConfig, split: Split, rows: Tensor, *, pictures: int = 8, epochs: int = 11
+) -> Tensor:
+    """The first of `rows` (int64) as they are, and as each of the first epochs shows them: a sheet."""
+    chosen = rows[:pictures]
+    augment = Augment(config, split, rows)
+    seen = []
+    for epoch in range(epochs):
+        copies = torch.zeros(len(chosen), dtype=torch.int64) if config.repeats > 1 else None
+        batch = take(split, chosen, epoch=epoch, shard=0, copies=copies)
+        seen.append(augment(batch).images)
+    plain = split.images[chosen]
+    return sheet([[plain[i], *(epoch[i] for epoch in seen)] for i in range(len(chosen))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    row: int
+    truth: str
+    predicted: str
+    confidence: float  # percent
+    picture: str  # a data URI
+
+
+def confident_mistakes(
+    logits: Tensor, labels: Tensor, images: Tensor, names: Sequence[str], count: int = 24
+) -> list[Mistake]:
+    """The wrong predictions with the highest probability, the most certain first."""
+    sure, predicted = logits.double().softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[sure[wrong].argsort(descending=True, stable=True)][:count]
+    return [
+        Mistake(
+            row=row,
+            truth=names[int(labels[row])],
+            predicted=names[int(predicted[row])],
+            confidence=100 * float(sure[row]),
+            picture=data_uri(images[row]),
+        )
+        for row in worst.tolist()
+    ]
+
+
+def frequent_confusions(
+    logits: Tensor, labels: Tensor, names: Sequence[str], count: int = 12
+) -> list[tuple[str, str, int]]:
+    """(true class, taken for, how often), the most frequent first."""
+    table = confusion(labels, logits.argmax(1), logits.shape[1]).fill_diagonal_(0)
+    best = table.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    classes = len(table)
+    pairs = [(place // classes, place % classes) for place in best]
+    return [(names[i], names[j], int(table[i, j])) for i, j in pairs if table[i, j]]

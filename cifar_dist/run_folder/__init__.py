@@ -1,0 +1,1 @@
+"""Files in a run folder: checkpoints, records, results."""

@@ -1,0 +1,69 @@
+"""What a result depends on beside its recipe, as environment.json says it."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cifar_dist
+from cifar_dist.utils.host import processor_name
+
+
+def installed(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(
+    *, world_size: int, device: torch.device, data: str, teachers: list[str]
+) -> dict[str, Any]:
+    """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
+    packages = (
+        "torch",
+        "timm",
+        "accelerate",
+        "numpy",
+        "pyarrow",
+        "safetensors",
+        "albumentations",
+        "opencv-python-headless",
+    )
+    is_cuda = device.type == "cuda"
+    return {
+        "cifar_dist": cifar_dist.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in packages},
+        "host": socket.gethostname(),
+        "hardware": torch.cuda.get_device_name(device) if is_cuda else processor_name(),
+        "device": device.type,
+        "world_size": world_size,
+        "threads": torch.get_num_threads(),
+        "data": data,
+        "teachers": teachers,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in, with '+' when files differ from it."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12"]
+    try:
+        answer = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of training: errors, files, keyed randomness, YAML."""
