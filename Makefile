@@ -8,15 +8,14 @@ GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
 
 .PHONY: train test lint schema faults gpu-check clean
 
-# Two gloo processes where there is no GPU; else a process a GPU, as far as the recipe has shards for them.
+# Two gloo processes where there is no GPU; otherwise one per GPU, at most one per micro-batch.
 train: $(VENV)/.user
 	@case $(GPUS) in \
 	0) set -- --config_file accelerate_configs/cpu_2.yaml ;; \
 	1) set -- --num_processes 1 ;; \
-	*) shards=$$($(BIN)/python -m cifar_dist.train --dry-run $(RECIPE) $(ARGS) 2>/dev/null | \
-		sed -n 's/^run: .*[ {]shards: \([0-9][0-9]*\).*/\1/p'); \
-	shards=$${shards:-$(GPUS)}; \
-	set -- --num_processes $$((shards < $(GPUS) ? shards : $(GPUS))) ;; \
+	*) micro_batches=$$($(BIN)/python -m cifar_dist.train --dry-run --json $(RECIPE) $(ARGS) 2>/dev/null | \
+		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["recipe"]["run"]["micro_batches"] or $(GPUS))'); \
+	set -- --num_processes $$((micro_batches < $(GPUS) ? micro_batches : $(GPUS))) ;; \
 	esac; \
 	$(BIN)/accelerate launch "$$@" -m cifar_dist.train $(RECIPE) $(ARGS) 2>&1
 

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 
 from cifar_dist.data.dataset import DIGEST, data_digest
-from cifar_dist.recipe.diff import NOT_THE_RECIPE, changes, flat
+from cifar_dist.recipe.diff import NON_SEMANTIC_KEYS, config_diff, flatten
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.schema import Recipe, resolved
+from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.run_folder.results import read_summary
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import alone, read_json, write_file, write_json
+from cifar_dist.utils.files import atomic_write, folder_lock, read_json, write_json
 
 SAVE_SECONDS = 120  # what a training may take to save; then it is killed
 EPILOG = """\
@@ -60,8 +60,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers, as {"run.epochs": 200, ...}."""
-        pairs = flat(resolved(self.recipe)).items()
-        return {name: value for name, value in pairs if not name.startswith(NOT_THE_RECIPE)}
+        pairs = flatten(to_dict(self.recipe)).items()
+        return {name: value for name, value in pairs if not name.startswith(NON_SEMANTIC_KEYS)}
 
     def is_among(self, rows: list[Row]) -> bool:
         """Whether the results hold this run, whatever has become of its folder.
@@ -75,8 +75,8 @@ class Run:
             before = row["settings"] | ({"data": row["data"]} if "data" in settings else {})
             changed = [
                 f"{name}: {old} -> {new}"
-                for name, old, new in changes(before, settings)
-                if name not in ("name", "run.seed") and not name.startswith(NOT_THE_RECIPE)
+                for name, old, new in config_diff(before, settings)
+                if name not in ("name", "run.seed") and not name.startswith(NON_SEMANTIC_KEYS)
             ]
             if changed:
                 raise UserError(
@@ -92,7 +92,7 @@ class Run:
             return None
         surroundings = read_json(self.recipe.folder / "environment.json")
         measured = ("top1", "top5", "best_test_top1", "epochs", "seconds", "images_per_second")
-        held_out = ("val_top1",) if self.recipe.data.holdout else ()
+        held_out = ("val_top1",) if self.recipe.data.val_size else ()
         return {
             "recipe": self.base,
             "seed": self.recipe.run.seed,
@@ -154,7 +154,7 @@ def start_and_wait(command: list[str], deadline: float) -> int | None:
     try:
         while output.is_alive():
             output.join(0.1)
-            if not asked and (signals.received() or time.monotonic() > deadline):
+            if not asked and (signals.stop_signal() or time.monotonic() > deadline):
                 print("asked to save and stop", flush=True)
                 send(signal.SIGTERM)
                 asked, deadline = True, time.monotonic() + SAVE_SECONDS
@@ -200,7 +200,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def keep(path: Path, row: Row) -> list[Row]:
     """Add a run to the results file, to which another list may have added some; all there are now."""
-    with alone(path.parent):
+    with folder_lock(path.parent):
         rows = [*(other for other in read_rows(path) if other["name"] != row["name"]), row]
         write_json(path, results(rows))
     return rows
@@ -280,13 +280,15 @@ def train_all(runs: list[Run], options: Namespace, *, started: float) -> int:
         if name in finished:
             print(f"{name}: finished before")
             continue
-        if signals.received() or deadline - time.monotonic() < 60 * options.least:
+        if signals.stop_signal() or deadline - time.monotonic() < 60 * options.least:
             remaining.append(name)
             continue
         print(f"{name}: {(deadline - time.monotonic()) / 60:.1f} minutes left", flush=True)
-        shards = run.recipe.run.shards or gpus
+        micro_batches = run.recipe.run.micro_batches or gpus
         fewer = (
-            ["--num_processes", str(shards)] if shards < gpus and not options.config_file else []
+            ["--num_processes", str(micro_batches)]
+            if micro_batches < gpus and not options.config_file
+            else []
         )
         command = [*launch, *fewer, "-m", "cifar_dist.train", *run.arguments]
         code = start_and_wait(command, deadline)
@@ -296,7 +298,7 @@ def train_all(runs: list[Run], options: Namespace, *, started: float) -> int:
             if options.logs:
                 log = (run.recipe.folder / "metrics.jsonl").read_text()
                 options.logs.mkdir(parents=True, exist_ok=True)
-                write_file(options.logs / f"{name}.jsonl", log)
+                atomic_write(options.logs / f"{name}.jsonl", log)
         elif code is None:
             remaining.append(name)
         else:

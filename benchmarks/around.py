@@ -22,13 +22,13 @@ from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import class_names, load_split, open_splits, read_split
-from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.context import DistContext
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.backbones import ModelConfig, num_parameters
 from cifar_dist.optim.optimizer import build_optimizer
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.state import State
+from cifar_dist.training.state import TrainState
 from cifar_dist.utils.files import write_json
 from cifar_dist.utils.precision import make_scaler
 
@@ -146,11 +146,11 @@ def start_up(conditions: Conditions) -> Measured:
                     "batch_size": 250,
                     "precision": "bf16",
                     "threads": torch.get_num_threads(),
-                    "report_every_steps": 1,
+                    "log_every_steps": 1,
                     "output": str(folder / "runs"),
                 },
                 "data": {"path": str(conditions.data.absolute())},
-                "augment": {"crop_padding": 4, "flip": True},
+                "augment": {"crop_padding": 4, "hflip": True},
                 "losses": {"cross_entropy": {}},
             },
         )
@@ -188,7 +188,7 @@ def until_a_loss(folder: Path, *words: object) -> Work:
         with tempfile.TemporaryDirectory(dir=folder) as cwd:
             command = [sys.executable, *map(str, words)]
             if "cifar_dist.train" in command:
-                command.append(f"run.output={cwd}")
+                command.append(f"run.output_dir={cwd}")
             with subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -212,19 +212,19 @@ def until_a_loss(folder: Path, *words: object) -> Work:
 
 def checkpoints(conditions: Conditions) -> Measured:
     """A network and AdamW to disk; a unit is a checkpoint. Ours are hashed and synced."""
-    accelerator, device, alone = conditions.accelerator, conditions.device, Ranks(0, 1, None)
+    accelerator, device, alone = conditions.accelerator, conditions.device, DistContext(0, 1, None)
     split = load_split(conditions.data, "train", device)
     model = our_model(device, ModelConfig(backbone=conditions.backbone))
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
     update = our_step(model, objective, optimizer, accelerator, precision="bf16")
     update(next(our_batches(split)), step=0)  # AdamW has its moments
-    state = State(
+    state = TrainState(
         model=model,
         optimizer=optimizer,
         scaler=make_scaler("bf16", device),
-        ema=None,
-        window=Window(objective.names, shards=1, device=device),
+        average=None,
+        window=MetricWindow(objective.names, micro_batches=1, device=device),
     )
     accelerator.free_memory()  # of what our step has shown it
     accelerator.prepare(nn.Sequential(model), optimizer)  # it saves what it has prepared
@@ -233,7 +233,7 @@ def checkpoints(conditions: Conditions) -> Measured:
 
         def ours() -> float:
             state.step += 1
-            state.save(folder / "ours", alone, keep=2, facts={})
+            state.save(folder / "ours", alone, keep=2, metadata={})
             goes_on = time.perf_counter()
             state.finish_saving(alone)
             return goes_on

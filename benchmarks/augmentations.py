@@ -12,26 +12,26 @@ from torch import Tensor
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.augment.policies import (
+    MAGNITUDES,
     OPERATIONS,
-    STRENGTHS,
     WIDE_RANGES,
     RandAugment,
     TrivialAugment,
     apply_operation,
-    columns_of,
+    encode_ops,
 )
 from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.utils.errors import run_command
 
 COLUMNS, SCALE, GAP, LABEL = 12, 2, 4, 190  # pictures a line, and sizes in pixels
 
 AUGMENTATIONS = {
     "as it is": AugmentConfig(),
-    "crop and flip": AugmentConfig(crop_padding=4, flip=True),
-    "vertical flip": AugmentConfig(vertical_flip=True),
+    "crop and flip": AugmentConfig(crop_padding=4, hflip=True),
+    "vertical flip": AugmentConfig(vflip=True),
     "affine": AugmentConfig(affine=Affine(degrees=15, translate=0.1, scale=(0.8, 1.2))),
     "color_jitter": AugmentConfig(
         color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
@@ -55,11 +55,11 @@ AUGMENTATIONS = {
 
 def operation_lines(images: Tensor) -> dict[str, Tensor]:
     """Each operation of the policies, from no strength to the highest of TrivialAugment Wide."""
-    strength = torch.linspace(0, STRENGTHS, len(images)).round()
+    strength = torch.linspace(0, MAGNITUDES, len(images)).round()
     sign = torch.where(torch.arange(len(images)) % 2 == 0, 1, -1)
     return {
         f"- {name}": apply_operation(
-            images, columns_of(WIDE_RANGES, torch.full_like(sign, number), strength, sign)
+            images, encode_ops(WIDE_RANGES, torch.full_like(sign, number), strength, sign)
         )
         for number, name in enumerate(OPERATIONS)
     }
@@ -87,12 +87,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="a PNG file")
     parser.add_argument("--epoch", type=int, default=0, help="which view of the pictures")
     options = parser.parse_args(arguments)
-    drawn, _, _ = draw_sample(train_per_class=1, test_per_class=1)
+    drawn, _, _ = draw_synthetic(train_per_class=1, test_per_class=1)
     split = Split(
         images=torch.from_numpy(drawn.images).view(-1, 3, 32, 32),
         labels=torch.from_numpy(drawn.fine_labels),
     )
-    batch = take(split, torch.arange(COLUMNS), epoch=options.epoch, shard=0)
+    batch = gather_batch(split, torch.arange(COLUMNS), epoch=options.epoch, micro_batch=0)
     lines = {name: Augment(config, split)(batch).images for name, config in AUGMENTATIONS.items()}
     grid(lines | operation_lines(batch.images)).save(options.output)
     return 0

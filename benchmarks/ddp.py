@@ -23,8 +23,8 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_step
 
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.optim.optimizer import build_optimizer
@@ -36,7 +36,7 @@ from cifar_dist.utils.precision import make_scaler
 
 PROCESSES, STEPS = 2, 4  # a turn has as many steps
 TOGETHER, APART = "together: DDP", "apart: two independent trainings"
-TOGETHER_BF16 = "together: DDP, run.reduce_precision=bf16"
+TOGETHER_BF16 = "together: DDP, run.grad_reduce_dtype=bf16"
 
 
 def two_processes(conditions: Conditions) -> Measured:
@@ -64,8 +64,8 @@ def take_turns_in_each(
     split: Split, *, rounds: int, batch_size: int, backbone: str
 ) -> dict[str, object] | None:
     """In each process; rank 0 has the sums over both. `batch_size` is a process's."""
-    accelerator = start_processes(timeout_seconds=600, threads=1)
-    ranks = Ranks.of(accelerator)
+    accelerator = init_distributed(timeout_seconds=600, threads=1)
+    ranks = DistContext.of(accelerator)
     assert ranks.world_size == PROCESSES, f"{ranks.world_size} processes, not {PROCESSES}"
 
     def steps(name: str) -> Callable[[], None]:
@@ -83,8 +83,8 @@ def take_turns_in_each(
                 accelerator,
                 precision="bf16",
                 batch_size=total,
-                shards=PROCESSES,
-                reduce_precision="bf16" if name == TOGETHER_BF16 else "fp32",
+                micro_batches=PROCESSES,
+                grad_reduce_dtype="bf16" if name == TOGETHER_BF16 else "fp32",
             )
         else:  # the same step without DDP around its model
             update = partial(
@@ -100,7 +100,7 @@ def take_turns_in_each(
                 max_grad_norm=OPTIM.max_grad_norm,
             )
         batches = our_batches(
-            split, batch_size=total, shards=world_size, rank=rank, world_size=world_size
+            split, batch_size=total, micro_batches=world_size, rank=rank, world_size=world_size
         )
 
         def run() -> None:
@@ -113,17 +113,17 @@ def take_turns_in_each(
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, work in works.items():
-            ranks.largest([0.0])  # all begin at once
+            ranks.all_reduce_max([0.0])  # all begin at once
             clock, cpu = time.perf_counter(), time.process_time()
             work()
             mine = (time.perf_counter() - clock, time.process_time() - cpu)
-            everyone = ranks.each(mine)
+            everyone = ranks.all_gather_object(mine)
             if counted >= 0:
                 images = STEPS * batch_size
                 by_clock = sum(images / elapsed for elapsed, _ in everyone)
                 used = sum(used for _, used in everyone)
                 turns[name].append(Turn(by_clock, PROCESSES * images / used))
-    end_processes(accelerator)
+    destroy_distributed(accelerator)
     if not ranks.is_main:
         return None
     return {

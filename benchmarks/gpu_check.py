@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cifar_dist.training.environment import commit, installed
+from cifar_dist.training.environment import git_commit, package_version
 from cifar_dist.utils.host import processor_name
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +35,11 @@ def machine() -> dict[str, Any]:
         "hardware": torch.cuda.get_device_name() if cuda else processor_name(),
         "cuda": torch.version.cuda if cuda else None,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": git_commit(),
     }
 
 
@@ -105,7 +105,10 @@ def part_a(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     prepared = run(command, options.output / "prepare.log", seconds=60)
     good &= show("prepare --sample", prepared, options.output / "prepare.log")
     command = [sys.executable, "-m", "cifar_dist.doctor", "recipes/debug.yaml"]
-    command += [f"data.path={options.output / 'sample'}", f"run.output={options.output / 'runs'}"]
+    command += [
+        f"data.path={options.output / 'sample'}",
+        f"run.output_dir={options.output / 'runs'}",
+    ]
     doctor = run(command, log, seconds=60)
     good &= show("doctor", doctor, log)
     return {"tests": tests, "doctor": doctor | {"output": log.read_text().splitlines()}}, good
@@ -128,7 +131,7 @@ def part_c(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     good = True
     for recipe, limit in ("speed_75", 60.0), ("r18_32", options.limit or 270.0):
         command = [sys.executable, "-m", "cifar_dist.train", f"recipes/{recipe}.yaml"]
-        command += [f"data.path={options.data}", f"run.output={options.output / 'runs'}"]
+        command += [f"data.path={options.data}", f"run.output_dir={options.output / 'runs'}"]
         command += ["tracking.mode=off", *options.set]
         log = options.output / f"{recipe}.log"
         result = run(command, log, seconds=limit)

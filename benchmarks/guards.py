@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.error_propagation import Ending
-from cifar_dist.distributed.watchdog import watched
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.error_propagation import ErrorChannel
+from cifar_dist.distributed.watchdog import watchdog
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.training.graphed_step import restore_buffers_on_skip
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import sum_terms
-from cifar_dist.training.state import State, vote
+from cifar_dist.training.state import TrainState, poll_ranks
 from cifar_dist.training.step import StepResult
 from cifar_dist.utils.precision import make_scaler
 
@@ -42,8 +42,8 @@ def share_of_threads(seconds: float = 10) -> float:
     """CPU time of the watchdog, the register, the ending and the ranks' store, a second of the clock."""
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    ending = Ending(0, 2)  # as if there were another rank; it only listens
-    with watched(Ranks(0, 2, None), SimpleNamespace(step=0), seconds=600, shards=1):
+    ending = ErrorChannel(0, 2)  # as if there were another rank; it only listens
+    with watchdog(DistContext(0, 2, None), SimpleNamespace(step=0), seconds=600, micro_batches=1):
         time.sleep(1)
         begun = time.process_time()
         time.sleep(seconds)
@@ -63,10 +63,10 @@ def main() -> None:
     labels = torch.arange(batch) % 100
     terms: dict[str, Tensor] = {"cross_entropy": torch.ones(batch), "loss": torch.ones(batch)}
     made = StepResult(slice(0, None), sum_terms(terms)[None], torch.tensor(False))
-    window = Window(list(terms), shards=1, device=CPU)
+    window = MetricWindow(list(terms), micro_batches=1, device=CPU)
     optimizer = build_optimizer(OptimConfig(), model)
-    state = State(model, optimizer, make_scaler("fp32", CPU), None, window)
-    alone = Ranks(0, 1, None)
+    state = TrainState(model, optimizer, make_scaler("fp32", CPU), None, window)
+    alone = DistContext(0, 1, None)
     sums = torch.zeros(2)
 
     def train() -> None:
@@ -79,11 +79,13 @@ def main() -> None:
         sums.add_(torch.stack([terms["cross_entropy"], terms["loss"]]).sum(1))
 
     step = cpu_seconds(train, times=2)
-    keep = restore_buffers_on_skip(model, lambda shards, *, step: made)
+    keep = restore_buffers_on_skip(model, lambda micro_batches, *, step: made)
     costs = {
         "counts of the guard": cpu_seconds(lambda: window.add(made), times=500)
         - cpu_seconds(plain_sums, times=500),
-        "a vote, alone": cpu_seconds(lambda: vote(state, alone, save_every_minutes=10), times=500),
+        "a vote, alone": cpu_seconds(
+            lambda: poll_ranks(state, alone, save_every_minutes=10), times=500
+        ),
         "buffers kept (on_nonfinite: skip)": cpu_seconds(lambda: keep([], step=0), times=100),
     }
     print(json.dumps({"ms a step": step * 1e3, "threads": 1, "batch": batch}))

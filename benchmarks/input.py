@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split, load_split, read_digest
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.launch import start_processes
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.launch import init_distributed
 from cifar_dist.losses.classification import CrossEntropy
-from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, Preprocess
 from cifar_dist.optim.optimizer import build_optimizer
-from cifar_dist.training.albumentations_workers import host_workers
+from cifar_dist.training.albumentations_workers import albumentations_workers
 from cifar_dist.training.objective import Objective
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.files import write_json
@@ -62,7 +62,7 @@ TUTORIAL_HOST: tuple[dict[str, dict[str, Any]], ...] = (
         }
     },
 )
-CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, flip=True, cutout=8)
+CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, hflip=True, cutout=8)
 
 
 def data_works(split: Split) -> dict[str, Work]:
@@ -78,7 +78,7 @@ def data_works(split: Split) -> dict[str, Work]:
         return lambda: len(pixels(augment(next(batches)[0]).images))
 
     device = split.labels.device
-    normalise = PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD).to(device)
+    normalise = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD).to(device)
     return {
         TUTORIAL: drawn(endless(tutorial_loader(split, BATCH_SIZE))),
         TUTORIAL_AUGMENTED: drawn(endless(tutorial_loader(split, BATCH_SIZE, augment=True))),
@@ -106,7 +106,7 @@ def data_works(split: Split) -> dict[str, Work]:
 
 def augmentation_works(split: Split) -> dict[str, Work]:
     """One batch under each augmentation alone, again and again; a unit is an image."""
-    batch = take(split, torch.arange(BATCH_SIZE), epoch=0, shard=0)
+    batch = gather_batch(split, torch.arange(BATCH_SIZE), epoch=0, micro_batch=0)
 
     def under(config: AugmentConfig) -> Work:
         augment = Augment(config, split)
@@ -121,9 +121,9 @@ def host_rates(split: Split, rounds: int, seconds: float) -> list[dict[str, Any]
 
     One after the other, since workers would go on in the turns of others; a unit is an image.
     """
-    batch = take(split, torch.arange(BATCH_SIZE), epoch=0, shard=0)
-    config = AugmentConfig(host=TUTORIAL_HOST, host_workers=2)
-    alone, epochs = Ranks(0, 1, None), count()
+    batch = gather_batch(split, torch.arange(BATCH_SIZE), epoch=0, micro_batch=0)
+    config = AugmentConfig(albumentations=TUTORIAL_HOST, workers=2)
+    alone, epochs = DistContext(0, 1, None), count()
     inline, device = Augment(config, split), Augment(AUGMENTATIONS["one_of"], split)
 
     def rate(name: str, work: Work) -> dict[str, Any]:
@@ -134,11 +134,11 @@ def host_rates(split: Split, rounds: int, seconds: float) -> list[dict[str, Any]
             "images_per_cpu_second": spread([turn.by_cpu for turn in turns]),  # of this process
         }
 
-    with host_workers(config, split, alone, sys.maxsize) as host:
+    with albumentations_workers(config, split, alone, sys.maxsize) as host:
         assert host is not None
 
         def epoch() -> int:
-            host.show(next(epochs))
+            host.wait_for_epoch(next(epochs))
             return len(split.labels)
 
         workers = rate("host, 2 workers", epoch)
@@ -182,25 +182,25 @@ def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
 
 
 def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
-    """One batch in two shards, again and again: our step, and its operations in plain torch."""
-    shards = next(our_batches(split, shards=2))
+    """One batch in two micro-batches, again and again: our step, and its operations in plain torch."""
+    micro_batches = next(our_batches(split, micro_batches=2))
     model, twin = NullModel(), NullModel()
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
-    update = our_step(model, objective, optimizer, accelerator, shards=2)
+    update = our_step(model, objective, optimizer, accelerator, micro_batches=2)
 
     parameters = list(twin.parameters())
     plain_optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, weight_decay=0.001, fused=True)
 
     def ours() -> int:
-        update(shards, step=0)
+        update(micro_batches, step=0)
         return 1
 
     def by_hand() -> int:
-        for shard in shards:
-            outputs = twin(shard.images)
-            loss = F.cross_entropy(outputs.logits, shard.labels, reduction="none")
-            100.0 * (outputs.logits.detach().argmax(1) == shard.labels)
+        for micro_batch in micro_batches:
+            outputs = twin(micro_batch.images)
+            loss = F.cross_entropy(outputs.logits, micro_batch.labels, reduction="none")
+            100.0 * (outputs.logits.detach().argmax(1) == micro_batch.labels)
             (loss.sum() / BATCH_SIZE).backward()
         norm = nn.utils.clip_grad_norm_(parameters, 5.0)
         plain_optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -279,7 +279,7 @@ def main(arguments: list[str]) -> int:
     if len(split.labels) < BATCH_SIZE:
         raise UserError(f"{options.data} has fewer than {BATCH_SIZE} training rows")
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    accelerator = start_processes(timeout_seconds=600, threads=1)
+    accelerator = init_distributed(timeout_seconds=600, threads=1)
 
     content = {"what": "input", **machine(), "data": read_digest(options.data)["content"]}
     content |= {
@@ -316,7 +316,7 @@ def main(arguments: list[str]) -> int:
     print(table("whole loop, null model", content["null_model_loop"]), end="\n\n")
     for name, cost in content["step_milliseconds"].items():
         print(
-            f"step, two shards, {name:<8}{cost['median']:8.3f} ms of CPU "
+            f"step, two micro-batches, {name:<8}{cost['median']:8.3f} ms of CPU "
             f"({cost['least']:.3f} - {cost['most']:.3f})"
         )
     if options.output:

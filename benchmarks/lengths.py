@@ -18,7 +18,7 @@ from accuracy import refuse_twice
 from measure import Work, machine, settle, spread, take_turns
 from tables import markdown, shown
 
-from cifar_dist.distributed.launch import start_processes
+from cifar_dist.distributed.launch import init_distributed
 from cifar_dist.models.backbones import Classifier, build_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2, help="of a turn, at least")
     parser.add_argument("--output", type=Path, help="a JSON file")
     options = parser.parse_args(arguments)
-    device = start_processes(timeout_seconds=600, threads=1).device
+    device = init_distributed(timeout_seconds=600, threads=1).device
     # Untrained: weights do not change how long a network takes.
     untrained = ["model.pretrained=false"]
     recipes = [load_recipe(path, untrained) for path in options.recipes]

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import evaluate
 from cifar_dist.models.backbones import ModelConfig
 
@@ -160,7 +160,7 @@ def evaluations(conditions: Conditions) -> Measured:
                 over,
                 precision="bf16",
                 logit_scale=1.0,
-                ranks=Ranks(0, 1, None),
+                context=DistContext(0, 1, None),
             )
             return len(found.labels)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from cifar_dist.training.environment import commit
+from cifar_dist.training.environment import git_commit
 from cifar_dist.utils.host import processor_name
 
 Work = Callable[[], int]  # a piece of work; returns how many units it did
@@ -122,5 +122,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": git_commit(),
     }

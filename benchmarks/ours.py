@@ -11,9 +11,9 @@ from measure import Work
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, take, train_batches
+from cifar_dist.data.batches import Batch, gather_batch, train_batches
 from cifar_dist.data.dataset import Split
-from cifar_dist.distributed.ddp import ReducePrecision
+from cifar_dist.distributed.ddp import GradReduceDtype
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.models.heads import LinearHead, Outputs
@@ -21,14 +21,14 @@ from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learnin
 from cifar_dist.optim.schedule import learning_rate
 from cifar_dist.recipe.schema import CudaGraphs
 from cifar_dist.training.graphed_step import StepFn, build_step
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
 from cifar_dist.utils.precision import Precision, make_scaler
 
 BATCH_SIZE = 250
 REPORT_STEPS = 50
 OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
-CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
+CROP_FLIP = AugmentConfig(crop_padding=4, hflip=True)
 
 
 class FewPixels(nn.Module):
@@ -59,7 +59,7 @@ def our_batches(
     split: Split,
     *,
     batch_size: int = BATCH_SIZE,
-    shards: int = 1,
+    micro_batches: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[list[Batch]]:
@@ -69,7 +69,7 @@ def our_batches(
         seed=0,
         shuffle=True,
         batch_size=batch_size,
-        shards=shards,
+        micro_batches=micro_batches,
         start_step=0,
         rank=rank,
         world_size=world_size,
@@ -79,7 +79,7 @@ def our_batches(
 def constant_batch(split: Split, batch_size: int) -> Iterator[list[Batch]]:
     """The first rows, again and again."""
     rows = torch.arange(batch_size, device=split.labels.device)
-    batch = [take(split, rows, epoch=0, shard=0)]
+    batch = [gather_batch(split, rows, epoch=0, micro_batch=0)]
     while True:
         yield batch
 
@@ -108,7 +108,7 @@ def our_loop(
         batch_size=batch_size,
         cuda_graphs=cuda_graphs,
     )
-    window = Window(objective.names, shards=1, device=accelerator.device)
+    window = MetricWindow(objective.names, micro_batches=1, device=accelerator.device)
 
     def step() -> int:
         number = next(steps)
@@ -131,9 +131,9 @@ def our_step(
     *,
     precision: Precision = "fp32",
     batch_size: int = BATCH_SIZE,
-    shards: int = 1,
+    micro_batches: int = 1,
     cuda_graphs: CudaGraphs = "auto",
-    reduce_precision: ReducePrecision = "fp32",
+    grad_reduce_dtype: GradReduceDtype = "fp32",
 ) -> StepFn:
     """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
     return build_step(
@@ -143,11 +143,11 @@ def our_step(
         optimizer,
         make_scaler(precision, accelerator.device),
         cuda_graphs=cuda_graphs,
-        shards=shards,
+        micro_batches=micro_batches,
         precision=precision,
         seed=0,
         batch_size=batch_size,
         max_grad_norm=OPTIM.max_grad_norm,
         sam=None,
-        reduce_precision=reduce_precision,
+        grad_reduce_dtype=grad_reduce_dtype,
     )

@@ -21,7 +21,7 @@ from measure import Conditions, Measured, machine
 from tables import Results, page_part, write_page
 
 from cifar_dist.data.dataset import load_split, read_digest
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.files import read_json, write_json
 
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
     if not options.tables:
         if len(load_split(options.data, "train").labels) < 250:
             raise UserError(f"{options.data} has fewer than 250 training rows")
-        accelerator = start_processes(timeout_seconds=600, threads=options.threads)
+        accelerator = init_distributed(timeout_seconds=600, threads=options.threads)
         conditions = Conditions(
             data=options.data,
             accelerator=accelerator,
@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
             results["measurements"][name] = as_json(measured, conditions, load)
             write_json(output, results)
             print(f"{name}: {time.monotonic() - began:.0f} s, in {output}", flush=True)
-        end_processes(accelerator)
+        destroy_distributed(accelerator)
     if page:
         files = [read_results(path) for path in sorted(output.parent.glob("speed_*.json"))]
         write_page(page, page_part([results for results in files if results]))

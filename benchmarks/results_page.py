@@ -18,7 +18,7 @@ from tables import markdown, write_page
 from cifar_dist.reporting.charts import HEIGHT, WIDTH, Series, line_chart
 from cifar_dist.reporting.tutorial import PUBLISHED
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import write_file
+from cifar_dist.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 LOGS = HERE.parent / "docs/results"
@@ -253,7 +253,7 @@ def main(arguments: list[str]) -> int:
     write_page(options.page, page_part(rows, options.logs))
     for study in STUDIES:
         if curves := mean_curves(study, options.logs):
-            write_file(options.logs / f"{study}.svg", curves_picture(curves))
+            atomic_write(options.logs / f"{study}.svg", curves_picture(curves))
     print(f"{options.page}: {len(rows)} runs")
     return 0
 

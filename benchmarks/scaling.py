@@ -19,8 +19,8 @@ from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import load_split
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.backbones import ModelConfig
 from cifar_dist.optim.optimizer import build_optimizer
@@ -31,8 +31,8 @@ WORLDS, BATCH_SIZE, STEPS = (1, 2, 3, 4), 250, 4
 
 def work(data: Path) -> None:
     """In each process: a step that does not count, then STEPS; rank 0 prints the sums over all."""
-    accelerator = start_processes(timeout_seconds=600, threads=1)
-    ranks = Ranks.of(accelerator)
+    accelerator = init_distributed(timeout_seconds=600, threads=1)
+    ranks = DistContext.of(accelerator)
     split, total = load_split(data, "train"), BATCH_SIZE * ranks.world_size
     model = our_model(accelerator.device, ModelConfig(backbone="resnet18"))
     optimizer = build_optimizer(OPTIM, model)
@@ -43,22 +43,22 @@ def work(data: Path) -> None:
         accelerator,
         precision="bf16",
         batch_size=total,
-        shards=ranks.world_size,
+        micro_batches=ranks.world_size,
     )
     batches = our_batches(
         split,
         batch_size=total,
-        shards=ranks.world_size,
+        micro_batches=ranks.world_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
     update(next(batches), step=0)
-    ranks.largest([0.0])  # all begin at once
+    ranks.all_reduce_max([0.0])  # all begin at once
     clock, cpu = time.perf_counter(), time.process_time()
     for step in range(1, STEPS + 1):
         update(next(batches), step=step)
     mine = time.perf_counter() - clock, time.process_time() - cpu
-    everyone, images = ranks.each(mine), STEPS * total
+    everyone, images = ranks.all_gather_object(mine), STEPS * total
     found = {
         "world_size": ranks.world_size,
         "images_per_second": images / max(elapsed for elapsed, _ in everyone),
@@ -66,7 +66,7 @@ def work(data: Path) -> None:
     }
     if ranks.is_main:
         print(json.dumps(found))
-    end_processes(accelerator)
+    destroy_distributed(accelerator)
 
 
 def launch(data: Path, world_size: int) -> dict[str, float]:

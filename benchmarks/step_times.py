@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import Split
-from cifar_dist.distill.teacher import Live
+from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.models.freeze import freeze
 from cifar_dist.optim.averaging import build_average
@@ -38,9 +38,9 @@ from cifar_dist.optim.optimizer import build_optimizer, set_learning_rate
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training.cuda_graphs import WARM_UP
-from cifar_dist.training.environment import commit
+from cifar_dist.training.environment import git_commit
 from cifar_dist.training.graphed_step import build_step
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
 from cifar_dist.utils.host import processor_name
 from cifar_dist.utils.precision import make_scaler
@@ -50,10 +50,10 @@ ROWS, CLASSES = 50_000, 100
 # (row of the table, recipe, overrides)
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("r18_32: 4 micro-batches of 125", "r18_32", ()),
-    ("r18_32: 2 of 250", "r18_32", ("run.shards=2",)),
-    ("r18_32: 1 of 500", "r18_32", ("run.shards=1",)),
+    ("r18_32: 2 of 250", "r18_32", ("run.micro_batches=2",)),
+    ("r18_32: 1 of 500", "r18_32", ("run.micro_batches=1",)),
     ("r18_32: 4 of 125, eager", "r18_32", ("run.cuda_graphs=off",)),
-    ("r18_32: 1 of 500, eager", "r18_32", ("run.shards=1", "run.cuda_graphs=off")),
+    ("r18_32: 1 of 500, eager", "r18_32", ("run.micro_batches=1", "run.cuda_graphs=off")),
     ("tutorial's ResNet-18, fp32", "tutorial/resnet18_baseline", ()),
     ("tutorial's ResNet-18, bf16", "tutorial/resnet18_baseline", ("run.precision=bf16",)),
     (
@@ -63,16 +63,16 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("r18_32 with RandAugment", "r18_32_rand_augment", ()),
     ("r18_32 with MixUp and CutMix", "r18_32_mix", ()),
-    ("speed_75 at 32 px", "speed_75", ("model.growing=null",)),
-    ("r50_224: 1 of 64, one GPU of eight", "r50_224", ("run.batch_size=64", "run.shards=1")),
+    ("speed_75 at 32 px", "speed_75", ("model.progressive_resize=null",)),
+    ("r50_224: 1 of 64, one GPU of eight", "r50_224", ("run.batch_size=64", "run.micro_batches=1")),
     (
         "r50_224: 1 of 64, eager",
         "r50_224",
-        ("run.batch_size=64", "run.shards=1", "run.cuda_graphs=off"),
+        ("run.batch_size=64", "run.micro_batches=1", "run.cuda_graphs=off"),
     ),
     ("r18_32_kd, ResNet-50 at 224 px teaches", "r18_32_kd", ()),
     ("wrn28_10_32", "wrn28_10_32", ()),
-    ("r18_32: 1 of 500, compiled", "r18_32", ("run.shards=1", "run.compile=true")),
+    ("r18_32: 1 of 500, compiled", "r18_32", ("run.micro_batches=1", "run.compile=true")),
 ]
 
 
@@ -89,19 +89,21 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
     run, device = recipe.run, accelerator.device
     images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8, device=device)
     split = Split(images=images, labels=torch.randint(0, CLASSES, (ROWS,), device=device))
-    shards = run.shards or 1
+    micro_batches = run.micro_batches or 1
     config = replace(recipe.model, pretrained=False)
     model = build_model(config, CLASSES).to(device).to(memory_format=torch.channels_last)
     freeze(model, config.freeze, epoch=0)
     teacher = None
-    if any(loss.taught for loss in recipe.losses.values()):
+    if any(loss.needs_teacher for loss in recipe.losses.values()):
         taught_by = ModelConfig(backbone="resnet50", image_size=224, interpolation="bicubic")
-        teacher = Live(build_model(taught_by, CLASSES).to(device).eval().requires_grad_(False), 1.0)
+        teacher = OnlineTeacher(
+            build_model(taught_by, CLASSES).to(device).eval().requires_grad_(False), 1.0
+        )
     objective = Objective(Augment(recipe.augment, split), recipe.losses, teacher)
     optimizer = build_optimizer(recipe.optim, model)
-    average = build_average(recipe.ema, model, steps_per_epoch=100, total_steps=10**6)
-    window = Window(objective.names, shards=shards, device=device)
-    batches = our_batches(split, batch_size=run.batch_size, shards=shards)
+    average = build_average(recipe.averaging, model, steps_per_epoch=100, total_steps=10**6)
+    window = MetricWindow(objective.names, micro_batches=micro_batches, device=device)
+    batches = our_batches(split, batch_size=run.batch_size, micro_batches=micro_batches)
     if run.compile:
         model.compile()
     take_step = build_step(
@@ -111,13 +113,13 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
         optimizer,
         make_scaler(run.precision, device),
         cuda_graphs=run.cuda_graphs,
-        shards=shards,
+        micro_batches=micro_batches,
         precision=run.precision,
         seed=0,
         batch_size=run.batch_size,
         max_grad_norm=recipe.optim.max_grad_norm,
         sam=recipe.optim.sam,
-        reduce_precision=run.reduce_precision,
+        grad_reduce_dtype=run.grad_reduce_dtype,
     )
     numbers = itertools.count()
 
@@ -210,7 +212,7 @@ def floor(recipe: Recipe) -> float | None:
     """Return the least time of a step that the card's data sheet allows, in milliseconds."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
-    if gpu is None or any(loss.taught for loss in recipe.losses.values()):
+    if gpu is None or any(loss.needs_teacher for loss in recipe.losses.values()):
         return None
     return floor_milliseconds(replace(recipe.model, pretrained=False), recipe.run.batch_size, gpu)
 
@@ -242,7 +244,7 @@ def main() -> None:
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": git_commit(),
         "steps": {},
     }
     print(

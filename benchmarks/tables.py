@@ -14,7 +14,7 @@ from loops import CONSTANT, EAGER, OURS, RESNET50, SMALL_STEM, TIMM, TIMM_TUNED
 from measure import Turn, ratios, spread
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import write_file
+from cifar_dist.utils.files import atomic_write
 
 Results = dict[str, Any]  # a results file
 Spread = dict[str, float]  # median, least, most
@@ -291,4 +291,4 @@ def write_page(page: Path, part: str) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{page}: needs the lines {BEGIN} and {END}, once, in this order")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    write_file(page, f"{before}{BEGIN}\n\n{part}\n\n{after}")
+    atomic_write(page, f"{before}{BEGIN}\n\n{part}\n\n{after}")

@@ -24,14 +24,14 @@ import torch
 from measure import Turn, machine, ratios, spread
 from safetensors.torch import save_file
 
-from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
-from cifar_dist.data.batches import take, train_batches
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, AugmentedBatch
+from cifar_dist.data.batches import gather_batch, train_batches
 from cifar_dist.data.dataset import Split
 from cifar_dist.distill.logit_cache import CacheWriter
-from cifar_dist.distill.teacher import Teacher, TeacherConfig, Trained, build_teacher
-from cifar_dist.distributed.context import Ranks, rank_mesh
-from cifar_dist.distributed.ddp import wrap
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distill.teacher import Teacher, TeacherConfig, TeacherWeights, build_teacher
+from cifar_dist.distributed.context import DistContext, rank_mesh
+from cifar_dist.distributed.ddp import wrap_ddp
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy, Distill
 from cifar_dist.models.backbones import ModelConfig, build_model
@@ -46,7 +46,7 @@ ROWS, CLASSES, VIEWS = 50_000, 100, 8
 STUDENT = ModelConfig(backbone="resnet18", image_size=32)
 TEACHER = ModelConfig(backbone="resnet50", image_size=224)
 LARGE = ModelConfig(backbone="vit_large_patch16_224", image_size=224)
-STEPS_A_TURN = {"alone": 5, "cached": 5, "whole": 1, "sharded": 1}
+STEPS_A_TURN = {"alone": 5, "cached": 5, "replicated": 1, "sharded": 1}
 BATCH_SIZE = {1: 250, 2: 124}  # of a process, by the number of processes
 
 
@@ -55,7 +55,9 @@ def make_weights(config: ModelConfig, path: Path) -> None:
     save_file(build_model(config, CLASSES).state_dict(), path)
 
 
-def teacher_of(placement: str, config: ModelConfig, work: Path, ranks: Ranks) -> Teacher | None:
+def teacher_of(
+    placement: str, config: ModelConfig, work: Path, ranks: DistContext
+) -> Teacher | None:
     """As train.py builds it, from the files that the parent process has made."""
     if placement == "alone":
         return None
@@ -65,7 +67,7 @@ def teacher_of(placement: str, config: ModelConfig, work: Path, ranks: Ranks) ->
     cpu = torch.device("cpu")
     return build_teacher(
         [asked],
-        [Trained(model=config, weights=weights, digest="", logit_scale=1.0)],
+        [TeacherWeights(model=config, weights=weights, digest="", logit_scale=1.0)],
         num_classes=CLASSES,
         device=cpu,
         mesh=lambda over: rank_mesh(cpu, ranks.world_size, over=over),
@@ -77,22 +79,22 @@ def teacher_of(placement: str, config: ModelConfig, work: Path, ranks: Ranks) ->
 
 def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
     """Steps of all placements in turns; on rank 0 what they took."""
-    accelerator = start_processes(timeout_seconds=600, threads=1)
-    ranks = Ranks.of(accelerator)
+    accelerator = init_distributed(timeout_seconds=600, threads=1)
+    ranks = DistContext.of(accelerator)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8)
     split = Split(images=images, labels=torch.randint(0, CLASSES, (ROWS,)))
     batch_size = BATCH_SIZE[ranks.world_size] * ranks.world_size
 
     def work_of(placement: str) -> Callable[[int], None]:
-        augment = Augment(AugmentConfig(crop_padding=4, flip=True, views=VIEWS), split)
+        augment = Augment(AugmentConfig(crop_padding=4, hflip=True, views=VIEWS), split)
         losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(weight=0.3)}
         if placement != "alone":
             losses["distill"] = Distill(weight=0.7)
         objective = Objective(augment, losses, teacher_of(placement, TEACHER, work, ranks))
         model = build_model(STUDENT, CLASSES).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(OptimConfig(), model)
-        wrapped = wrap(accelerator, model, shards=ranks.world_size)
+        wrapped = wrap_ddp(accelerator, model, micro_batches=ranks.world_size)
         scaler = make_scaler("bf16", accelerator.device)
         batches = train_batches(
             split,
@@ -100,7 +102,7 @@ def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
             seed=0,
             shuffle=True,
             batch_size=batch_size,
-            shards=ranks.world_size,
+            micro_batches=ranks.world_size,
             start_step=0,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -135,7 +137,7 @@ def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
             elapsed, used = time.perf_counter() - clock, time.process_time() - cpu
             if counted >= 0:
                 turns[name].append(Turn(count / elapsed, count / used))
-    end_processes(accelerator)
+    destroy_distributed(accelerator)
     if not ranks.is_main:
         return None
     return {
@@ -162,8 +164,8 @@ def own_memory() -> int:
 
 def watch_memory(work: Path, placement: str) -> dict[str, Any] | None:
     """What a ViT-L teacher adds to each rank: at rest, and at most while it is built and looks."""
-    accelerator = start_processes(timeout_seconds=600, threads=1)
-    ranks = Ranks.of(accelerator)
+    accelerator = init_distributed(timeout_seconds=600, threads=1)
+    ranks = DistContext.of(accelerator)
     before, peak, stop = own_memory(), 0, Event()
 
     def watch() -> None:
@@ -184,20 +186,22 @@ def watch_memory(work: Path, placement: str) -> dict[str, Any] | None:
     stop.set()
     watcher.join()
     mine = {
-        "parameters": teacher.parameters_here,
+        "parameters": teacher.local_num_params,
         "at_rest": at_rest - before,
         "peak_while_built": built - before,
         "peak_of_a_forward": peak - before,
     }
-    everyone = ranks.each(mine)
-    end_processes(accelerator)
+    everyone = ranks.all_gather_object(mine)
+    destroy_distributed(accelerator)
     return {"placement": placement, "ranks": everyone} if ranks.is_main else None
 
 
 def look(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
     rows = torch.zeros(len(images), dtype=torch.int64)
-    view = View(images=images, labels=rows, numbers=rows)
-    return teacher(view, take(Split(images=images, labels=rows), rows, epoch=0, shard=0))
+    view = AugmentedBatch(images=images, labels=rows, view_ids=rows)
+    return teacher(
+        view, gather_batch(Split(images=images, labels=rows), rows, epoch=0, micro_batch=0)
+    )
 
 
 # ----------------------------------------------------------------------------- the parent
@@ -251,7 +255,7 @@ def measure_memory(work: Path) -> dict[str, Any]:
     size = (work / "teacher.safetensors").stat().st_size
     found = []
     for world_size in (2, 4):
-        for placement in ("whole", "sharded"):
+        for placement in ("replicated", "sharded"):
             child = f"--placement={placement}"
             found.append(run_ranks(world_size, "--child=memory", child, f"--work={work}"))
             for rank, numbers in enumerate(found[-1]["ranks"]):

@@ -58,7 +58,7 @@ def recipes(
     data: Path, work: Path, threads: int, *, teacher_size: int, teacher_epochs: int, epochs: int
 ) -> Any:
     """(the teacher's recipe, the student's alone, what it is with a teacher)."""
-    run = {"batch_size": 100, "shards": 1, "precision": "fp32", "output": str(work / "runs")}
+    run = {"batch_size": 100, "micro_batches": 1, "precision": "fp32", "output": str(work / "runs")}
     run |= {"eval_every_epochs": 1000, "save_every_minutes": 2, "threads": threads}
     teacher = {
         "name": "teacher",
@@ -73,7 +73,7 @@ def recipes(
             "interpolation": "bicubic",
             "head": "cosine",
         },
-        "augment": {"crop_padding": 4, "flip": True},
+        "augment": {"crop_padding": 4, "hflip": True},
         "optim": {"lr": 0.001, "weight_decay": 0.05, "max_grad_norm": 5.0, "warmup_epochs": 0.5},
         "losses": {"arcface": {"scale": 16, "margin": 0.2}},
     }
@@ -82,7 +82,7 @@ def recipes(
         "run": run | {"epochs": epochs},
         "data": {"path": str(data)},
         "model": {"backbone": "resnet18", "image_size": 32},
-        "augment": {"crop_padding": 4, "flip": True, "views": VIEWS},
+        "augment": {"crop_padding": 4, "hflip": True, "views": VIEWS},
         "optim": {"lr": 0.002, "weight_decay": 0.05, "max_grad_norm": 5.0, "warmup_epochs": 1.0},
         "losses": {"cross_entropy": {"weight": 1.0}},
     }
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     chosen_on = {}
     for temperature in TEMPERATURES:
         name = f"chosen_t{temperature:g}"
-        held = f"data.holdout={options.rows // 10}"
+        held = f"data.val_size={options.rows // 10}"
         own = f"losses.distill.temperature={temperature}"
         call("train", taught, work, f"name={name}", held, own)
         chosen_on[temperature] = finished(work, name)["val_top1"]

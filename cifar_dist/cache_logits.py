@@ -23,20 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import holdout_rows, take
+from cifar_dist.data.batches import gather_batch, split_train_val
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.distill.logit_cache import CacheWriter
-from cifar_dist.distill.teacher import Live, TeacherConfig, live_teacher
-from cifar_dist.distributed.context import Ranks, rank_mesh
+from cifar_dist.distill.teacher import OnlineTeacher, TeacherConfig, build_online_teacher
+from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.distributed.ddp import gather_blocks
-from cifar_dist.distributed.error_propagation import ending_together
-from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
+from cifar_dist.distributed.error_propagation import propagate_errors
+from cifar_dist.distributed.launch import init_distributed, set_slurm_env
 from cifar_dist.evaluation.evaluator import BLOCK_SIZE
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
-from cifar_dist.recipe.teachers import cache_origin, find_teacher
+from cifar_dist.recipe.teachers import cache_fingerprint, find_teacher
 from cifar_dist.tracking.background_jobs import track_cache
-from cifar_dist.training.lock import locked
+from cifar_dist.training.lock import run_lock
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.log import log, log_to_terminal, progress_bar
@@ -53,23 +53,23 @@ def blocks_from(done: int, shape: list[int]) -> list[tuple[int, int, int]]:
     return [block for block in blocks if block[0] * rows + block[1] >= done]
 
 
-class Viewer:
+class TeacherRunner:
     """What a teacher says about a block of one view; the last view's tables are kept."""
 
-    def __init__(self, recipe: Recipe, split: Split, teacher: Live) -> None:
+    def __init__(self, recipe: Recipe, split: Split, teacher: OnlineTeacher) -> None:
         self.recipe, self.split, self.teacher = recipe, split, teacher
         rows = None  # to choose partners among
-        if recipe.data.holdout:
-            rows, _ = holdout_rows(split.labels, recipe.data.holdout)
+        if recipe.data.val_size:
+            rows, _ = split_train_val(split.labels, recipe.data.val_size)
         self.augment = Augment(recipe.augment, split, rows)
 
     def __call__(self, view: int, first: int, count: int) -> Tensor:
         """float16 [BLOCK_SIZE, C], filled up with zeros."""
         if self.augment.number != view:
-            self.augment = self.augment.again(number=view)
+            self.augment = self.augment.clone(number=view)
         device = self.split.labels.device
-        batch = take(
-            self.split, torch.arange(first, first + count, device=device), epoch=0, shard=0
+        batch = gather_batch(
+            self.split, torch.arange(first, first + count, device=device), epoch=0, micro_batch=0
         )
         with autocast(self.recipe.run.precision, device):
             logits = self.teacher(self.augment(batch), batch)
@@ -82,16 +82,16 @@ def cache_teacher(
     *,
     sharded: bool,
     force: bool,
-    ranks: Ranks,
+    context: DistContext,
     device: torch.device,
 ) -> int:
     """Make the cache of one teacher, or go on with it; 0 when it is complete, else the stop signal."""
     folder = asked.cache_folder
     with ExitStack() as stack:
-        lock = locked(folder, folder.with_name(f"{folder.name}.lock"), remedy="teacher.cache=...")
-        ranks.main_does(lambda: stack.enter_context(lock))
-        found = ranks.main_does(lambda: find_teacher(asked))
-        made_of = ranks.main_does(lambda: cache_origin(recipe, found))
+        lock = run_lock(folder, folder.with_name(f"{folder.name}.lock"), remedy="teacher.cache=...")
+        context.run_on_main(lambda: stack.enter_context(lock))
+        found = context.run_on_main(lambda: find_teacher(asked))
+        made_of = context.run_on_main(lambda: cache_fingerprint(recipe, found))
         shape = made_of["shape"]
         files: list[CacheWriter] = []  # rank 0 alone writes
 
@@ -102,41 +102,43 @@ def cache_teacher(
         def append(logits: Tensor) -> None:
             files[0].append(logits)
 
-        done, finished = ranks.main_does(begin)
+        done, finished = context.run_on_main(begin)
         if finished:
             log.info(f"{folder} is complete: {shape[0]} views of {shape[1]:,} rows")
             return 0
 
         split = load_split(Path(recipe.data.path), "train", device, recipe.data.place)
-        mesh = rank_mesh(device, ranks.world_size, over=asked.shard_over) if sharded else None
-        viewer = Viewer(recipe, split, live_teacher(asked, found, shape[2], device, mesh))
+        mesh = rank_mesh(device, context.world_size, over=asked.shard_over) if sharded else None
+        viewer = TeacherRunner(
+            recipe, split, build_online_teacher(asked, found, shape[2], device, mesh)
+        )
         log.info(
             f"{folder}: {shape[0]} views of {shape[1]:,} rows, {math.prod(shape) * 2 / 2**20:,.0f} MiB"
             + (f"; goes on after {done:,} of {math.prod(shape[:2]):,} pictures" if done else "")
         )
         bar = stack.enter_context(
-            progress_bar(done, math.prod(shape[:2]), shown=ranks.is_main, unit="picture")
+            progress_bar(done, math.prod(shape[:2]), shown=context.is_main, unit="picture")
         )
         blocks, started = blocks_from(done, shape), time.perf_counter()
-        for first in range(0, len(blocks), ranks.world_size):
+        for first in range(0, len(blocks), context.world_size):
             # Ranks without a block repeat the last one: a sharded teacher needs all at each call.
-            mine = viewer(*blocks[min(first + ranks.rank, len(blocks) - 1)])
-            gathered = gather_blocks(mine[None], ranks).cpu()  # [W, BLOCK_SIZE, C]
-            counts = [count for _, _, count in blocks[first : first + ranks.world_size]]
+            mine = viewer(*blocks[min(first + context.rank, len(blocks) - 1)])
+            gathered = gather_blocks(mine[None], context).cpu()  # [W, BLOCK_SIZE, C]
+            counts = [count for _, _, count in blocks[first : first + context.world_size]]
             # the padding goes: only a view's last block has some
             logits = torch.cat([gathered[place, :count] for place, count in enumerate(counts)])
-            ranks.main_does(partial(append, logits))
+            context.run_on_main(partial(append, logits))
             bar.update(sum(counts))
-            stop = int(ranks.largest([signals.received()])[0])
+            stop = int(context.all_reduce_max([signals.stop_signal()])[0])
             if stop:
-                ranks.main_does(lambda: files[0].save())
+                context.run_on_main(lambda: files[0].save())
                 return stop
-        ranks.main_does(lambda: files[0].finish())
+        context.run_on_main(lambda: files[0].finish())
         seconds = time.perf_counter() - started
         pictures = math.prod(shape[:2]) - done
         log.info(f"{folder} is complete: {pictures:,} pictures in {seconds:.0f} s")
         track = partial(track_cache, recipe.tracking, name=recipe.name, teacher=asked)
-        ranks.main_does(lambda: track(data=Path(recipe.data.path)))
+        context.run_on_main(lambda: track(data=Path(recipe.data.path)))
         return 0
 
 
@@ -157,10 +159,10 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
 
-    adopt_slurm_ranks()
+    set_slurm_env()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)
-    cached = [teacher for teacher in recipe.taught_by if teacher.placement == "cached"]
+    cached = [teacher for teacher in recipe.all_teachers if teacher.placement == "cached"]
     if not cached:
         raise UserError(
             f"{options.recipe}: no teacher to cache; add teacher.placement=cached augment.views=8"
@@ -170,20 +172,20 @@ def main(arguments: list[str]) -> int:
             f"{recipe.data.path} has no data; run `python -m cifar_dist.prepare --output "
             f"{recipe.data.path}`"
         )
-    accelerator = start_processes(
+    accelerator = init_distributed(
         timeout_seconds=recipe.run.timeout_seconds, threads=recipe.run.threads
     )
     stop = 0
-    with ending_together(accelerator):
+    with propagate_errors(accelerator):
         check_precision(recipe.run.precision, accelerator.device)
-        ranks = Ranks.of(accelerator)
+        context = DistContext.of(accelerator)
         for asked in cached:
             stop = stop or cache_teacher(
                 recipe,
                 asked,
                 sharded=options.sharded,
                 force=options.force,
-                ranks=ranks,
+                context=context,
                 device=accelerator.device,
             )
     if stop:

@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.evaluation.metrics import accuracy
-from cifar_dist.evaluation.report import HELD_OUT
+from cifar_dist.evaluation.metrics import classification_metrics
+from cifar_dist.evaluation.report import VAL_PREDICTIONS
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
     fit_temperature,
@@ -29,10 +29,10 @@ from cifar_dist.evaluation.scores import (
     reliability,
 )
 from cifar_dist.reporting.comparison import Run, read_logits, read_run
-from cifar_dist.run_folder.evaluations import FOLDER
+from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER
 from cifar_dist.utils.cli import check_output, command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import write_file, write_json
+from cifar_dist.utils.files import atomic_write, write_json
 from cifar_dist.utils.log import log, log_to_terminal
 
 OURS = {"ensemble.json", "predictions.safetensors", "teachers.yaml"}
@@ -71,7 +71,7 @@ class Diversity:
     second: str
     disagree: float  # predict different classes
     both_wrong: float
-    either_right: float  # what a perfect choice between the two would have
+    oracle_top1: float  # what a perfect choice between the two would have
 
 
 def diversity(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[Diversity]:
@@ -83,7 +83,7 @@ def diversity(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[Dive
             second=names[j],
             disagree=percent(predicted[i] != predicted[j]),
             both_wrong=percent(~right[i] & ~right[j]),
-            either_right=percent(right[i] | right[j]),
+            oracle_top1=percent(right[i] | right[j]),
         )
         for i, j in itertools.combinations(range(len(names)), 2)
     ]
@@ -102,39 +102,43 @@ def stacked(
     return torch.stack([logits for logits, _ in parts]), labels
 
 
-def held_out(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
+def validation_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
     """Every member's logits of the held-out rows; None where no run held any out."""
-    holdouts = {run.recipe.data.holdout for run in runs}
+    holdouts = {run.recipe.data.val_size for run in runs}
     if holdouts == {0}:
         return None
     parts = []
     for run in runs:
-        if run.recipe.data.holdout == 0:
+        if run.recipe.data.val_size == 0:
             raise UserError(
-                f"{run.folder} held nothing out, others did; leave it out, or take --equal"
+                f"{run.folder} held nothing out, others did; leave it out, or take --uniform"
             )
-        part = read_logits(run.folder / FOLDER / HELD_OUT) if run.evaluation else None
+        part = (
+            read_logits(run.folder / EVALUATION_FOLDER / VAL_PREDICTIONS)
+            if run.evaluation
+            else None
+        )
         if part is None:
             raise UserError(
                 f"{run.folder} has no stored predictions of held-out rows at its end; run "
-                f"`python -m cifar_dist.evaluate {run.folder}`, or take --equal"
+                f"`python -m cifar_dist.evaluate {run.folder}`, or take --uniform"
             )
         parts.append(part)
-    return stacked(runs, parts, "held-out rows")
+    return stacked(runs, parts, "validation rows")
 
 
-def join(runs: Sequence[Run], *, equal: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
+def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
     """What there is to say about the ensemble, its test logits f32 [N, C], and the labels."""
     parts = [run.predictions for run in runs if run.is_finished and run.predictions is not None]
     if len(parts) < len(runs):  # one that goes on still has its earlier end's
         unfinished = next(run for run in runs if not run.is_finished or run.predictions is None)
         raise UserError(f"{unfinished.folder} has no predictions yet; let it finish first")
     logits, labels = stacked(runs, parts, "test rows")
-    held = None if equal else held_out(runs)
+    held = None if uniform else validation_logits(runs)
     weights = [1.0 / len(runs)] * len(runs) if held is None else choose_weights(*held)
     joined = weighted_mean(logits, weights)
     names = [str(run.folder) for run in runs]
-    singles = [accuracy(one, labels) for one in logits]
+    singles = [classification_metrics(one, labels) for one in logits]
     best = max(range(len(runs)), key=lambda place: singles[place]["top1"])
     test = mcnemar(logits[best].argmax(1) == labels, joined.argmax(1) == labels)
     low, high = bootstrap_interval(joined.argmax(1) == labels)
@@ -144,7 +148,7 @@ def join(runs: Sequence[Run], *, equal: bool) -> tuple[dict[str, Any], Tensor, T
             {"run": name, "weight": weight} | numbers
             for name, weight, numbers in zip(names, weights, singles, strict=True)
         ],
-        "ensemble": accuracy(joined, labels)
+        "ensemble": classification_metrics(joined, labels)
         | {"top1_interval": [100 * low, 100 * high], "ece": reliability(joined, labels).ece},
         "against_best_member": {"run": names[best]} | asdict(test),
         "diversity": [asdict(pair) for pair in diversity(names, logits, labels)],
@@ -168,14 +172,14 @@ def teachers_yaml(runs: Sequence[Run], weights: Sequence[float]) -> str:
     )
 
 
-def tell(found: dict[str, Any]) -> None:
+def print_summary(found: dict[str, Any]) -> None:
     log.info(f"weights chosen on {found['weights_chosen_on']}")
     for member in found["members"]:
         log.info(f"  {member['weight']:.4f}  {member['run']}: top1 {member['top1']:.2f} %")
     for pair in found["diversity"]:
         log.info(
             f"  {pair['first']} and {pair['second']} disagree on {pair['disagree']:.1f} %, both wrong "
-            f"{pair['both_wrong']:.1f} %, either right {pair['either_right']:.1f} %"
+            f"{pair['both_wrong']:.1f} %, either right {pair['oracle_top1']:.1f} %"
         )
     joined, best = found["ensemble"], found["against_best_member"]
     low, high = joined["top1_interval"]
@@ -189,15 +193,15 @@ def main(arguments: list[str]) -> int:
     parser = command_parser(
         "ensemble",
         "Join runs by the weighted mean of their logits. Weights are chosen on held-out rows "
-        "(data.holdout, after evaluate), else they are equal. Writes ensemble.json, predictions and "
+        "(data.val_size, after evaluate), else they are equal. Writes ensemble.json, predictions and "
         "teachers.yaml, a section for a student's recipe.",
         "python -m cifar_dist.ensemble runs/r18_32_s0 runs/r18_32_s1 runs/wrn28_10_32",
-        "python -m cifar_dist.ensemble runs/r18_32_s* --equal --output ensembles/seeds",
+        "python -m cifar_dist.ensemble runs/r18_32_s* --uniform --output ensembles/seeds",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="two finished runs or more"
     )
-    parser.add_argument("--equal", action="store_true", help="equal weights, nothing chosen")
+    parser.add_argument("--uniform", action="store_true", help="equal weights, nothing chosen")
     parser.add_argument(
         "--output", type=Path, default=Path("ensemble"), metavar="FOLDER", help="default: ensemble"
     )
@@ -210,12 +214,12 @@ def main(arguments: list[str]) -> int:
         raise UserError("give two runs or more to join, like runs/a runs/b")
     check_output(options.output, OURS, force=options.force)
     runs = [read_run(folder) for folder in folders]
-    found, logits, labels = join(runs, equal=options.equal)
-    tell(found)
+    found, logits, labels = combine(runs, uniform=options.uniform)
+    print_summary(found)
     tensors = {"logits": logits.contiguous(), "labels": labels}
     weights = [member["weight"] for member in found["members"]]
-    write_file(options.output / "predictions.safetensors", save(tensors))
-    write_file(options.output / "teachers.yaml", teachers_yaml(runs, weights))
+    atomic_write(options.output / "predictions.safetensors", save(tensors))
+    atomic_write(options.output / "teachers.yaml", teachers_yaml(runs, weights))
     write_json(options.output / "ensemble.json", found)
     log.info(f"written to {options.output}; teachers.yaml lets it teach")
     return 0

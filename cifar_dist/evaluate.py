@@ -9,47 +9,47 @@ from typing import Any
 
 import torch
 
-from cifar_dist.data.batches import holdout_rows
+from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import Hierarchy, data_digest, load_split, read_hierarchy
 from cifar_dist.data.ingest.cifair import cifair_split
 from cifar_dist.data.ingest.near_duplicates import read_list
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.error_propagation import ending_together
-from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.error_propagation import propagate_errors
+from cifar_dist.distributed.launch import init_distributed, set_slurm_env
 from cifar_dist.evaluation import report
-from cifar_dist.evaluation.evaluator import Evaluation, WithFlips, evaluate
+from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
 from cifar_dist.losses.classification import logit_scale
 from cifar_dist.recipe.runs import load_model, load_run
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.reporting.comparison import read_logits
 from cifar_dist.run_folder import results
-from cifar_dist.run_folder.evaluations import FOLDER, trained_on
+from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER, same_data
 from cifar_dist.tracking.background_jobs import track_evaluation
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, is_main_rank, run_command
-from cifar_dist.utils.files import try_place
+from cifar_dist.utils.files import check_writable
 from cifar_dist.utils.log import log, log_to_terminal
 from cifar_dist.utils.precision import check_precision
 
 
-def find(
-    evaluation: Evaluation,
+def build_report(
+    evaluation: EvalResult,
     hierarchy: Hierarchy,
     *,
-    held_out: Evaluation | None,
+    held_out: EvalResult | None,
     duplicates: dict[str, Any] | None,
-    cifair: tuple[Evaluation, bool] | None,
+    cifair: tuple[EvalResult, bool] | None,
 ) -> dict[str, Any]:
     """All numbers of evaluation.json that come from predictions; None where there is nothing to say."""
     logits, labels = evaluation.logits, evaluation.labels
-    found = report.numbers(logits, labels, hierarchy)
+    found = report.compute_metrics(logits, labels, hierarchy)
     found |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
     if held_out is not None:
         fitted = report.fitted_temperature(held_out.logits, held_out.labels)
-        found["temperature"] = fitted | report.tempered(logits, labels, fitted["value"])
+        found["temperature"] = fitted | report.after_temperature(logits, labels, fitted["value"])
     if duplicates is not None:
         found["without_near_duplicates"] = {
-            **report.without_rows(logits, labels, duplicates["test_rows"]),
+            **report.excluding_rows(logits, labels, duplicates["test_rows"]),
             "found_by": {name: duplicates[name] for name in ("min_detail", "min_layout")},
             "note": "our own search, a lower bound: ciFAIR lists 891",
         }
@@ -59,7 +59,7 @@ def find(
     return found
 
 
-def tell(found: dict[str, Any], where: str) -> None:
+def print_summary(found: dict[str, Any], where: str) -> None:
     """The headline and what stands beside it, for the terminal."""
     interval = found["top1_interval"]
     log.info(
@@ -78,7 +78,7 @@ def tell(found: dict[str, Any], where: str) -> None:
     if found["without_near_duplicates"]:
         less = found["without_near_duplicates"]
         rest = "nothing is left" if less["top1"] is None else f"{less['top1']:.2f} %"
-        log.info(f"  without {less['rows_left_out']} near-duplicates of training pictures {rest}")
+        log.info(f"  without {less['num_excluded']} near-duplicates of training pictures {rest}")
     if found["cifair"]:
         published = "" if found["cifair"]["published"] else " (not the published file)"
         log.info(f"  ciFAIR-100{published}: top1 {found['cifair']['top1']:.2f} %")
@@ -93,9 +93,9 @@ def evaluate_run(
     flips: bool,
     cifair: Path | None,
     duplicates: Path | None,
-    ranks: Ranks,
+    context: DistContext,
     device: torch.device,
-) -> tuple[Evaluation, Evaluation | None, dict[str, Any], Hierarchy]:
+) -> tuple[EvalResult, EvalResult | None, dict[str, Any], Hierarchy]:
     """Evaluate on `test`, `train` or `held-out` rows, exactly as training does it, and look closer.
 
     Beside the rows that were asked for, the held-out ones are evaluated if the run has some.
@@ -105,38 +105,38 @@ def evaluate_run(
     model = trained.to(memory_format=torch.channels_last)
     look = partial(
         evaluate,
-        WithFlips(model) if flips else model,
+        FlipTTA(model) if flips else model,
         precision=recipe.run.precision,
         logit_scale=logit_scale(recipe.losses.values()),
-        ranks=ranks,
-        shown=True,
+        context=context,
+        show_progress=True,
     )
     held = None
-    if recipe.data.holdout:
+    if recipe.data.val_size:
         train_split = load_split(data, "train", device, recipe.data.place)
-        _, held_rows = holdout_rows(train_split.labels, recipe.data.holdout)
+        _, held_rows = split_train_val(train_split.labels, recipe.data.val_size)
         held = look(train_split, held_rows)
-    elif split == "held-out":
-        raise UserError("this run held nothing out (data.holdout is 0); use --split test")
-    if split == "held-out":
+    elif split == "val":
+        raise UserError("this run held nothing out (data.val_size is 0); use --split test")
+    if split == "val":
         assert held is not None
-        found = find(held, hierarchy, held_out=None, duplicates=None, cifair=None)
+        found = build_report(held, hierarchy, held_out=None, duplicates=None, cifair=None)
         return held, held, found, hierarchy
     loaded = load_split(data, "test" if split == "test" else "train", device, recipe.data.place)
     rows = torch.arange(len(loaded.labels))
-    if split == "train" and recipe.data.holdout:  # what it was trained on
-        rows, _ = holdout_rows(loaded.labels, recipe.data.holdout)
+    if split == "train" and recipe.data.val_size:  # what it was trained on
+        rows, _ = split_train_val(loaded.labels, recipe.data.val_size)
     evaluation = look(loaded, rows)
     other = None
     if cifair is not None:
         fair, published = cifair_split(cifair, data, device)
         other = look(fair, torch.arange(len(fair.labels))), published
     known = read_list(data, duplicates) if split == "test" else None
-    found = find(evaluation, hierarchy, held_out=held, duplicates=known, cifair=other)
+    found = build_report(evaluation, hierarchy, held_out=held, duplicates=known, cifair=other)
     return evaluation, held, found, hierarchy
 
 
-def compare(run: Path, evaluation: Evaluation, *, mends: bool) -> None:
+def compare(run: Path, evaluation: EvalResult, *, mends: bool) -> None:
     """Say whether the run's own predictions are the same bits; write lost ones anew if it `mends`."""
     path = run / "predictions.safetensors"
     try:
@@ -158,17 +158,17 @@ def main(arguments: list[str]) -> int:
         "classes.csv and two confusions to RUN/evaluation.",
         "python -m cifar_dist.evaluate runs/debug",
         "accelerate launch -m cifar_dist.evaluate runs/r50_224 --cifair ciFAIR-100",
-        "python -m cifar_dist.evaluate runs/r18_32 --flips --output with_flips",
+        "python -m cifar_dist.evaluate runs/r18_32 --tta-flip --output with_flips",
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/debug")
     parser.add_argument(
         "--checkpoint", metavar="NAME", help="like step_00000600; default: the newest"
     )
     parser.add_argument(
-        "--split", choices=("test", "train", "held-out"), default="test", help="default: test"
+        "--split", choices=("test", "train", "val"), default="test", help="default: test"
     )
     parser.add_argument(
-        "--flips",
+        "--tta-flip",
         action="store_true",
         help="mean logits of each picture and its mirror image; twice the work, labelled as such",
     )
@@ -189,18 +189,18 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    adopt_slurm_ranks()
+    set_slurm_env()
     log_to_terminal()
     recipe, saved = load_run(options.run, options.checkpoint)
     data = options.data or Path(recipe.data.path)
     surroundings = results.read_facts(options.run, "environment.json")
     summary = results.read_facts(options.run, "summary.json")
-    same_data = trained_on(surroundings, data)
-    is_headline = options.checkpoint is None and options.split == "test" and not options.flips
-    headline = options.run / FOLDER
+    is_same_data = same_data(surroundings, data)
+    is_headline = options.checkpoint is None and options.split == "test" and not options.tta_flip
+    headline = options.run / EVALUATION_FOLDER
     output = options.output or (headline if is_headline else None)
     to_headline = output is not None and output.resolve() == headline.resolve()
-    if to_headline and not same_data:
+    if to_headline and not is_same_data:
         raise UserError(
             f"{data} holds other data than {options.run} was trained on; to evaluate on them all the "
             "same, give another place with --output"
@@ -211,31 +211,31 @@ def main(arguments: list[str]) -> int:
             "choose another --output"
         )
     if output is not None and is_main_rank():
-        try_place(output / "evaluation.json")
-    accelerator = start_processes(
+        check_writable(output / "evaluation.json")
+    accelerator = init_distributed(
         timeout_seconds=recipe.run.timeout_seconds,
         threads=recipe.run.threads or surroundings.get("threads"),  # other threads, other last bits
     )
-    with ending_together(accelerator):
+    with propagate_errors(accelerator):
         check_precision(recipe.run.precision, accelerator.device)
-        ranks = Ranks.of(accelerator)
+        context = DistContext.of(accelerator)
         evaluation, held, found, hierarchy = evaluate_run(
             recipe,
             saved,
             data=data,
             split=options.split,
-            flips=options.flips,
+            flips=options.tta_flip,
             cifair=options.cifair,
             duplicates=options.near_duplicates,
-            ranks=ranks,
+            context=context,
             device=accelerator.device,
         )
-        with_flips = ", mean of each picture and its mirror image" if options.flips else ""
-        other_data = "" if same_data else f" of other data ({data})"
+        with_flips = ", mean of each picture and its mirror image" if options.tta_flip else ""
+        other_data = "" if is_same_data else f" of other data ({data})"
         where = f"{options.run} at {saved.name}, {options.split}, {len(evaluation.labels):,} rows"
-        tell(found, where + other_data + with_flips)
-        if ranks.is_main:
-            if is_headline and same_data:
+        print_summary(found, where + other_data + with_flips)
+        if context.is_main:
+            if is_headline and is_same_data:
                 is_last = saved.name == results.last_checkpoint(summary)
                 compare(options.run, evaluation, mends=is_last and bool(summary.get("finished")))
             if output is not None:
@@ -243,13 +243,13 @@ def main(arguments: list[str]) -> int:
                     "run": recipe.name,
                     "checkpoint": saved.name,
                     "split": options.split,
-                    "test_time": "flips" if options.flips else "one view",
+                    "tta": "flip" if options.tta_flip else "one view",
                     "data": data_digest(data),
                 }
                 found = facts | found
                 if held is not None:  # first, as evaluation.json says of which checkpoint it is
-                    report.write_held_out(output, held.logits, held.labels)
-                report.write_findings(
+                    report.write_val_predictions(output, held.logits, held.labels)
+                report.write_evaluation(
                     output, found, evaluation.logits, evaluation.labels, hierarchy
                 )
                 log.info(f"written to {output}")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cifar_dist.exporting.formats import OURS, export
-from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.utils.cli import check_output, command_parser
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.log import log, log_to_terminal
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     log_to_terminal()
     if options.uint8 and options.to not in ("onnx", "pt2"):
         raise UserError(f"--uint8 is for onnx and pt2; --to {options.to} has a fixed form")
-    usable = load_usable(options.run, options.checkpoint, options.data)
+    usable = load_trained_model(options.run, options.checkpoint, options.data)
     output = options.output or Path("exported") / f"{usable.recipe.name}_{options.to}"
     check_output(output, OURS, force=options.force)
     said = export(usable, options.run, output, to=options.to, from_bytes=options.uint8)

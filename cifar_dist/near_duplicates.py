@@ -14,7 +14,7 @@ from cifar_dist.data.dataset import data_digest, load_split
 from cifar_dist.data.ingest.near_duplicates import MIN_DETAIL, MIN_LAYOUT, find_near_duplicates
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import run_command
-from cifar_dist.utils.files import try_place, write_file
+from cifar_dist.utils.files import atomic_write, check_writable
 from cifar_dist.utils.log import log, log_to_terminal
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     log_to_terminal()
-    try_place(options.output)
+    check_writable(options.output)
     train, test = (load_split(options.data, name).images for name in ("train", "test"))
     pairs = find_near_duplicates(train, test, show=True)
     found = {
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         "test_rows": [test_row for test_row, _ in pairs],
         "train_rows": [train_row for _, train_row in pairs],
     }
-    write_file(options.output, json.dumps(found) + "\n")
+    atomic_write(options.output, json.dumps(found) + "\n")
     log.info(f"{options.output}: {len(pairs)} of {len(test):,} test pictures are in train, nearly")
     return 0
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from cifar_dist.data.augment.image_ops import SIDE
 from cifar_dist.data.dataset import load_split
-from cifar_dist.inference.trained_model import Usable, load_usable
+from cifar_dist.inference.trained_model import TrainedModel, load_trained_model
 from cifar_dist.reporting.images import png
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import try_place, write_file, write_json
+from cifar_dist.utils.files import atomic_write, check_writable, write_json
 from cifar_dist.utils.log import log, log_to_terminal
 
 ENDINGS = {  # of files in folders
@@ -33,7 +33,7 @@ TOP = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guess:
+class ClassScore:
     label: str
     superclass: str
     probability: float  # 0 ... 1
@@ -42,7 +42,7 @@ class Guess:
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     picture: str  # a path, or test:7
-    guesses: list[Guess]  # the likeliest first
+    scores: list[ClassScore]  # the likeliest first
     truth: str | None  # known for rows of a split
 
 
@@ -98,19 +98,19 @@ def rows_of(asked: str, data: Path, names: Sequence[str]) -> tuple[dict[str, Ten
     """`test:0-99`, `train:5` or `test` -> pictures by name, and their true classes."""
     match = re.fullmatch(r"(train|test)(?::(\d+)(?:-(\d+))?)?", asked)
     if match is None:
-        raise UserError(f"--dataset {asked}: write test:0-99, train:5 or test")
+        raise UserError(f"--rows {asked}: write test:0-99, train:5 or test")
     name = cast(Literal["train", "test"], match[1])
     split = load_split(data, name)
     first = int(match[2] or 0)
     last = int(match[3] or match[2] or len(split.labels) - 1)
     if not first <= last < len(split.labels):
-        raise UserError(f"--dataset {asked}: {name} has the rows 0 to {len(split.labels) - 1}")
+        raise UserError(f"--rows {asked}: {name} has the rows 0 to {len(split.labels) - 1}")
     pictures = {f"{name}:{row}": split.images[row] for row in range(first, last + 1)}
     return pictures, [names[int(label)] for label in split.labels[first : last + 1]]
 
 
 def predict(
-    usable: Usable, pictures: dict[str, Tensor], truths: Sequence[str] | None = None
+    usable: TrainedModel, pictures: dict[str, Tensor], truths: Sequence[str] | None = None
 ) -> list[Prediction]:
     """The likeliest classes of uint8 [3, 32, 32] pictures."""
     logits = usable.logits(torch.stack(list(pictures.values())))
@@ -118,8 +118,10 @@ def predict(
     return [
         Prediction(
             picture=name,
-            guesses=[
-                Guess(label=usable.fine[at], superclass=usable.superclass[at], probability=value)
+            scores=[
+                ClassScore(
+                    label=usable.fine[at], superclass=usable.superclass[at], probability=value
+                )
                 for value, at in zip(values, places, strict=True)
             ],
             truth=truths[row] if truths else None,
@@ -135,7 +137,7 @@ def table(predictions: Sequence[Prediction]) -> str:
     width = min(40, max(len(one.picture) for one in predictions))
     lines = []
     for one in predictions:
-        first, *others = one.guesses
+        first, *others = one.scores
         mark = (
             ""
             if one.truth is None
@@ -151,7 +153,7 @@ def table(predictions: Sequence[Prediction]) -> str:
     return "\n".join(lines)
 
 
-def drawn(pictures: Sequence[Tensor], predictions: Sequence[Prediction]) -> Tensor:
+def draw_predictions(pictures: Sequence[Tensor], predictions: Sequence[Prediction]) -> Tensor:
     """The pictures as the model is shown them, each over its top three: uint8 [3, H, W]."""
     side, text, across = 160, 52, 6
     down = -(-len(pictures) // across)
@@ -161,8 +163,8 @@ def drawn(pictures: Sequence[Tensor], predictions: Sequence[Prediction]) -> Tens
         x, y = place % across * (side + 8), place // across * (side + text)
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         page.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        wrong = one.truth is not None and one.truth != one.guesses[0].label
-        for line, guess in enumerate(one.guesses[:3]):
+        wrong = one.truth is not None and one.truth != one.scores[0].label
+        for line, guess in enumerate(one.scores[:3]):
             colour = "#b02020" if wrong and line == 0 else "black" if line == 0 else "#606060"
             pen.text(
                 (x + 2, y + side + 2 + 15 * line),
@@ -177,8 +179,8 @@ def main(arguments: list[str]) -> int:
         "predict",
         "Say what a trained run sees in pictures. Files may have any size: the centre square is "
         "shrunk to 32 px, as CIFAR's own pictures were.",
-        "python -m cifar_dist.predict runs/r18_32 cat.jpg holiday/ --picture seen.png",
-        "python -m cifar_dist.predict runs/r18_32 --dataset test:0-99 --json predictions.json",
+        "python -m cifar_dist.predict runs/r18_32 cat.jpg holiday/ --save-image seen.png",
+        "python -m cifar_dist.predict runs/r18_32 --rows test:0-99 --json predictions.json",
     )
     parser.add_argument("run", type=Path, help="a run folder, like runs/r18_32")
     parser.add_argument(
@@ -189,40 +191,40 @@ def main(arguments: list[str]) -> int:
         metavar="IMAGE",
         help="files, or folders of them",
     )
-    parser.add_argument(
-        "--dataset", metavar="ROWS", help="rows of the data: test:0-99, train:5, test"
-    )
+    parser.add_argument("--rows", metavar="ROWS", help="rows of the data: test:0-99, train:5, test")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the top five of each as JSON"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them into a PNG")
+    parser.add_argument("--save-image", type=Path, metavar="FILE", help="draw them into a PNG")
     parser.add_argument("--checkpoint", metavar="NAME", help="default: the newest")
     parser.add_argument("--data", type=Path, help="another place of the run's data")
     options = parser.parse_intermixed_args(arguments)
 
     log_to_terminal()
-    if bool(options.images) == bool(options.dataset):
-        raise UserError("give pictures or --dataset, one of them")
-    written = [path for path in (options.json, options.picture) if path]
+    if bool(options.images) == bool(options.rows):
+        raise UserError("give pictures or --rows, one of them")
+    written = [path for path in (options.json, options.save_image) if path]
     for path in written:
-        try_place(path)
-    usable = load_usable(options.run, options.checkpoint, options.data)
+        check_writable(path)
+    usable = load_trained_model(options.run, options.checkpoint, options.data)
     truths = None
-    if options.dataset:
+    if options.rows:
         data = options.data or Path(usable.recipe.data.path)
-        pictures, truths = rows_of(options.dataset, data, usable.fine)
+        pictures, truths = rows_of(options.rows, data, usable.fine)
     else:
         pictures = find_pictures(options.images)
     predictions = predict(usable, pictures, truths)
     if options.json:
         write_json(options.json, [asdict(one) for one in predictions])
-    if options.picture:
-        write_file(options.picture, png(drawn(list(pictures.values()), predictions)))
+    if options.save_image:
+        atomic_write(
+            options.save_image, png(draw_predictions(list(pictures.values()), predictions))
+        )
     print(table(predictions), flush=True)
     if usable.temperature is None:
         log.info(
             "probabilities are not calibrated: python -m cifar_dist.evaluate fits a temperature "
-            "for runs with data.holdout"
+            "for runs with data.val_size"
         )
     for path in written:
         log.info(f"written to {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.data.ingest.preparation import SAMPLE, prepare
+from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import run_command
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.prepare                      # downloads 169 MB, writes data/cifar100",
         "python -m cifar_dist.prepare --source cifar-100-python.tar.gz",
         "python -m cifar_dist.prepare --sample             # draws 7,000 pictures, writes data/sample",
-        "python -m cifar_dist.prepare --source my_folder --any-content --output data/mine",
+        "python -m cifar_dist.prepare --source my_folder --allow-unofficial --output data/mine",
     )
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument(
@@ -26,14 +26,16 @@ def main(arguments: list[str]) -> int:
     origin.add_argument("--sample", action="store_true", help="draw 100 classes of coloured shapes")
     parser.add_argument("--output", type=Path, help="default: data/cifar100, or data/sample")
     parser.add_argument(
-        "--any-content", action="store_true", help="take other pictures in the same layout as well"
+        "--allow-unofficial",
+        action="store_true",
+        help="take other pictures in the same layout as well",
     )
     parser.add_argument("--force", action="store_true", help="write it anew even if it is there")
     options = parser.parse_args(arguments)
     prepare(
-        SAMPLE if options.sample else options.source,
+        SYNTHETIC if options.sample else options.source,
         options.output or Path("data", "sample" if options.sample else "cifar100"),
-        any_content=options.any_content,
+        allow_unofficial=options.allow_unofficial,
         force=options.force,
     )
     return 0

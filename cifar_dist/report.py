@@ -9,7 +9,7 @@ from cifar_dist.reporting.comparison import group_runs, latex_table, read_run
 from cifar_dist.reporting.page import page
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import try_place, write_file
+from cifar_dist.utils.files import atomic_write, check_writable
 from cifar_dist.utils.log import log, log_to_terminal
 
 
@@ -50,16 +50,16 @@ def main(arguments: list[str]) -> int:
     if not folders:
         raise UserError("none of these is a run folder; give some, like runs/debug")
     for place in filter(None, (options.output, options.latex)):
-        try_place(place)
+        check_writable(place)
     runs = [read_run(folder) for folder in folders]
-    write_file(
+    atomic_write(
         options.output,
         page(runs, title=options.title, data=options.data, tutorial=options.tutorial),
     )
     size = options.output.stat().st_size
     log.info(f"{options.output}: {len(runs)} run(s), {size / 1e3:,.0f} kB; open it in a browser")
     if options.latex is not None:
-        write_file(options.latex, latex_table(group_runs(runs)))
+        atomic_write(options.latex, latex_table(group_runs(runs)))
         log.info(f"{options.latex}: the comparison as LaTeX")
     return 0
 

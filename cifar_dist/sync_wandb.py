@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar_dist.data.dataset import data_digest
-from cifar_dist.evaluation.evaluator import Evaluation
-from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.evaluation.evaluator import EvalResult
+from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.schema import Recipe, resolved
+from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.reporting.comparison import read_logits
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.records import MetricsFile
-from cifar_dist.tracking.tracker import Tracker, decide_mode, identity_of, offline_folders
+from cifar_dist.tracking.tracker import Tracker, decide_mode, offline_folders, wandb_run_id
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import read_object, sha256, write_json
+from cifar_dist.utils.files import read_json_object, sha256, write_json
 from cifar_dist.utils.log import log, log_to_terminal
 
 UPLOAD_SECONDS = 600
@@ -33,29 +33,29 @@ def rebuild(folder: Path) -> Path:
     summary = results.read_facts(folder, "summary.json")
     environment = results.read_facts(folder, "environment.json")
     if (folder / "wandb_id").exists():
-        for old in offline_folders(folder, identity_of(folder)):
+        for old in offline_folders(folder, wandb_run_id(folder)):
             shutil.rmtree(old)
     tracker = Tracker()
     offline = replace(recipe.tracking, mode="offline")
-    tracker.start(offline, folder, resolved(recipe), environment, recipe.taught_by)
+    tracker.start(offline, folder, to_dict(recipe), environment, recipe.all_teachers)
     for line in lines:
         tracker.log(line)
     alive = tracker.run is not None
     tracker.finish(summary, stored(folder, recipe, environment.get("data")))
-    made = offline_folders(folder, identity_of(folder)) if alive else []
+    made = offline_folders(folder, wandb_run_id(folder)) if alive else []
     if len(made) != 1:
         raise UserError(f"{folder}: W&B wrote no offline run; see the warning above")
     return made[0]
 
 
-def stored(folder: Path, recipe: Recipe, digest: str | None) -> Evaluation | None:
+def stored(folder: Path, recipe: Recipe, digest: str | None) -> EvalResult | None:
     """The final predictions, for tables and pictures; None before the end, or where the data are not here."""
     predictions = read_logits(folder / "predictions.safetensors")
     data = Path(recipe.data.path)
     if predictions is None or not (data / "digest.json").exists() or data_digest(data) != digest:
         return None
     logits, labels = predictions
-    return Evaluation(metrics=accuracy(logits, labels), logits=logits, labels=labels)
+    return EvalResult(metrics=classification_metrics(logits, labels), logits=logits, labels=labels)
 
 
 def upload(offline: Sequence[Path]) -> bool:
@@ -93,10 +93,10 @@ def main(arguments: list[str]) -> int:
     summary = folder / "summary.json"
     now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
     note = folder / "wandb_synced.json"
-    before = read_object(note, "remove it and start this again") or {}
+    before = read_json_object(note, "remove it and start this again") or {}
     offline = folder / "wandb" / Path(before.get("offline") or "none").name
-    on_server: set[str] = set(before.get("on_server", []))
-    if before.get("of") != now or not offline.is_dir():
+    on_server: set[str] = set(before.get("uploaded", []))
+    if before.get("source_hashes") != now or not offline.is_dir():
         offline = rebuild(folder)
         on_server -= {offline.name}  # named by the second: within one, as its forerunner was
         log.info(f"{offline}: all of {metrics}")
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if upload(waiting):
         on_server = {path.name for path in (offline, *others)}
-    write_json(note, {"of": now, "offline": offline.name, "on_server": sorted(on_server)})
+    write_json(note, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(on_server)})
     return 0
 
 

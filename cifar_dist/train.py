@@ -11,8 +11,10 @@ from cifar_dist.distributed import signals
 if __name__ == "__main__":
     signals.install()  # before torch: a signal kills a Python process that has no handler yet
 
+import json
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,22 @@ from accelerate import Accelerator
 from cifar_dist import __version__
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.dataset import read_digest
-from cifar_dist.distributed.error_propagation import ending_together
-from cifar_dist.distributed.launch import adopt_slurm_ranks, start_processes
-from cifar_dist.distributed.watchdog import watched
-from cifar_dist.evaluation.evaluator import Evaluation, refresh_statistics
+from cifar_dist.distributed.error_propagation import propagate_errors
+from cifar_dist.distributed.launch import init_distributed, set_slurm_env
+from cifar_dist.distributed.watchdog import watchdog
+from cifar_dist.evaluation.evaluator import EvalResult, update_bn
 from cifar_dist.models.backbones import pretrained_cfg
-from cifar_dist.models.freeze import freeze, frozen
+from cifar_dist.models.freeze import freeze, frozen_parameters
 from cifar_dist.optim.optimizer import build_optimizer, max_lr, set_learning_rate
-from cifar_dist.recipe.dry_run import plan
+from cifar_dist.recipe.dry_run import describe
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training.finish import Outcome, finish
 from cifar_dist.training.graphed_step import build_step
-from cifar_dist.training.log_record import publish
-from cifar_dist.training.resume import SAMPLE_NOTE, finished_before, say_finished, wait_for_data
+from cifar_dist.training.log_record import log_record
+from cifar_dist.training.resume import SYNTHETIC_NOTE, ensure_data, find_finished_run, log_finished
 from cifar_dist.training.setup import Run, setup
-from cifar_dist.training.state import State, vote
+from cifar_dist.training.state import TrainState, poll_ranks
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import run_command
 from cifar_dist.utils.host import peak_memory_bytes
@@ -52,13 +54,15 @@ def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> d
     with ExitStack() as stack:
         run, state = setup(recipe, accelerator, stack, force=force)
         seconds = recipe.run.timeout_seconds
-        with watched(run.ranks, state, seconds=seconds, shards=run.shards) as unwatch:
+        with watchdog(
+            run.context, state, seconds=seconds, micro_batches=run.micro_batches
+        ) as unwatch:
             outcome = fit(run, state)
             unwatch()
             return finish(run, state, outcome)
 
 
-def fit(run: Run, state: State) -> Outcome:
+def fit(run: Run, state: TrainState) -> Outcome:
     """Train to the recipe's end, an early stop or a signal; between two steps do what is due.
 
     What is due is decided anew after a restart, and nothing happens twice at a step.
@@ -71,7 +75,7 @@ def fit(run: Run, state: State) -> Outcome:
         stop, save_now = poll(run, state) if polled else (0, False)
         stop = 0 if at_end else stop
         log_due = should_log(
-            step, pending=state.window.steps, every=settings.report_every_steps, at_end=at_end
+            step, pending=state.window.steps, every=settings.log_every_steps, at_end=at_end
         )
         eval_due = should_evaluate(
             step,
@@ -84,7 +88,7 @@ def fit(run: Run, state: State) -> Outcome:
             step, saved=state.saved_step, at_end=at_end, stopping=stop > 0, save_now=save_now
         )
         if log_due or eval_due or save_due:
-            state.check_numbers(run.ranks, most_skips=settings.most_skips, warn=log_due)
+            state.check_finite(run.context, most_skips=settings.max_consecutive_skips, warn=log_due)
         if log_due:
             log_training(run, state)
         if eval_due:
@@ -95,7 +99,7 @@ def fit(run: Run, state: State) -> Outcome:
         if save_due:
             save(run, state)
         if stop or at_end:
-            state.finish_saving(run.ranks)
+            state.finish_saving(run.context)
             return Outcome(evaluation, stop, early_stop)
         if images_ready(run, state, polled=polled):
             train_one_step(run, state)
@@ -119,85 +123,91 @@ def should_save(step: int, *, saved: int, at_end: bool, stopping: bool, save_now
     return step > saved and (at_end or stopping or save_now)
 
 
-def early_stop_reason(run: Run, state: State) -> str | None:
+def early_stop_reason(run: Run, state: TrainState) -> str | None:
     """Return why training ends before the recipe's last step, or None."""
     if state.step == run.total_steps:
         return None
     return state.why_no_more(
-        epochs_without_gain=run.recipe.run.stop_after_epochs_without_gain,
+        epochs_without_gain=run.recipe.run.early_stopping_patience,
         steps_per_epoch=run.steps_per_epoch,
     )
 
 
-def poll(run: Run, state: State) -> tuple[int, bool]:
+def poll(run: Run, state: TrainState) -> tuple[int, bool]:
     """Agree with the other ranks on a stop signal, or 0, and on whether to save now."""
-    stop, save_now, state.steps_to_poll = vote(
-        state, run.ranks, save_every_minutes=run.recipe.run.save_every_minutes
+    stop, save_now, state.steps_to_poll = poll_ranks(
+        state, run.context, save_every_minutes=run.recipe.run.save_every_minutes
     )
     return stop, save_now
 
 
-def log_training(run: Run, state: State) -> None:
+def log_training(run: Run, state: TrainState) -> None:
     """Log the means since the last report, and begin the next ones."""
     settings = run.recipe.run
     numbers = state.window.report(batch_size=settings.batch_size, may_skip=settings.may_skip)
     numbers |= {"lr": max_lr(state.optimizer, run.learning_rate(state.step - 1))}
-    log_record(run, state, "train", numbers | {"memory_bytes": peak_memory_bytes(run.device)})
+    record(run, state, "train", numbers | {"memory_bytes": peak_memory_bytes(run.device)})
     state.window.clear()
 
 
-def log_record(run: Run, state: State, kind: str, values: dict[str, Any]) -> None:
+def record(run: Run, state: TrainState, kind: str, values: dict[str, Any]) -> None:
     """Write a record to metrics.jsonl, W&B and the terminal."""
-    record = {"kind": kind, "step": state.step, "epoch": state.step / run.steps_per_epoch}
+    about = {"kind": kind, "step": state.step, "epoch": state.step / run.steps_per_epoch}
     epochs = run.recipe.run.epochs
-    run.ranks.main_does(publish, record | values, run.metrics_file, run.tracker, epochs=epochs)
+    run.context.run_on_main(
+        log_record, about | values, run.metrics_file, run.tracker, epochs=epochs
+    )
 
 
-def evaluate(run: Run, state: State) -> tuple[Evaluation, bool]:
+def evaluate(run: Run, state: TrainState) -> tuple[EvalResult, bool]:
     """Evaluate on the test and validation rows, and log it; whether validation top-1 is the best yet."""
     is_best, epoch = False, state.step // run.steps_per_epoch
-    with state.window.paused():
-        if state.ema and state.ema.mixes_statistics(state.step):
-            refresh_statistics(
-                state.ema.model,
-                run.objective.augment.again(),  # workers are further on
+    with state.window.timer_paused():
+        if state.average and state.average.needs_bn_update(state.step):
+            update_bn(
+                state.average.model,
+                run.objective.augment.clone(),  # workers are further on
                 run.train_split,
                 run.rows,
                 seed=run.recipe.run.seed,
                 epoch=epoch - 1,  # the last one
                 precision=run.recipe.run.precision,
-                ranks=run.ranks,
-                frozen=frozen(run.unfreeze_epochs, epoch - 1),
+                context=run.context,
+                frozen=frozen_parameters(run.unfreeze_epochs, epoch - 1),
             )
         evaluation = run.evaluate(state, run.test_split)
         numbers = dict(evaluation.metrics)
         if run.val_rows is not None:
             validation = run.evaluate(state, run.train_split, run.val_rows).metrics
             numbers |= {f"val_{name}": value for name, value in validation.items()}
-            is_best = state.note_held_out(validation["top1"])
-        log_record(run, state, "eval", numbers)
+            is_best = state.update_best(validation["top1"])
+        record(run, state, "eval", numbers)
         state.evaluated_step = state.step
     return evaluation, is_best
 
 
-def save(run: Run, state: State) -> None:
+def save(run: Run, state: TrainState) -> None:
     """Save a checkpoint, after all records that it has seen."""
-    with state.window.paused():
-        run.ranks.main_does(run.metrics_file.sync)
+    with state.window.timer_paused():
+        run.context.run_on_main(run.metrics_file.sync)
         keep = run.recipe.run.keep_checkpoints
-        state.save(run.folder / "checkpoints", run.ranks, keep=keep, facts=run.metadata)
+        state.save(run.folder / "checkpoints", run.context, keep=keep, metadata=run.metadata)
 
 
-def images_ready(run: Run, state: State, *, polled: bool) -> bool:
+def images_ready(run: Run, state: TrainState, *, polled: bool) -> bool:
     """Whether the host's workers, if there are any, have this epoch's images; False: poll first."""
     new_epoch = state.step % run.steps_per_epoch == 0
-    if run.host and (polled or new_epoch) and not run.host.show(state.step // run.steps_per_epoch):
+    if (
+        run.albumentations_workers
+        and (polled or new_epoch)
+        and not run.albumentations_workers.wait_for_epoch(state.step // run.steps_per_epoch)
+    ):
         state.steps_to_poll = 0
         return False
     return True
 
 
-def train_one_step(run: Run, state: State) -> None:
+def train_one_step(run: Run, state: TrainState) -> None:
     """The life of a sample: rows -> augmented images -> outputs -> losses -> gradient -> weights."""
     epoch = state.step // run.steps_per_epoch
     if state.step_fn is None or state.step % run.steps_per_epoch == 0:
@@ -208,12 +218,12 @@ def train_one_step(run: Run, state: State) -> None:
     state.window.add(state.step_fn(next(run.batches), step=state.step))
     state.step += 1
     state.steps_to_poll -= 1
-    if state.ema:
-        state.ema.update(state.model, state.step)
+    if state.average:
+        state.average.update(state.model, state.step)
     run.bar.update()
 
 
-def prepare_step(run: Run, state: State, epoch: int) -> None:
+def prepare_step(run: Run, state: TrainState, epoch: int) -> None:
     """Let learn what learns in this epoch; where that changes, build the step again.
 
     DDP reduces the parameters that required a gradient when it was built, and no others.
@@ -230,14 +240,14 @@ def prepare_step(run: Run, state: State, epoch: int) -> None:
         state.optimizer,
         state.scaler,
         cuda_graphs=settings.cuda_graphs,
-        shards=run.shards,
+        micro_batches=run.micro_batches,
         precision=settings.precision,
         seed=settings.seed,
         batch_size=settings.batch_size,
         max_grad_norm=run.recipe.optim.max_grad_norm,
         sam=run.recipe.optim.sam,
-        reduce_precision=settings.reduce_precision,
-        keep_buffers=settings.may_skip,
+        grad_reduce_dtype=settings.grad_reduce_dtype,
+        restore_buffers=settings.may_skip,
     )
 
 
@@ -254,34 +264,36 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and its cost"
     )
+    parser.add_argument("--json", action="store_true", help="print --dry-run as JSON")
     parser.add_argument(
         "--force", action="store_true", help="go on although the recipe has changed"
     )
     parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
     options = parser.parse_intermixed_args(arguments)
 
-    adopt_slurm_ranks()
+    set_slurm_env()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
-        print(plan(recipe))
+        plan = describe(recipe)
+        print(json.dumps(asdict(plan)) if options.json else plan)
         return 0
     pretrained_cfg(recipe.model.backbone)  # all refuse a wrong name before anything is downloaded
     build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
-    if recipe.augment.host:
-        Pipeline(recipe.augment.host)
+    if recipe.augment.albumentations:
+        Pipeline(recipe.augment.albumentations)
     path, source = Path(recipe.data.path), recipe.data.source
     has_data = (path / "digest.json").exists()
     is_sample = read_digest(path)["content"] == "sample" if has_data else source == "sample"
     if is_sample:
-        log.info(SAMPLE_NOTE)
-    if not has_data and not wait_for_data(path, source):
+        log.info(SYNTHETIC_NOTE)
+    if not has_data and not ensure_data(path, source):
         return signals.STOPPED
-    summary = finished_before(recipe)
+    summary = find_finished_run(recipe)
     if summary is not None and not options.force:
-        say_finished(recipe, summary, is_sample=is_sample)
+        log_finished(recipe, summary, is_synthetic=is_sample)
         return 0
-    accelerator = start_processes(
+    accelerator = init_distributed(
         timeout_seconds=recipe.run.timeout_seconds,
         threads=recipe.run.threads,
         deterministic=recipe.run.deterministic,
@@ -290,7 +302,7 @@ def main(arguments: list[str]) -> int:
         f"cifar_dist {__version__}: {accelerator.num_processes} process(es) train on "
         f"{accelerator.device.type}, {recipe.run.precision}, {torch.get_num_threads()} CPU thread(s) each"
     )
-    with ending_together(accelerator):
+    with propagate_errors(accelerator):
         summary = train(recipe, accelerator, force=options.force)
     if not summary["finished"]:
         log.info(
@@ -298,7 +310,7 @@ def main(arguments: list[str]) -> int:
             f"{summary['steps']}, all saved in {recipe.folder}; start it again to go on"
         )
         return signals.STOPPED
-    say_finished(recipe, summary, is_sample=is_sample)
+    log_finished(recipe, summary, is_synthetic=is_sample)
     return 0
 
 

@@ -82,7 +82,8 @@ alone=${alone:-$SLURM_JOB_ID}
 [ "$(field JobState)" = RUNNING ] || exit "$code" # cancelled, or Slurm itself queues it again
 
 # Where the recipe writes its run folder, asked of the program itself; what is new in it.
-run_folder=$(python -m cifar_dist.train --dry-run "$@" 2>/dev/null | sed -n 's/^run folder  *//p')
+run_folder=$(python -m cifar_dist.train --dry-run --json "$@" 2>/dev/null |
+    python -c 'import json, sys; print(json.load(sys.stdin)["run_folder"])')
 new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
 stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
 preempted=$(field PreemptTime) # where nobody can be preempted there is no such field

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cifar_dist.run_folder.checkpoint import checkpoints, damage
+from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption
 
 CLOCK = ("images_per_second", "memory_bytes", "seconds")
 
@@ -24,7 +24,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def tensors(run: Path) -> dict[str, Tensor]:
     """All tensors of the newest checkpoint, and the predictions of a finished run."""
     newest = checkpoints(run / "checkpoints")[0]
-    assert damage(newest) is None
+    assert find_corruption(newest) is None
     found: dict[str, Tensor] = {}
     for path in sorted(newest.glob("*.safetensors")):
         found |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}

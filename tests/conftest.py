@@ -17,7 +17,7 @@ from ranks import train
 from small_data import quick_recipe, small_data
 
 from cifar_dist.data.dataset import write_dataset
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.run_folder.checkpoint import save_checkpoint
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 + 300 rows, for batches of 250 and more than one block of an evaluation."""
     root = tmp_path_factory.mktemp("middle") / "data"
-    write_dataset(root, *draw_sample(train_per_class=6, test_per_class=3), content="other")
+    write_dataset(root, *draw_synthetic(train_per_class=6, test_per_class=3), content="other")
     return root
 
 
@@ -42,7 +42,7 @@ def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_runs(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
     """runs/ with one finished run, `tiny`, that held 100 rows out."""
     folder = tmp_path_factory.mktemp("finished")
-    holdout: dict[str, Any] = {"data": {"holdout": 100}}
+    holdout: dict[str, Any] = {"data": {"val_size": 100}}
     train(quick_recipe(folder, "tiny", middle_data, **holdout), cwd=folder)
     return folder / "runs"
 
@@ -64,16 +64,16 @@ def write_recipe(folder: Path, data: Path, /, name: str = "tiny", **sections: An
         "run": {
             "epochs": 4,
             "batch_size": 10,
-            "shards": 2,
+            "micro_batches": 2,
             "precision": "fp32",
             "threads": 1,
-            "report_every_steps": 5,
+            "log_every_steps": 5,
         },
         "data": {"path": str(data)},
         "model": {"backbone": "test_resnet", "drop_rate": 0.1},
-        "augment": {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
+        "augment": {"crop_padding": 4, "hflip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
         "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
-        "ema": {"decay": 0.9},
+        "averaging": {"decay": 0.9},
     }
     for section, keys in sections.items():
         if isinstance(keys, dict):

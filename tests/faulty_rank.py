@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cifar_dist import train as walk
 from cifar_dist.distributed import signals
 from cifar_dist.training.graphed_step import StepFn
-from cifar_dist.training.state import State
+from cifar_dist.training.state import TrainState
 from cifar_dist.utils.errors import run_command
-from cifar_dist.utils.files import naming
+from cifar_dist.utils.files import with_path
 
 FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
 
@@ -30,7 +30,7 @@ def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output * torch.nan
 
 
-def meet(kind: str, states: list[State]) -> None:
+def meet(kind: str, states: list[TrainState]) -> None:
     match kind:
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -41,7 +41,7 @@ def meet(kind: str, states: list[State]) -> None:
         case "raising":
             raise KeyError("injected")
         case "disk full":
-            with naming(full := Path("/dev/full")), full.open("wb", buffering=0) as file:
+            with with_path(full := Path("/dev/full")), full.open("wb", buffering=0) as file:
                 file.write(b"1")
         case "leaving":
             os._exit(0)
@@ -54,10 +54,10 @@ def meet(kind: str, states: list[State]) -> None:
 
 def main(arguments: list[str]) -> int:
     faults = [fault.split(":") for fault in os.environ["FAULT"].split(",")]
-    states: list[State] = []
-    original_state, original_build = State.__init__, walk.build_step
+    states: list[TrainState] = []
+    original_state, original_build = TrainState.__init__, walk.build_step
 
-    def remember(self: State, *values: Any, **options: Any) -> None:
+    def remember(self: TrainState, *values: Any, **options: Any) -> None:
         original_state(self, *values, **options)
         states.append(self)
 
@@ -65,7 +65,9 @@ def main(arguments: list[str]) -> int:
         take_step = original_build(accelerator, model, *values, **options)
         return partial(faulty_step, take_step, model, accelerator.process_index)
 
-    def faulty_step(take_step: StepFn, model: nn.Module, me: int, shards: Any, *, step: int) -> Any:
+    def faulty_step(
+        take_step: StepFn, model: nn.Module, me: int, micro_batches: Any, *, step: int
+    ) -> Any:
         with ExitStack() as stack:
             for kind, rank, when in faults:
                 if (int(rank), int(when)) != (me, step):
@@ -76,9 +78,9 @@ def main(arguments: list[str]) -> int:
                     stack.callback(pixels.register_forward_hook(spoil).remove)
                 else:
                     meet(kind, states)
-            return take_step(shards, step=step)
+            return take_step(micro_batches, step=step)
 
-    State.__init__ = remember  # type: ignore[method-assign]
+    TrainState.__init__ = remember  # type: ignore[method-assign]
     walk.build_step = build
     return walk.main(arguments)
 

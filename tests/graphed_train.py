@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
         scaler: torch.amp.GradScaler,
         *,
         cuda_graphs: str,
-        shards: int,
+        micro_batches: int,
         sam: object,
         keep_buffers: bool = False,
         **settings: Any,

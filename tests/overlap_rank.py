@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cifar_dist.distributed.ddp import wrap
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distributed.ddp import wrap_ddp
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.models.backbones import ModelConfig, build_model
 
 
 def main(arguments: list[str]) -> int:
     (output,) = arguments
-    accelerator = start_processes(timeout_seconds=60, threads=1)
+    accelerator = init_distributed(timeout_seconds=60, threads=1)
     model = build_model(ModelConfig(backbone="resnet18"), 100)
-    wrapped = wrap(accelerator, model, shards=accelerator.num_processes)
+    wrapped = wrap_ddp(accelerator, model, micro_batches=accelerator.num_processes)
     images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
 
     def step() -> None:
@@ -35,5 +35,5 @@ def main(arguments: list[str]) -> int:
             spans[event.name].append((event.time_range.start, event.time_range.end))
     if accelerator.is_main_process:
         Path(output).write_text(json.dumps(spans))
-    end_processes(accelerator)
+    destroy_distributed(accelerator)
     return 0

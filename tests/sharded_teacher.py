@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from cifar_dist.distill.teacher import TeacherConfig, freeze, shard_by_shard
+from cifar_dist.distill.teacher import TeacherConfig, eval_frozen, load_sharded
 from cifar_dist.distributed.context import rank_mesh
-from cifar_dist.distributed.launch import end_processes, start_processes
+from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.models.backbones import build_model
 from cifar_dist.recipe.teachers import find_teacher
 
 
 def main(arguments: list[str]) -> int:
-    accelerator = start_processes(timeout_seconds=60, threads=1)
+    accelerator = init_distributed(timeout_seconds=60, threads=1)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     over, *folders = arguments
     mesh = rank_mesh(accelerator.device, world_size, over="node" if over == "node" else "world")
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
     said = {}
     for folder in folders:
         trained = find_teacher(TeacherConfig(run=folder))
-        whole = freeze(build_model(trained.model, 100, load_file(trained.weights)))
-        sharded = shard_by_shard(trained, 100, mesh)
+        whole = eval_frozen(build_model(trained.model, 100, load_file(trained.weights)))
+        sharded = load_sharded(trained, 100, mesh)
         same = []
         for bf16 in (False, True):
             for _ in range(2):  # the second time after all blocks were gathered and let go
@@ -40,5 +40,5 @@ def main(arguments: list[str]) -> int:
             kept[name] = [list(parameter.shape), list(local.shape), storage]
         said[folder] = {"world_size": world_size, "same": same, "kept": kept}
     Path(f"rank_{rank}.json").write_text(json.dumps(said))
-    end_processes(accelerator)
+    destroy_distributed(accelerator)
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 
 
 def cut(raw: RawSplit, rows: int) -> RawSplit:
@@ -23,7 +23,7 @@ def cut(raw: RawSplit, rows: int) -> RawSplit:
 
 
 def small_data() -> tuple[RawSplit, RawSplit, RawMeta]:
-    train, test, meta = draw_sample(train_per_class=1, test_per_class=1)
+    train, test, meta = draw_synthetic(train_per_class=1, test_per_class=1)
     return cut(train, 64), cut(test, 23), meta
 
 
@@ -33,7 +33,7 @@ def quick_recipe(folder: Path, name: str, place: Path, **sections: dict[str, Any
         "run": {"epochs": 1, "batch_size": 20, "precision": "fp32", "threads": 1},
         "data": {"path": str(place)},
         "model": {"backbone": "test_resnet"},
-        "augment": {"flip": True, "crop_padding": 2},
+        "augment": {"hflip": True, "crop_padding": 2},
     }
     for section, keys in sections.items():
         content[section] = content.get(section, {}) | keys

@@ -21,10 +21,10 @@ def everything(recipe: RecipeMaker, precision: str) -> Path:
     sections["losses"] |= {"bce": {"weight": 0.1, "label_smoothing": 0.1}}
     return recipe(
         run={"epochs": 3, "precision": precision},
-        model={"drop_rate": 0.1, "drop_path_rate": 0.2, "second_size": 48},
+        model={"drop_rate": 0.1, "drop_path_rate": 0.2, "mixed_resolution": 48},
         augment={
             "host": PIPELINE,
-            "host_workers": 2,
+            "workers": 2,
             "affine": {"degrees": 10, "translate": 0.1},
             "one_of": {"color_jitter": {"brightness": 0.3}, "erasing": {}},
             "trivial_augment": {},
@@ -41,7 +41,7 @@ def test_processes_workers_and_kills_make_no_difference(
     """Host workers, device operations, partners, SAM, two sizes, dropout, an average, a teacher."""
     teacher("big", image_size=48)
     path = everything(recipe, precision)
-    train(path, "name=one", "augment.host_workers=0", cwd=tmp_path)
+    train(path, "name=one", "augment.workers=0", cwd=tmp_path)
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
     assert lines(tmp_path / "runs/one")[-1]["step"] == 18

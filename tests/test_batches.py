@@ -11,8 +11,8 @@ import torch
 from cifar_dist.data.batches import (
     epoch_order,
     eval_blocks,
-    holdout_rows,
-    shard_bounds,
+    micro_batch_bounds,
+    split_train_val,
     train_batches,
 )
 from cifar_dist.data.dataset import Split, load_split
@@ -24,8 +24,10 @@ def split(data: Path) -> Split:
     return load_split(data, "train")
 
 
-def plan(split: Split, *, steps: int, start: int = 0, shards: int = 3, world_size: int = 1) -> list:
-    """{(step, shard): rows} as sorted pairs, of all ranks together."""
+def plan(
+    split: Split, *, steps: int, start: int = 0, micro_batches: int = 3, world_size: int = 1
+) -> list:
+    """{(step, micro_batch): rows} as sorted pairs, of all ranks together."""
     found = {}
     for rank in range(world_size):
         batches = train_batches(
@@ -34,14 +36,14 @@ def plan(split: Split, *, steps: int, start: int = 0, shards: int = 3, world_siz
             seed=7,
             shuffle=True,
             batch_size=10,
-            shards=shards,
+            micro_batches=micro_batches,
             start_step=start,
             rank=rank,
             world_size=world_size,
         )
         for step, parts in enumerate(islice(batches, steps - start), start):
             for part in parts:
-                found[step, part.shard] = part.rows.tolist()
+                found[step, part.micro_batch] = part.rows.tolist()
     return sorted(found.items())
 
 
@@ -65,9 +67,9 @@ def test_an_epoch_visits_a_row_at_most_once_and_drops_the_rest(split: Split) -> 
     assert epoch_order(torch.arange(64), seed=7, epoch=1, shuffle=False).tolist() == list(range(64))
 
 
-@pytest.mark.parametrize(("batch_size", "shards"), [(10, 3), (250, 4), (7, 7), (1000, 6)])
-def test_shards_differ_by_at_most_one_row(batch_size: int, shards: int) -> None:
-    bounds = shard_bounds(batch_size, shards)
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(10, 3), (250, 4), (7, 7), (1000, 6)])
+def test_shards_differ_by_at_most_one_row(batch_size: int, micro_batches: int) -> None:
+    bounds = micro_batch_bounds(batch_size, micro_batches)
     sizes = [end - begin for begin, end in bounds]
     assert sum(sizes) == batch_size
     assert max(sizes) - min(sizes) <= 1
@@ -82,7 +84,7 @@ def test_a_batch_holds_the_rows_that_it_names(split: Split) -> None:
             seed=0,
             shuffle=True,
             batch_size=10,
-            shards=1,
+            micro_batches=1,
             start_step=3,
             rank=0,
             world_size=1,
@@ -99,23 +101,23 @@ def test_blocks_are_dealt_whole_and_cover_all_rows(split: Split, world_size: int
     blocks = {}
     for rank in range(world_size):
         for block in eval_blocks(split, rows, block_size=10, rank=rank, world_size=world_size):
-            assert block.shard not in blocks
-            blocks[block.shard] = block.rows
+            assert block.micro_batch not in blocks
+            blocks[block.micro_batch] = block.rows
     assert torch.equal(torch.cat([blocks[index] for index in sorted(blocks)]), rows)
     assert [len(blocks[index]) for index in sorted(blocks)] == [10] * 6 + [4]
 
 
 def test_holdout_is_stratified_constant_and_disjoint() -> None:
     labels = torch.arange(5).repeat(40)[torch.randperm(200, generator=torch.manual_seed(0))]
-    rows, held = holdout_rows(labels, 50)
+    rows, held = split_train_val(labels, 50)
     assert sorted([*rows.tolist(), *held.tolist()]) == list(range(200))
     assert torch.equal(labels[held].bincount(), torch.full((5,), 10))
     assert torch.equal(held, held.sort().values)
-    again = holdout_rows(labels, 50)
+    again = split_train_val(labels, 50)
     assert torch.equal(held, again[1])
     for count in (51, 200, 400):
-        with pytest.raises(UserError, match=f"data.holdout={count}"):
-            holdout_rows(labels, count)
+        with pytest.raises(UserError, match=f"data.val_size={count}"):
+            split_train_val(labels, count)
     few = torch.tensor([0] * 500 + [1] * 500 + [2] * 20)
     with pytest.raises(UserError, match="100 rows of each class, and one class has 20"):
-        holdout_rows(few, 300)
+        split_train_val(few, 300)

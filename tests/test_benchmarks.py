@@ -34,7 +34,7 @@ from cifar_dist.recipe.load import load_recipe
 from cifar_dist.utils.errors import UserError
 
 BENCHMARKS = Path(accuracy.__file__).parent
-SMALL = {"epochs": 1, "report_every_steps": 2}
+SMALL = {"epochs": 1, "log_every_steps": 2}
 LONG = {"epochs": 100_000, "eval_every_epochs": 100_000}
 
 
@@ -62,7 +62,7 @@ def test_two_recipes_two_seeds_then_nothing_to_do(
     recipe: RecipeMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:
     paths = [recipe("one", run=SMALL), recipe("two", run=SMALL, optim={"lr": 0.01})]
-    words = ["--budget", 10, "--seeds", "0,1", "--logs", "logs", "run.report_every_steps=3"]
+    words = ["--budget", 10, "--seeds", "0,1", "--logs", "logs", "run.log_every_steps=3"]
     code, results = run(*paths, *words)
     assert code == 0
     assert results is not None
@@ -101,7 +101,7 @@ def test_two_recipes_two_seeds_then_nothing_to_do(
         run(paths[0], "--budget", 10, "--seeds", "7", "optim.lr=0.5")
     with pytest.raises(UserError, match=r"other settings .*optim\.sam\.rho: None -> 0\.05"):
         run(paths[0], "--budget", 10, "--seeds", "7", "optim.sam={rho: 0.05}")
-    code, _ = run(paths[0], "--budget", 0, "--seeds", "1,2", "run.report_every_steps=1")
+    code, _ = run(paths[0], "--budget", 0, "--seeds", "1,2", "run.log_every_steps=1")
     assert "1 of 2 runs remain: one_seed2" in capfd.readouterr().out
 
 
@@ -184,7 +184,7 @@ def test_every_row_of_the_studies_is_a_recipe_of_its_own(
         for one in settings:
             one.pop("name")
         assert all(one not in settings[:place] for place, one in enumerate(settings))
-        assert {one["data.holdout"] for one in settings} == {5000 if study == "held_out" else 0}
+        assert {one["data.val_size"] for one in settings} == {5000 if study == "held_out" else 0}
     with pytest.raises(UserError, match="no_row: no study and no row; there are tutorial"):
         shortened.main([*words, "no_row"])
 
@@ -326,7 +326,9 @@ def test_input_writes_all_its_numbers(middle_data: Path) -> None:
 def test_lengths_add_up(recipe: RecipeMaker) -> None:
     """One of four epochs at 16 px: each size has a rate of its own."""
     growing = {"start": 16, "epochs": 2, "multiple": 16}
-    path = recipe(model={"growing": growing, "pretrained": True})  # nothing is fetched for it
+    path = recipe(
+        model={"progressive_resize": growing, "pretrained": True}
+    )  # nothing is fetched for it
     quick = ["--rounds", "3", "--seconds", "0", "--batch", "2"]
     printed, content = measured("lengths.py", path, *quick)
     assert {"hardware", "torch", "date", "commit"} <= content["machine"].keys()
@@ -362,7 +364,12 @@ def test_gpu_check_runs_on_a_cpu(tmp_path: Path, data: Path) -> None:
     printed, content = check("b", "--only", row, "--seconds", "0", "--set", *tiny)
     assert content["steps"][row]["milliseconds"] > content["steps"][row]["host_milliseconds"] > 0
 
-    tiny += ["model.stem=imagenet", "model.whiten=false", "model.growing=null", "run.epochs=1"]
+    tiny += [
+        "model.stem=imagenet",
+        "model.whiten=false",
+        "model.progressive_resize=null",
+        "run.epochs=1",
+    ]
     tiny += ["optim.schedule=constant", "optim.warmup_epochs=0", "run.eval_every_epochs=1"]
     printed, content = check("c", "--data", data, "--set", *tiny)
     assert [run["summary"]["finished"] for run in content["runs"].values()] == [True, True]
@@ -440,7 +447,7 @@ def test_a_gpu_has_columns_of_its_own() -> None:
 
 
 def test_a_start_ends_at_the_first_loss(recipe: RecipeMaker) -> None:
-    path = recipe("endless", run=LONG | {"report_every_steps": 1})
+    path = recipe("endless", run=LONG | {"log_every_steps": 1})
     assert until_a_loss(Path.cwd(), "-m", "cifar_dist.train", path)() == 1
     with pytest.raises(RuntimeError, match="all is well"):
         until_a_loss(Path.cwd(), "-c", "print('all is well')")()

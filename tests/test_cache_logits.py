@@ -19,14 +19,14 @@ from conftest import RecipeMaker, TeacherMaker, taught
 from ranks import Ranks, train
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import load_split
-from cifar_dist.distill.logit_cache import CacheWriter, check_cache, open_logits, part_of
-from cifar_dist.distill.teacher import Cached, build_teacher
+from cifar_dist.distill.logit_cache import CacheWriter, check_cache, open_logits, partial_path
+from cifar_dist.distill.teacher import CachedTeacher, build_teacher
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.teachers import find_teacher
 
-VIEWS = {"crop_padding": 2, "flip": True, "cutout": 0, "mixup": 0, "cutmix": 0, "views": 3}
+VIEWS = {"crop_padding": 2, "hflip": True, "cutout": 0, "mixup": 0, "cutmix": 0, "views": 3}
 CPU = torch.device("cpu")
 
 
@@ -51,7 +51,7 @@ def cached(*names: str, **augment: Any) -> dict[str, Any]:
         {},
         {"cutout": 8, "mixup": 0.4, "cutmix": 1.0, "rand_augment": {}},
         {"views": "all"},
-        {"repeats": 2},
+        {"repeated": 2},
     ],
     ids=["crop and flip", "holes, partners and policies", "all views", "copies"],
 )
@@ -74,16 +74,20 @@ def test_a_cache_says_what_the_live_teacher_says(
     made = load_recipe(path)
     split = load_split(Path(made.data.path), "train")
     folder = tmp_path / "runs/big"
-    asked = load_recipe(path, [f"teacher.run={folder}", "teacher.placement=whole"]).taught_by
+    asked = load_recipe(
+        path, [f"teacher.run={folder}", "teacher.placement=replicated"]
+    ).all_teachers
     live = build_teacher(
         asked, [find_teacher(asked[0])], num_classes=100, device=CPU, mesh=lambda over: None
     )
     assert live is not None
-    says = Cached(open_logits(folder / "logits"))
+    says = CachedTeacher(open_logits(folder / "logits"))
     show = Augment(made.augment, split)
     for epoch, rows in enumerate([range(64), [5], range(40, 3, -1), [7, 7], range(20)]):
-        copies = torch.arange(len(rows)) % 2 if made.augment.repeats == 2 else None
-        batch = take(split, torch.tensor(list(rows)), epoch=epoch, shard=0, copies=copies)
+        copies = torch.arange(len(rows)) % 2 if made.augment.repeated == 2 else None
+        batch = gather_batch(
+            split, torch.tensor(list(rows)), epoch=epoch, micro_batch=0, copies=copies
+        )
         view = show(batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             expected = live(view, batch)
@@ -110,7 +114,7 @@ def test_training_from_a_cache_is_training_from_the_teacher(
     teacher("cosines", head="cosine", losses={"arcface": {"scale": 20}})
     path = recipe(
         **cached("big", "cosines"),
-        run={"precision": precision, "report_every_steps": 1},
+        run={"precision": precision, "log_every_steps": 1},
         optim={"lr": 1e-5},
     )
     cache(path, cwd=tmp_path, world_size=2)
@@ -140,7 +144,7 @@ def test_a_kill_and_other_processes_leave_the_same_bytes(
     cache(path, f"teacher.cache={tmp_path / 'whole'}", cwd=tmp_path)
 
     def wait_for_rows(ranks: Ranks, rows: int) -> None:
-        file, deadline = part_of(folder) / "logits.npy", time.monotonic() + 60
+        file, deadline = partial_path(folder) / "logits.npy", time.monotonic() + 60
         while not file.exists() or file.stat().st_size < 128 + rows * 200:
             assert any(process.is_alive() for process in ranks.processes), ranks.output
             assert time.monotonic() < deadline
@@ -151,7 +155,7 @@ def test_a_kill_and_other_processes_leave_the_same_bytes(
     os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)
     assert ranks.wait() == [75, 75], ranks.output
     assert "start it again to go on" in ranks.output
-    saved = json.loads((part_of(folder) / "progress.json").read_text())["rows"]
+    saved = json.loads((partial_path(folder) / "progress.json").read_text())["rows"]
     assert 64 * 20 <= saved < 64 * 162
     refusal = train(path, cwd=tmp_path, expect=2)
     assert "not finished" in refusal
@@ -159,12 +163,12 @@ def test_a_kill_and_other_processes_leave_the_same_bytes(
     wait_for_rows(ranks, saved + 64 * 20)
     ranks.kill()
     assert not folder.exists()
-    kept = json.loads((part_of(folder) / "progress.json").read_text())["rows"]
+    kept = json.loads((partial_path(folder) / "progress.json").read_text())["rows"]
     assert kept >= saved  # more where a slow machine took SAFE_SECONDS before the kill
     output = cache(path, "--sharded", cwd=tmp_path, world_size=3)
     assert f"goes on after {kept:,}" in output
     assert content(folder) == content(tmp_path / "whole")
-    assert not part_of(folder).exists()
+    assert not partial_path(folder).exists()
     assert "is complete" in cache(path, cwd=tmp_path)
     assert sorted(p.name for p in folder.parent.iterdir()) == [
         "checkpoints",
@@ -288,7 +292,7 @@ def test_a_folder_that_is_no_cache_is_never_replaced(
     said = cache(path, "teacher.cache=mine", "--force", cwd=tmp_path, expect=2)
     assert "no cache" in said
     assert (tmp_path / "mine/thesis.tex").read_text() == "precious"
-    said = cache(path, "teacher.placement=whole", cwd=tmp_path, expect=2)
+    said = cache(path, "teacher.placement=replicated", cwd=tmp_path, expect=2)
     assert "no teacher to cache" in said
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.data.augment.padded_images import canvas_of
+from cifar_dist.data.augment.padded_images import pad_images
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def images() -> Tensor:
 def test_every_crop_equals_pad_slice_and_mirror(
     images: Tensor, padding: int, mirrored: bool
 ) -> None:
-    canvas = canvas_of(images, padding=padding, mirrored=mirrored)
+    canvas = pad_images(images, padding=padding, mirrored=mirrored)
     padded = F.pad(images, (padding,) * 4)
     shifts = torch.arange(-padding, padding + 1)
     pictures, y, x, flip = torch.cartesian_prod(
         torch.arange(7), shifts, shifts, torch.arange(1 + mirrored)
     ).unbind(1)
-    cut = canvas.cut(canvas.places(pictures, y, x, flip.bool()))
+    cut = canvas.crop(canvas.offsets(pictures, y, x, flip.bool()))
     assert cut.dtype == torch.uint8
     for found, picture, top, left, mirror in zip(cut, pictures, y, x, flip, strict=True):
         lines, columns = (
@@ -37,8 +37,8 @@ def test_every_crop_equals_pad_slice_and_mirror(
 
 
 def test_a_cut_is_a_copy(images: Tensor) -> None:
-    canvas = canvas_of(images, padding=2, mirrored=False)
+    canvas = pad_images(images, padding=2, mirrored=False)
     still = torch.zeros(1, dtype=torch.int64)
-    cut = canvas.cut(canvas.places(still, still, still, still.bool()))
+    cut = canvas.crop(canvas.offsets(still, still, still, still.bool()))
     cut.zero_()
     assert canvas.data.sum() == images.long().sum()

@@ -15,25 +15,25 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.augment.image_ops import BLENDS, noise
+from cifar_dist.data.augment.image_ops import BLEND_OPS, noise
 from cifar_dist.data.augment.policies import (
     AUTO_RANGES,
+    MAGNITUDES,
     OPERATIONS,
-    STRENGTHS,
     WIDE_RANGES,
     RandAugment,
     Ranges,
     TrivialAugment,
     apply_operation,
-    columns_of,
+    encode_ops,
 )
 from cifar_dist.data.augment.tables import draw_table
-from cifar_dist.data.augment.transforms import Affine, Change, ColorJitter, Erasing, OneOf
-from cifar_dist.data.batches import take
+from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf, Transform
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.recipe.load import validate
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.random import Draws
+from cifar_dist.utils.random import KeyedRandom
 
 CPU = torch.device("cpu")
 MANY = 50_000
@@ -45,12 +45,15 @@ CHANGES: dict[str, Any] = {
     "erasing": Erasing(),
 }
 SINGLE: dict[str, dict[str, Any]] = {
-    "vertical_flip": {"vertical_flip": True},
+    "vflip": {"vflip": True},
     **{name: {name: change} for name, change in CHANGES.items()},
-    "one_of": {"one_of": OneOf(**CHANGES, probability=0.9)},
+    "one_of": {"one_of": OneOf(**CHANGES, p=0.9)},
 }
 ALL = AugmentConfig(
-    crop_padding=4, flip=True, cutout=8, **{k: v for one in SINGLE.values() for k, v in one.items()}
+    crop_padding=4,
+    hflip=True,
+    cutout=8,
+    **{k: v for one in SINGLE.values() for k, v in one.items()},
 )
 
 
@@ -60,15 +63,15 @@ def split(data: Path) -> Split:
 
 
 def view(split: Split, config: AugmentConfig, rows: list[int], *, epoch: int = 0) -> Tensor:
-    batch = take(split, torch.tensor(rows), epoch=epoch, shard=0)
+    batch = gather_batch(split, torch.tensor(rows), epoch=epoch, micro_batch=0)
     return Augment(config, split)(batch).images
 
 
-def draws_of(rows: int = MANY) -> Draws:
-    return Draws(what="augment", seed=0, view=0, rows=rows)
+def draws_of(rows: int = MANY) -> KeyedRandom:
+    return KeyedRandom(what="augment", seed=0, view=0, rows=rows)
 
 
-def drawn(change: Change) -> Tensor:
+def drawn(change: Transform) -> Tensor:
     """The columns of many rows, all of them applied."""
     return change.draw(draws_of(), torch.ones(MANY, dtype=torch.bool))
 
@@ -98,7 +101,9 @@ def test_a_picture_does_not_depend_on_its_batch(split: Split, name: str) -> None
     shuffled = torch.randperm(64, generator=torch.manual_seed(0)).tolist()
     assert torch.equal(together[shuffled], view(split, config, shuffled, epoch=3))
     numbered = Augment(config, split, number=3)
-    assert torch.equal(numbered(take(split, torch.arange(64), epoch=0, shard=0)).images, together)
+    assert torch.equal(
+        numbered(gather_batch(split, torch.arange(64), epoch=0, micro_batch=0)).images, together
+    )
 
 
 def test_precision_of_the_training_does_not_reach_the_picture(split: Split) -> None:
@@ -122,9 +127,9 @@ def test_pictures_of_recipes_from_before_are_as_they_were() -> None:
     images = (torch.arange(200 * 3072) * 7919 % 65521 % 256).to(torch.uint8)
     split = Split(images=images.view(200, 3, 32, 32), labels=torch.arange(200) % 100)
     for digest, config in {
-        "a856719aeecadd3c": AugmentConfig(crop_padding=2, flip=True),
-        "5105a1709c8fb34e": AugmentConfig(crop_padding=4, flip=True, cutout=8),
-        "cbce79b6bf36a132": AugmentConfig(crop_padding=4, flip=True, cutmix=1.0, seed=3),
+        "a856719aeecadd3c": AugmentConfig(crop_padding=2, hflip=True),
+        "5105a1709c8fb34e": AugmentConfig(crop_padding=4, hflip=True, cutout=8),
+        "cbce79b6bf36a132": AugmentConfig(crop_padding=4, hflip=True, cutmix=1.0, seed=3),
     }.items():
         shown = [view(split, config, list(range(200)), epoch=epoch) for epoch in (0, 7)]
         content = torch.stack(shown).numpy().tobytes()
@@ -133,16 +138,16 @@ def test_pictures_of_recipes_from_before_are_as_they_were() -> None:
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_change_moves_no_other_column(name: str) -> None:
-    alone = draw_table(AugmentConfig(**SINGLE[name]), 0, rows=200)
-    among = draw_table(ALL, 0, rows=200)
-    plain = draw_table(AugmentConfig(crop_padding=4, flip=True), 0, rows=200)
+    alone = draw_table(AugmentConfig(**SINGLE[name]), 0, num_images=200)
+    among = draw_table(ALL, 0, num_images=200)
+    plain = draw_table(AugmentConfig(crop_padding=4, hflip=True), 0, num_images=200)
     for column, other in zip(among[:5], plain[:5], strict=True):
         assert torch.equal(column, other)
-    for column_name, column in alone.changes.items():
-        assert torch.equal(column, among.changes[column_name])
-    if name == "vertical_flip":
-        assert torch.equal(alone.vertical_flip, among.vertical_flip)
-        assert not torch.equal(among.flip, among.vertical_flip)
+    for column_name, column in alone.transforms.items():
+        assert torch.equal(column, among.transforms[column_name])
+    if name == "vflip":
+        assert torch.equal(alone.vflip, among.vflip)
+        assert not torch.equal(among.flip, among.vflip)
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -158,13 +163,13 @@ def test_what_is_not_applied_changes_no_bit(split: Split, name: str) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_probability_is_the_share_of_pictures(name: str) -> None:
     kind = type(CHANGES[name])
-    knobs = {field: value for field, value in vars(CHANGES[name]).items() if field != "probability"}
-    config = AugmentConfig(**{name: kind(**knobs, probability=0.3)})
-    column = draw_table(config, 0, rows=MANY).changes[name]
+    knobs = {field: value for field, value in vars(CHANGES[name]).items() if field != "p"}
+    config = AugmentConfig(**{name: kind(**knobs, p=0.3)})
+    column = draw_table(config, 0, num_images=MANY).transforms[name]
     never = torch.zeros(MANY, dtype=torch.bool)
-    nothing = kind(**knobs).draw(draws_of().of(name), never)
-    always = draw_table(AugmentConfig(**{name: kind(**knobs)}), 0, rows=MANY)
-    differs = (always.changes[name] != nothing).flatten(1)
+    nothing = kind(**knobs).draw(draws_of().scoped(name), never)
+    always = draw_table(AugmentConfig(**{name: kind(**knobs)}), 0, num_images=MANY)
+    differs = (always.transforms[name] != nothing).flatten(1)
     keeps = (differs & (column == nothing).flatten(1)).any(1)
     share = 1 - float(keeps.double().sum() / differs.any(1).double().sum())
     assert share == pytest.approx(0.3, abs=0.01)
@@ -265,10 +270,10 @@ def test_where_no_drawn_box_fits_nothing_is_erased() -> None:
 
 def test_a_group_applies_one_member_at_most() -> None:
     group = OneOf(
-        affine=Affine(degrees=15, probability=0.5),
+        affine=Affine(degrees=15, p=0.5),
         color_jitter=ColorJitter(brightness=0.4),
         erasing=Erasing(),
-        probability=0.8,
+        p=0.8,
     )
     columns = group.draw(draws_of())
     assert list(columns) == ["affine", "color_jitter", "erasing"]
@@ -290,7 +295,7 @@ def test_a_group_shows_what_its_chosen_member_makes(split: Split) -> None:
     rows = list(range(64))
     config = AugmentConfig(one_of=OneOf(color_jitter=ColorJitter(hue=0.5), erasing=Erasing()))
     shown = view(split, config, rows)
-    table = draw_table(config, 0, rows=64).changes
+    table = draw_table(config, 0, num_images=64).transforms
     jittered = ColorJitter(hue=0.5)(split.images, table["one_of.color_jitter"])
     erased = Erasing()(split.images, table["one_of.erasing"])
     is_erased = table["one_of.erasing"][:, 0] != table["one_of.erasing"][:, 1]
@@ -299,7 +304,7 @@ def test_a_group_shows_what_its_chosen_member_makes(split: Split) -> None:
 
 
 def test_the_order_is_that_of_the_names() -> None:
-    assert list(ALL.changes) == [
+    assert list(ALL.transforms) == [
         *("affine", "color_jitter", "rand_augment", "trivial_augment"),
         *(f"one_of.{name}" for name in CHANGES),
         "erasing",
@@ -341,18 +346,18 @@ def test_operations_are_torchvisions(
     """
     pictures, number = split.images[:31], OPERATIONS.index(name)
     magnitudes, has_sign = space[THEIR_NAMES[name]]
-    values = magnitudes(STRENGTHS + 1, 32, 32)
+    values = magnitudes(MAGNITUDES + 1, 32, 32)
     in_pillow = number > OPERATIONS.index("rotate")
     for sign in (1, -1):
         strength = torch.arange(31)
-        columns = columns_of(
+        columns = encode_ops(
             ranges, torch.full_like(strength, number), strength, torch.full_like(strength, sign)
         )
         ours = apply_operation(pictures, columns)
         for row, picture in enumerate(pictures):
             value = 0.0 if values is None else float(values[row]) * (sign if has_sign else 1)
             factor, level = columns[row, 7].item(), columns[row, 9].item()
-            if name in BLENDS:
+            if name in BLEND_OPS:
                 assert factor == pytest.approx(1 + value, abs=1e-6)
                 value = factor - 1
             if name == "solarize":
@@ -419,12 +424,12 @@ def test_a_recipe_names_them() -> None:
     config = augment_of(
         affine={"degrees": 15, "scale": [0.9, 1.1]},
         rand_augment={},
-        one_of={"color_jitter": {"hue": 0.1}, "erasing": {"fill": "mean"}, "probability": 0.5},
+        one_of={"color_jitter": {"hue": 0.1}, "erasing": {"fill": "mean"}, "p": 0.5},
     )
     assert config.affine == Affine(degrees=15, scale=(0.9, 1.1))
     assert config.rand_augment == RandAugment(num_ops=2, magnitude=9)
     assert config.one_of == OneOf(
-        color_jitter=ColorJitter(hue=0.1), erasing=Erasing(fill="mean"), probability=0.5
+        color_jitter=ColorJitter(hue=0.1), erasing=Erasing(fill="mean"), p=0.5
     )
     named = asdict(config)  # what a cache of logits was made of
     assert named["one_of"]["erasing"]["fill"] == "mean"

@@ -14,7 +14,7 @@ from small_data import cut
 
 from cifar_dist.data.dataset import load_split
 from cifar_dist.data.ingest.cifair import cifair_split
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def content() -> dict[str, Any]:
     """What its test pickle holds: a dict with texts as keys, and no filenames."""
-    raw = cut(draw_sample(train_per_class=1, test_per_class=1)[1], 23)
+    raw = cut(draw_synthetic(train_per_class=1, test_per_class=1)[1], 23)
     labels = {"fine_labels": raw.fine_labels.tolist(), "coarse_labels": raw.coarse_labels.tolist()}
     return {"batch_label": "testing batch 1 of 1", **labels, "data": raw.images}
 

@@ -322,7 +322,7 @@ def test_the_recipes_of_the_pair_are_the_published_protocol() -> None:
         assert (settings, group["nesterov"]) == ([0.05, 0.9, 0, 5e-4], False)
         assert len(group["params"]) == len(list(model.parameters()))
         assert (recipe.run, recipe.augment) == (recipes[0].run, recipes[0].augment)
-        assert (recipe.run.epochs, recipe.run.batch_size, recipe.run.shards) == (240, 64, 1)
+        assert (recipe.run.epochs, recipe.run.batch_size, recipe.run.micro_batches) == (240, 64, 1)
         for epoch in range(1, 241):  # mdistiller: a tenth for each stage below the epoch
             begins = learning_rate(
                 recipe.optim, 781 * (epoch - 1), total_steps=781 * 240, steps_per_epoch=781
@@ -345,7 +345,7 @@ def test_resnet9_by_hand() -> None:
         return (F.conv2d(x, weight, padding=1) / math.sqrt(1 + 1e-5)).relu()
 
     with torch.no_grad():
-        x = layer(model.pixels(IMAGES), stem)
+        x = layer(model.preprocess(IMAGES), stem)
         x = F.max_pool2d(layer(x, one), 2)
         x = x + layer(layer(x, two), three)
         x = F.max_pool2d(layer(x, four), 2)

@@ -27,7 +27,7 @@ from cifar_dist import (
     train,
 )
 from cifar_dist.utils.errors import INTERRUPTED, UserError, run_command
-from cifar_dist.utils.files import folder_aside, write_file
+from cifar_dist.utils.files import atomic_folder, atomic_write
 
 PACKAGE = Path(__file__).parents[1] / "cifar_dist"
 COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
@@ -58,7 +58,10 @@ def test_help_has_an_example_and_a_word_on_each_option(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["runs/a", "--flip"], "unrecognized arguments: --flip; did you mean --flips; `python -m"),
+        (
+            ["runs/a", "--flip"],
+            "unrecognized arguments: --flip; did you mean --tta-flip; `python -m",
+        ),
         (["runs/a", "--split", "valid"], "invalid choice: 'valid'"),
         ([], "arguments are required: run"),
     ],
@@ -78,7 +81,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     for place in ("folder", "file/inside", "n" * 300):
 
         def write(arguments: list[str], path: Path = tmp_path / place) -> int:
-            write_file(path, "content")
+            atomic_write(path, "content")
             return 0
 
         assert run_command(write) == 2
@@ -91,11 +94,11 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def file(arguments: list[str]) -> int:
-        write_file(Path(arguments[0]), "content")
+        atomic_write(Path(arguments[0]), "content")
         return 0
 
     def folder(arguments: list[str]) -> int:
-        with folder_aside(Path(arguments[0])):
+        with atomic_folder(Path(arguments[0])):
             return 0
 
     def data(arguments: list[str]) -> int:
@@ -124,7 +127,7 @@ def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.Mo
             (report.main, ["runs/a", "--output", str(place)]),
             (report.main, ["runs/a", "--latex", str(place)]),
             (predict.main, ["runs/a", "a.png", "--json", str(place)]),
-            (predict.main, ["runs/a", "a.png", "--picture", str(place)]),
+            (predict.main, ["runs/a", "a.png", "--save-image", str(place)]),
         ):
             with pytest.raises(OSError, match=re.escape(str(tmp_path))):
                 main(words)

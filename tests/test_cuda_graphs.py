@@ -21,7 +21,7 @@ from test_speed import batches_of, model_of
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import load_split
-from cifar_dist.distill.teacher import Live
+from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.distillation import Distill
 from cifar_dist.losses.margin import ArcFace
@@ -29,14 +29,14 @@ from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.optim.optimizer import (
     OptimConfig,
     build_optimizer,
-    keep_scalars_on_device,
-    saved_state,
+    make_capturable,
+    portable_state_dict,
     set_learning_rate,
 )
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.training.cuda_graphs import WARM_UP, GraphedCallable
 from cifar_dist.training.graphed_step import GraphedStep, flat_gradients, unsupported_reason
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
 from cifar_dist.training.step import train_step
 from cifar_dist.utils.errors import UserError
@@ -56,10 +56,14 @@ def captured(path: Path, *arguments: str, cwd: Path, world_size: int = 1) -> Non
 def test_a_run_has_the_same_bits_with_either_step(
     tmp_path: Path, recipe: RecipeMaker, world_size: int, precision: str
 ) -> None:
-    """Three shards of unlike size, partners, dropout, an average; two of three shards on rank 0."""
+    """Three micro-batches of unlike size, partners, dropout, an average; two of three micro-batches on rank 0."""
     path = recipe(
-        run={"shards": 3, "precision": precision},
-        model={"drop_rate": 0.1, "growing": {"start": 32, "epochs": 2}, "image_size": 64},
+        run={"micro_batches": 3, "precision": precision},
+        model={
+            "drop_rate": 0.1,
+            "progressive_resize": {"start": 32, "epochs": 2},
+            "image_size": 64,
+        },
     )
     train(path, "name=plain", cwd=tmp_path, world_size=world_size)
     captured(path, "name=captured", cwd=tmp_path, world_size=world_size)
@@ -86,11 +90,13 @@ def test_a_taught_and_partly_frozen_run_has_the_same_bits(
 def test_gradients_in_bf16_are_reduced_alike_and_are_others(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    path = recipe(run={"reduce_precision": "bf16", "epochs": 1}, optim={"name": "sgd", "lr": 0.005})
+    path = recipe(
+        run={"grad_reduce_dtype": "bf16", "epochs": 1}, optim={"name": "sgd", "lr": 0.005}
+    )
     train(path, "name=plain", cwd=tmp_path, world_size=2)
     captured(path, "name=captured", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
-    train(path, "name=exact", "run.reduce_precision=fp32", cwd=tmp_path, world_size=2)
+    train(path, "name=exact", "run.grad_reduce_dtype=fp32", cwd=tmp_path, world_size=2)
     assert 0 < largest_difference(tmp_path / "runs/plain", tmp_path / "runs/exact") < 0.05
 
 
@@ -121,11 +127,11 @@ def test_gradients_lie_in_one_tensor_with_their_parameters_strides() -> None:
 
 def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
     optimizer = build_optimizer(OptimConfig(name="adamw"), model_of(CrossEntropy()))
-    before = saved_state(optimizer)
-    keep_scalars_on_device(optimizer, CPU)
+    before = portable_state_dict(optimizer)
+    make_capturable(optimizer, CPU)
     set_learning_rate(optimizer, 0.25)
     assert all(torch.equal(g["lr"], torch.tensor(0.25)) for g in optimizer.param_groups)
-    after = saved_state(optimizer)
+    after = portable_state_dict(optimizer)
     assert [group.keys() for group in after["param_groups"]] == [
         group.keys() for group in before["param_groups"]
     ]
@@ -140,13 +146,13 @@ def test_what_cannot_be_recorded_says_why() -> None:
     sgd = build_optimizer(OptimConfig(name="sgd"), model)
     assert reason(model, sgd) is None
     lamb = build_optimizer(OptimConfig(name="lamb"), model)
-    two_sizes = build_model(ModelConfig(backbone="test_resnet", second_size=48), 100)
+    two_sizes = build_model(ModelConfig(backbone="test_resnet", mixed_resolution=48), 100)
     slim = build_model(ModelConfig(backbone="test_vit", grad_checkpointing=True), 100)
     assert "this is cpu" in str(reason(model, sgd, device=CPU))
     assert "fp16" in str(reason(model, sgd, precision="fp16"))
     assert "sam" in str(reason(model, sgd, sam=SamConfig()))
     assert "Lamb" in str(reason(model, lamb))
-    assert "second_size" in str(reason(two_sizes, sgd))
+    assert "mixed_resolution" in str(reason(two_sizes, sgd))
     assert "checkpointing" in str(reason(slim, sgd))
 
 
@@ -232,7 +238,7 @@ def a_step(model: torch.nn.Module, objective: Any, new_recorder: Any) -> Graphed
         seed=0,
         batch_size=20,
         max_grad_norm=None,
-        reduce_precision="fp32",
+        grad_reduce_dtype="fp32",
         new_recorder=new_recorder,
     )
 
@@ -245,7 +251,9 @@ def test_a_step_is_freed_with_its_last_reference(data: Path) -> None:
     batches = batches_of(split)
     for number in range(WARM_UP + 1):
         step(next(batches), step=number)
-    freed = [weakref.ref(one) for one in (step.augmenting, *step.learning, step.updating)]
+    freed = [
+        weakref.ref(one) for one in (step.augment_graph, *step.learning_graphs, step.update_graph)
+    ]
     gc.collect()
     gc.disable()
     try:
@@ -354,9 +362,11 @@ def bits_after(
     chosen: dict[str, Any] = {"backbone": backbone, "drop_rate": 0.1} | (model or {})
     config = ModelConfig(**chosen)
     network = build_model(config, 100).to(memory_format=torch.channels_last).train()
-    taught = any(loss.taught for loss in losses.values())
-    teacher = Live(copy.deepcopy(network).eval().requires_grad_(False), 1.0) if taught else None
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True, mixup=0.2, cutmix=1.0), split)
+    taught = any(loss.needs_teacher for loss in losses.values())
+    teacher = (
+        OnlineTeacher(copy.deepcopy(network).eval().requires_grad_(False), 1.0) if taught else None
+    )
+    augment = Augment(AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0), split)
     objective = Objective(augment, losses, teacher)
     optimizer = build_optimizer(OptimConfig(name=optim, weight_decay=2**-7), network)
     settings: dict[str, Any] = {"precision": precision, "seed": 0, "batch_size": 20}
@@ -368,7 +378,7 @@ def bits_after(
             optimizer,
             device=CPU,
             world_size=1,
-            reduce_precision="fp32",
+            grad_reduce_dtype="fp32",
             new_recorder=recorder,
             **settings,
         )
@@ -378,7 +388,10 @@ def bits_after(
         take_step = partial(
             train_step, accelerator, network, objective, optimizer, scaler, **settings
         )
-    window, batches = Window(objective.names, shards=3, device=CPU), batches_of(split, shards=3)
+    window, batches = (
+        MetricWindow(objective.names, micro_batches=3, device=CPU),
+        batches_of(split, micro_batches=3),
+    )
     for step in range(9):
         set_learning_rate(optimizer, 2.0 ** -(5 + step % 3))  # exact in float32
         window.add(take_step(next(batches), step=step))

@@ -11,10 +11,10 @@ from test_losses import outputs_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
-from cifar_dist.data.batches import Batch, take
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, AugmentedBatch
+from cifar_dist.data.batches import Batch, gather_batch
 from cifar_dist.data.dataset import Split
-from cifar_dist.distill.teacher import Mean
+from cifar_dist.distill.teacher import TeacherEnsemble
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import (
     LOSSES,
@@ -73,18 +73,25 @@ def test_margin_distill_by_hand():
 
 def test_margin_distill_is_distill_of_what_arcface_compares():
     """Its gradient is the straight-through one, as that of code which edits logits under no_grad."""
-    cosines, guide = numbers(6, 10, scale=0.3).requires_grad_(), numbers(6, 10, seed=1, scale=0.3)
+    cosines, teacher_logits = (
+        numbers(6, 10, scale=0.3).requires_grad_(),
+        numbers(6, 10, seed=1, scale=0.3),
+    )
     labels = torch.arange(6)
     for straight_through in (True, False):
         arcface = ArcFace(scale=8, margin=0.35, straight_through=straight_through)
-        wanted = apply(Distill(), arcface.logits(cosines, labels), arcface.logits(guide, labels))
-        found = apply(MarginDistill(straight_through=straight_through), 8 * cosines, 8 * guide)
+        wanted = apply(
+            Distill(), arcface.logits(cosines, labels), arcface.logits(teacher_logits, labels)
+        )
+        found = apply(
+            MarginDistill(straight_through=straight_through), 8 * cosines, 8 * teacher_logits
+        )
         torch.testing.assert_close(found, wanted)
         (slope,) = torch.autograd.grad(found.sum(), cosines)
         (expected,) = torch.autograd.grad(wanted.sum(), cosines)
         torch.testing.assert_close(slope, expected)
-    assert (apply(MarginDistill(), 8 * cosines, 8 * guide) != found).sum() == 0
-    assert not torch.allclose(apply(Distill(), 8 * cosines, 8 * guide), found)
+    assert (apply(MarginDistill(), 8 * cosines, 8 * teacher_logits) != found).sum() == 0
+    assert not torch.allclose(apply(Distill(), 8 * cosines, 8 * teacher_logits), found)
 
 
 def test_distill_is_torchs_divergence_with_the_gradient_of_the_formula():
@@ -124,7 +131,7 @@ def test_dkd_by_hand():
     teacher = torch.tensor([[math.log(4), LOG3, 0.0]])
     target = 0.5 * math.log(0.5 * 3) + 0.5 * math.log(0.5 * 3 / 2)
     others = 0.75 * math.log(0.75 * 2) + 0.25 * math.log(0.25 * 2)
-    loss = DecoupledDistill(temperature=1, target=2, others=5)
+    loss = DecoupledDistill(temperature=1, alpha=2, beta=5)
     found = apply(loss, torch.zeros(1, 3), teacher, torch.tensor([0]))
     assert found.item() == pytest.approx(2 * target + 5 * others)
 
@@ -134,7 +141,7 @@ def test_dkd_with_the_teachers_own_weight_of_the_others_is_distill():
     student, teacher = numbers(1, 10), numbers(1, 10, seed=1)
     label = torch.tensor([4])
     share = 1 - (teacher / 4).softmax(1)[0, 4].item()
-    found = apply(DecoupledDistill(temperature=4, others=share), student, teacher, label)
+    found = apply(DecoupledDistill(temperature=4, beta=share), student, teacher, label)
     torch.testing.assert_close(found, apply(Distill(temperature=4), student, teacher))
 
 
@@ -277,19 +284,21 @@ def test_taught_losses_are_float32_with_the_same_bits_under_autocast(loss: Loss)
 
 
 def test_every_taught_loss_is_tested_here():
-    assert {type(loss) for loss in TAUGHT} == {kind for kind in LOSSES.values() if kind.taught}
+    assert {type(loss) for loss in TAUGHT} == {
+        kind for kind in LOSSES.values() if kind.needs_teacher
+    }
 
 
 class Says:
     """A teacher that says the same whatever it sees."""
 
-    parameters_here = 0
-    recordable = True
+    local_num_params = 0
+    capturable = True
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
-    def __call__(self, view: View, batch: Batch) -> Tensor:
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
         return self.logits
 
 
@@ -297,47 +306,47 @@ def batch_of(rows: int) -> Batch:
     images = torch.zeros(rows, 3, 32, 32, dtype=torch.uint8)
     labels = torch.zeros(rows, dtype=torch.int64)
     split = Split(images=images, labels=labels)
-    return Batch(split=split, rows=torch.arange(rows), epoch=0, shard=0)
+    return Batch(split=split, rows=torch.arange(rows), epoch=0, micro_batch=0)
 
 
 def test_several_teachers_are_averaged_by_their_weights():
     batch = batch_of(2)
-    view = View(images=batch.images, labels=batch.labels, numbers=batch.rows)
+    view = AugmentedBatch(images=batch.images, labels=batch.labels, view_ids=batch.rows)
     one, other = numbers(2, 4), numbers(2, 4, seed=1)
-    found = Mean([Says(one), Says(other)], [1, 3])(view, batch)
+    found = TeacherEnsemble([Says(one), Says(other)], [1, 3])(view, batch)
     torch.testing.assert_close(found, 0.25 * one + 0.75 * other)
-    assert torch.equal(Mean([Says(one)], [0.3])(view, batch), one)
+    assert torch.equal(TeacherEnsemble([Says(one)], [0.3])(view, batch), one)
 
 
 def test_a_students_cosines_are_taught_at_the_scale_of_its_other_losses():
-    cosines, guide = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
+    cosines, teacher_logits = numbers(2, 4, scale=0.3), numbers(2, 4, seed=1)
     losses: dict[str, Loss] = {"arcface": ArcFace(scale=16), "distill": Distill()}
-    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(guide))
+    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(teacher_logits))
 
     def model(images: Tensor) -> Outputs:
         return outputs_of(cosines)
 
     terms, labels = objective(model, batch_of(2)), torch.zeros(2, dtype=torch.int64)
-    torch.testing.assert_close(terms["distill"], apply(Distill(), 16 * cosines, guide))
+    torch.testing.assert_close(terms["distill"], apply(Distill(), 16 * cosines, teacher_logits))
     assert torch.equal(terms["arcface"], ArcFace(scale=16)(outputs_of(cosines), labels))
 
 
 def test_the_weight_of_a_taught_loss_rises_over_its_first_epochs():
     """mdistiller: min(epoch / warm-up, 1), epochs counted from 1."""
     loss = DecoupledDistill(weight=2, warmup_epochs=4)
-    assert [loss.weight_in(epoch) for epoch in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
-    assert [Distill(weight=0.7).weight_in(epoch) for epoch in range(3)] == [0.7] * 3
-    assert CrossEntropy(weight=0.3).weight_in(0) == 0.3
+    assert [loss.weight_at(epoch) for epoch in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    assert [Distill(weight=0.7).weight_at(epoch) for epoch in range(3)] == [0.7] * 3
+    assert CrossEntropy(weight=0.3).weight_at(0) == 0.3
 
 
 def test_a_warm_up_changes_the_sum_and_not_the_reported_term():
-    logits, guide = numbers(2, 4), numbers(2, 4, seed=1)
+    logits, teacher_logits = numbers(2, 4), numbers(2, 4, seed=1)
     losses: dict[str, Loss] = {
         "cross_entropy": CrossEntropy(weight=0.5),
         "dkd": DecoupledDistill(weight=3, warmup_epochs=20),
     }
-    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(guide))
-    alone = apply(DecoupledDistill(), logits, guide, torch.zeros(2, dtype=torch.int64))
+    objective = Objective(Augment(AugmentConfig(), batch_of(2).split), losses, Says(teacher_logits))
+    alone = apply(DecoupledDistill(), logits, teacher_logits, torch.zeros(2, dtype=torch.int64))
     for epoch, share in ((0, 1 / 20), (4, 1 / 4), (19, 1), (20, 1), (200, 1)):
         batch = replace(batch_of(2), epoch=epoch)
         terms = objective(lambda images: outputs_of(logits), batch)
@@ -351,7 +360,7 @@ def test_of_mixed_pictures_each_loss_is_the_mean_over_both_labels_by_share():
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     split = Split(images=images, labels=torch.tensor([0, 1, 2, 3]))
     batch = replace(batch_of(4), split=split)
-    logits, guide = numbers(4, 4), numbers(4, 4, seed=1)
+    logits, teacher_logits = numbers(4, 4), numbers(4, 4, seed=1)
     losses: dict[str, Loss] = {
         "cross_entropy": CrossEntropy(weight=2),
         "distill": Distill(),
@@ -359,12 +368,14 @@ def test_of_mixed_pictures_each_loss_is_the_mean_over_both_labels_by_share():
     }
     augment = Augment(AugmentConfig(mixup=1.0), split)
     view = augment(batch)
-    assert view.share is not None
+    assert view.lam is not None
     assert view.partner_labels is not None
-    terms = Objective(augment, losses, Says(guide))(lambda images: outputs_of(logits), batch)
+    terms = Objective(augment, losses, Says(teacher_logits))(
+        lambda images: outputs_of(logits), batch
+    )
     right = (logits.argmax(1) == view.labels, logits.argmax(1) == view.partner_labels)
     for row in range(4):
-        share, partner = float(view.share[row]), int(view.partner_labels[row])
+        share, partner = float(view.lam[row]), int(view.partner_labels[row])
         own = -logits[row].log_softmax(0)[row].item()
         other = -logits[row].log_softmax(0)[partner].item()
         assert terms["cross_entropy"][row].item() == pytest.approx(
@@ -372,29 +383,29 @@ def test_of_mixed_pictures_each_loss_is_the_mean_over_both_labels_by_share():
         )
         percent = 100 * (share * float(right[0][row]) + (1 - share) * float(right[1][row]))
         assert terms["top1"][row].item() == pytest.approx(percent)
-    torch.testing.assert_close(terms["distill"], apply(Distill(), logits, guide))
+    torch.testing.assert_close(terms["distill"], apply(Distill(), logits, teacher_logits))
     sides = [
-        apply(DecoupledDistill(), logits, guide, labels)
+        apply(DecoupledDistill(), logits, teacher_logits, labels)
         for labels in (view.labels, view.partner_labels)
     ]
-    torch.testing.assert_close(terms["dkd"], view.share * sides[0] + (1 - view.share) * sides[1])
+    torch.testing.assert_close(terms["dkd"], view.lam * sides[0] + (1 - view.lam) * sides[1])
 
 
 class SeesFirstLine:
     """A teacher whose logits are the red pixels of a picture's first line."""
 
-    parameters_here = 0
-    recordable = True
+    local_num_params = 0
+    capturable = True
 
-    def __call__(self, view: View, batch: Batch) -> Tensor:
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
         return view.images[:, 0, 0].float()
 
 
 def test_teacher_and_student_see_the_same_view():
     pictures = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
     split = Split(images=pictures, labels=torch.zeros(8, dtype=torch.int64))
-    batch = take(split, torch.arange(8), epoch=3, shard=0)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True, cutout=8), split)
+    batch = gather_batch(split, torch.arange(8), epoch=3, micro_batch=0)
+    augment = Augment(AugmentConfig(crop_padding=4, hflip=True, cutout=8), split)
     objective = Objective(augment, {"logit_mse": LogitMse()}, SeesFirstLine())
 
     def student(images: Tensor) -> Outputs:

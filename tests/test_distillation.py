@@ -17,14 +17,14 @@ from ranks import Ranks, train
 from safetensors.torch import load_file, save_file
 from test_resume import EVERY_STEP, wait_for_step
 
-from cifar_dist.data.augment.augmentation import View
-from cifar_dist.data.batches import take
+from cifar_dist.data.augment.augmentation import AugmentedBatch
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split
 from cifar_dist.distill.teacher import (
     TeacherConfig,
     build_teacher,
-    parameters_without_numbers,
-    shard_by_shard,
+    init_params_on_meta,
+    load_sharded,
 )
 from cifar_dist.distributed.context import rank_mesh
 from cifar_dist.models.backbones import ModelConfig, build_model, create_backbone
@@ -62,10 +62,12 @@ def test_whole_sharded_and_cached_teachers_train_the_same(
     """
     teacher("big", backbone=backbone, image_size=64)
     sections = taught("big") | {"augment": {"views": 2}}
-    path = recipe(run={"epochs": 4, "shards": 4, "batch_size": 10}, optim={"lr": 1e-5}, **sections)
+    path = recipe(
+        run={"epochs": 4, "micro_batches": 4, "batch_size": 10}, optim={"lr": 1e-5}, **sections
+    )
     command = Ranks("cache_logits", [path, "teacher.placement=cached"], cwd=tmp_path, world_size=2)
     assert command.wait() == [0, 0], command.output
-    for placement in ("whole", "sharded", "cached"):
+    for placement in ("replicated", "sharded", "cached"):
         output = train(
             path,
             f"name={placement}",
@@ -121,7 +123,7 @@ def test_a_warm_up_follows_the_epoch_through_kills_and_worlds(
     teacher("big", backbone="resnet8x1")
     keys = taught("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
     keys["losses"] = {"cross_entropy": {"weight": 0.5}, "dkd": {"weight": 2.0, "warmup_epochs": 3}}
-    path = recipe(run={"report_every_steps": 6}, **keys)
+    path = recipe(run={"log_every_steps": 6}, **keys)
     train(path, "name=straight", cwd=tmp_path)
     reports = [line for line in lines(tmp_path / "runs/straight") if line["kind"] == "train"]
     assert [line["epoch"] for line in reports] == [1, 2, 3, 4]
@@ -163,7 +165,7 @@ def test_the_average_is_the_teacher_where_a_run_has_one(
 ) -> None:
     train(recipe("big", run={"epochs": 1}), cwd=tmp_path)
     train(recipe(run={"epochs": 1}, **taught("big")), cwd=tmp_path)
-    average = checkpoints(tmp_path / "runs/big/checkpoints")[0] / "ema.safetensors"
+    average = checkpoints(tmp_path / "runs/big/checkpoints")[0] / "average.safetensors"
     surroundings = json.loads((tmp_path / "runs/tiny/environment.json").read_text())
     assert surroundings["teachers"] == [sha256(average)]
 
@@ -214,20 +216,20 @@ def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
     )
     assert built is not None
     pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
-    batch = take(Split(images=pictures, labels=rows), rows, epoch=0, shard=0)
-    view = View(images=pictures, labels=rows, numbers=rows)
-    guide = built(view, batch)
-    assert torch.equal(guide, 20 * model(pictures).logits)
-    assert torch.equal(built(view, batch), guide)
-    assert guide.dtype == torch.float32
-    assert not guide.requires_grad
-    alone = built(View(images=pictures[:1], labels=rows[:1], numbers=rows[:1]), batch)
-    torch.testing.assert_close(alone, guide[:1])
+    batch = gather_batch(Split(images=pictures, labels=rows), rows, epoch=0, micro_batch=0)
+    view = AugmentedBatch(images=pictures, labels=rows, view_ids=rows)
+    teacher_logits = built(view, batch)
+    assert torch.equal(teacher_logits, 20 * model(pictures).logits)
+    assert torch.equal(built(view, batch), teacher_logits)
+    assert teacher_logits.dtype == torch.float32
+    assert not teacher_logits.requires_grad
+    alone = built(AugmentedBatch(images=pictures[:1], labels=rows[:1], view_ids=rows[:1]), batch)
+    torch.testing.assert_close(alone, teacher_logits[:1])
 
 
 def test_parameters_are_built_without_numbers_and_buffers_with_them() -> None:
     config = ModelConfig(backbone="test_vit_relpos", image_size=32)
-    with parameters_without_numbers():
+    with init_params_on_meta():
         backbone = create_backbone(config, pretrained=False)
     assert all(parameter.is_meta for parameter in backbone.parameters())
     theirs = dict(create_backbone(config, pretrained=False).named_buffers())
@@ -241,8 +243,8 @@ def test_one_whose_buffers_need_numbers_is_refused_sharded(teacher: TeacherMaker
     swin = "swinv2_tiny_window8_256"
     folder = teacher("swin", backbone=swin, image_size=64)
     trained = find_teacher(TeacherConfig(run=str(folder)))
-    with pytest.raises(UserError, match=r"buffers cannot be rebuilt; use placement: whole"):
-        shard_by_shard(trained, 100, mesh=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"buffers cannot be rebuilt; use placement: replicated"):
+        load_sharded(trained, 100, mesh=None)  # type: ignore[arg-type]
 
 
 def test_a_missing_teacher_is_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
@@ -278,7 +280,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
     folder = teacher("big")
     described = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(described.replace("test_resnet", "test_vit"))
-    for placement in ("whole", "sharded"):
+    for placement in ("replicated", "sharded"):
         path = recipe(**taught("big", placement=placement))
         output = train(path, cwd=tmp_path, world_size=2, expect=2)
         assert output.count("error:") == 1
@@ -292,14 +294,14 @@ def test_a_sharded_teacher_is_called_equally_often(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
-    path = recipe(run={"shards": 3, "epochs": 1}, **taught("big"))
+    path = recipe(run={"micro_batches": 3, "epochs": 1}, **taught("big"))
     train(path, cwd=tmp_path, world_size=2)
     output = train(
         path, "name=a", "teacher.placement=sharded", cwd=tmp_path, world_size=2, expect=2
     )
     assert output.count("error:") == 1
-    assert "3 shards of the batch on 2 processes" in output
-    assert "placement: whole" in output
+    assert "3 micro-batches of the batch on 2 processes" in output
+    assert "placement: replicated" in output
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_a_file_teaches_like_the_run_that_it_came_from(
     assert "the teacher big.safetensors" in wrong
     half = {name: tensor.half() for name, tensor in load_file(weights).items()}
     save_file(half, exported)
-    for placement in ("whole", "sharded"):
+    for placement in ("replicated", "sharded"):
         options = [f"name=half_{placement}", f"teacher.placement={placement}"]
         train(path, *options, cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/half_whole", tmp_path / "runs/half_sharded")

@@ -34,7 +34,7 @@ def test_more_processes_agree_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
-        run={"batch_size": 250, "shards": 4, "epochs": 2},
+        run={"batch_size": 250, "micro_batches": 4, "epochs": 2},
         data={"path": str(middle_data)},
         optim={"name": "sgd", "lr": 0.005},  # a large one makes rounding grow from step to step
     )
@@ -48,12 +48,12 @@ def test_more_processes_agree_to_rounding(
 def test_number_of_shards_is_only_rounding_without_batch_norm(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    """24 steps of SGD in float32; a ViT normalises over features, so shards do not matter to it."""
-    for shards in (1, 4):
+    """24 steps of SGD in float32; a ViT normalises over features, so micro-batches do not matter to it."""
+    for micro_batches in (1, 4):
         train(
             recipe(
-                f"s{shards}",
-                run={"shards": shards, "epochs": 4},
+                f"s{micro_batches}",
+                run={"micro_batches": micro_batches, "epochs": 4},
                 model={"backbone": "test_vit", "drop_rate": 0.0},
                 optim={"name": "sgd", "lr": 0.01, "max_grad_norm": None},
             ),
@@ -66,9 +66,9 @@ def test_number_of_shards_is_only_rounding_without_batch_norm(
 def test_batch_norm_sees_shards_and_keeps_shard_zeros_statistics(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    """With BatchNorm the number of shards is part of the mathematics, so it must not be rounding."""
-    for shards in (1, 2):
-        train(recipe(f"s{shards}", run={"shards": shards}), cwd=tmp_path)
+    """With BatchNorm the number of micro-batches is part of the mathematics, so it must not be rounding."""
+    for micro_batches in (1, 2):
+        train(recipe(f"s{micro_batches}", run={"micro_batches": micro_batches}), cwd=tmp_path)
     assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s2") > 1e-3
 
 
@@ -90,7 +90,7 @@ def test_predictions_have_the_same_bits_in_any_world(
 
 def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Each rank hashes its weights after four steps; the step itself never compares them."""
-    path = recipe(run={"shards": 4, "batch_size": 12, "epochs": 1})
+    path = recipe(run={"micro_batches": 4, "batch_size": 12, "epochs": 1})
     script, port = Path(__file__).with_name("rank_hashes.py"), free_port()
     processes = [
         start_rank([script, path], cwd=tmp_path, rank=rank, world_size=2, port=port)
@@ -105,19 +105,19 @@ def test_too_many_processes_are_refused_with_the_remedy(
 ) -> None:
     output = train(recipe(), cwd=tmp_path, world_size=3, expect=2)
     assert output.count("error:") == 1
-    assert "run.shards=3" in output
+    assert "run.micro_batches=3" in output
 
 
 def test_default_shards_are_the_first_starts_world_size(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    path = recipe(run={"shards": None})
+    path = recipe(run={"micro_batches": None})
     train(path, cwd=tmp_path, world_size=2)
-    assert summary(tmp_path / "runs/tiny")["shards"] == 2
+    assert summary(tmp_path / "runs/tiny")["micro_batches"] == 2
 
 
 def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker) -> None:
-    train(recipe(data={"holdout": 0}), cwd=tmp_path, world_size=2)
+    train(recipe(data={"val_size": 0}), cwd=tmp_path, world_size=2)
     run = tmp_path / "runs/tiny"
     logged = lines(run)
     trains = [line["step"] for line in logged if line["kind"] == "train"]

@@ -12,7 +12,7 @@ from conftest import RecipeMaker
 from ranks import Ranks, free_port, start_rank
 
 import cifar_dist.doctor as command
-from cifar_dist.distributed.context import Ranks as Group
+from cifar_dist.distributed.context import DistContext as Group
 
 
 def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:
@@ -29,18 +29,18 @@ def test_a_launch_that_can_begin(tmp_path: Path, recipe: RecipeMaker, world_size
     code, table = doctor(recipe(), cwd=tmp_path, world_size=world_size)
     assert code == 0, table
     assert f"{world_size} x cpu" in table["devices"]
-    assert f"2 shards of 10 rows on {world_size} processes" in table["shards"]
+    assert f"2 micro-batches of 10 rows on {world_size} processes" in table["micro_batches"]
     assert all(line.startswith("ok ") for what, line in table.items() if what in "code data recipe")
     assert ("all-reduce" in table) == (world_size == 2)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_what_is_in_the_way_is_named(tmp_path: Path, recipe: RecipeMaker) -> None:
-    code, table = doctor(recipe(data={"path": "nowhere"}, run={"shards": 1}), cwd=tmp_path)
+    code, table = doctor(recipe(data={"path": "nowhere"}, run={"micro_batches": 1}), cwd=tmp_path)
     assert code == 2
     assert table["data"].startswith("BAD")
-    assert table["shards"].startswith("BAD")
-    assert "start at most 1" in table["shards"]
+    assert table["micro_batches"].startswith("BAD")
+    assert "start at most 1" in table["micro_batches"]
 
 
 @pytest.mark.parametrize("harm", ["digest alone", "too few rows", "a file in the way"])
@@ -57,16 +57,16 @@ def test_bad_data_and_a_bad_place_are_lines_of_the_table(
             keys, line, says = {"run": {"batch_size": 100_000}}, "data", "is more than the"
         case _:
             (tmp_path / "runs").touch()
-            line, says = "run.output", "choose another place"
+            line, says = "run.output_dir", "choose another place"
     code, table = doctor(recipe(**keys), cwd=tmp_path)
     assert code == 2
     assert table[line].startswith("BAD")
     assert says in table[line]
-    assert table["shards"].startswith("ok ")
+    assert table["micro_batches"].startswith("ok ")
 
 
 def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two machines without a shared folder: each rank has a run.output of its own."""
+    """Two machines without a shared folder: each rank has a run.output_dir of its own."""
     port, path = free_port(), recipe()
     processes = []
     for rank in range(2):
@@ -79,8 +79,8 @@ def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: Reci
     processes[1].communicate(timeout=120)
     assert [process.returncode for process in processes] == [2, 2], output
     assert "BAD  recipe" in output
-    assert "BAD  run.output" in output
-    assert "does not see what others write; choose a shared run.output" in output
+    assert "BAD  run.output_dir" in output
+    assert "does not see what others write; choose a shared run.output_dir" in output
 
 
 def test_a_network_interface_that_is_not_there_is_named(
@@ -109,5 +109,5 @@ def test_a_slow_bus_between_gpus_of_one_machine_is_bad(
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     monkeypatch.setattr(command.dist, "get_backend", lambda: "nccl")
     bus, _ = command.traffic(EightGpus(0, 8, None), torch.device("cuda"))
-    assert bus.fine is fine
-    assert ("NCCL_DEBUG" in bus.says) == (fine is False)
+    assert bus.ok is fine
+    assert ("NCCL_DEBUG" in bus.message) == (fine is False)

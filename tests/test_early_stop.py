@@ -23,10 +23,10 @@ def stuck(recipe: RecipeMaker, middle_data: Path) -> Path:
         run={
             "epochs": 30,
             "batch_size": 50,
-            "stop_after_epochs_without_gain": 3,
-            "report_every_steps": 7,
+            "early_stopping_patience": 3,
+            "log_every_steps": 7,
         },
-        data={"path": str(middle_data), "holdout": 100},
+        data={"path": str(middle_data), "val_size": 100},
         optim={"name": "sgd", "lr": 1e-9},
         ema=None,
     )
@@ -46,7 +46,7 @@ def expected_end(run: Path, patience: int) -> int:
 def test_it_ends_where_the_log_says_and_says_why(tmp_path: Path, stuck: Path) -> None:
     for world_size in (1, 2):
         output = train(stuck, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
-        assert "held-out top1 has not risen for 3 epochs" in output
+        assert "val top1 has not risen for 3 epochs" in output
     run = tmp_path / "runs/w1"
     assert_same_bits(run, tmp_path / "runs/w2")
     end = expected_end(run, 3)
@@ -57,7 +57,7 @@ def test_it_ends_where_the_log_says_and_says_why(tmp_path: Path, stuck: Path) ->
     assert summary["finished"] is True
     assert summary["steps"] == end
     assert summary["epochs"] == end / 10
-    assert summary["ended_early"].startswith("held-out top1 has not risen for 3 epochs, since its ")
+    assert summary["ended_early"].startswith("val top1 has not risen for 3 epochs, since its ")
     assert checkpoints(run / "checkpoints")[0].name == f"step_{end:08d}"
     assert (run / "predictions.safetensors").exists()
     again = train(stuck, "name=w1", cwd=tmp_path)  # a finished run stays finished
@@ -83,8 +83,8 @@ def test_a_run_that_gains_goes_to_its_end(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
-        run={"epochs": 2, "batch_size": 50, "stop_after_epochs_without_gain": 2},
-        data={"path": str(middle_data), "holdout": 100},
+        run={"epochs": 2, "batch_size": 50, "early_stopping_patience": 2},
+        data={"path": str(middle_data), "val_size": 100},
     )
     train(path, cwd=tmp_path)
     summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
@@ -93,5 +93,5 @@ def test_a_run_that_gains_goes_to_its_end(
 
 
 def test_the_test_rows_decide_nothing() -> None:
-    with pytest.raises(UserError, match=r"set data\.holdout, like 5000, or remove it"):
-        validate({"name": "a", "run": {"stop_after_epochs_without_gain": 3}}, where="here")
+    with pytest.raises(UserError, match=r"set data\.val_size, like 5000, or remove it"):
+        validate({"name": "a", "run": {"early_stopping_patience": 3}}, where="here")

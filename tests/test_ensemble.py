@@ -17,12 +17,12 @@ from scipy import optimize
 from small_data import quick_recipe
 from torch import Tensor
 
-from cifar_dist.data.augment.augmentation import View
-from cifar_dist.data.batches import take
+from cifar_dist.data.augment.augmentation import AugmentedBatch
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import load_split
 from cifar_dist.distill.teacher import build_teacher
-from cifar_dist.ensemble import choose_weights, diversity, join, main, weighted_mean
-from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.ensemble import choose_weights, combine, diversity, main, weighted_mean
+from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.scores import fit_temperature, reliability
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.teachers import find_teacher
@@ -64,14 +64,14 @@ def test_diversity_by_hand() -> None:
 
     logits = torch.stack([sure([0, 1, 2, 0]), sure([0, 1, 1, 1])])
     (pair,) = diversity(["a", "b"], logits, torch.tensor([0, 2, 2, 1]))
-    assert (pair.disagree, pair.both_wrong, pair.either_right) == (50, 25, 75)
+    assert (pair.disagree, pair.both_wrong, pair.oracle_top1) == (50, 25, 75)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
     for seed in (0, 1):
-        sections: dict[str, Any] = {"run": {"seed": seed}, "data": {"holdout": 100}}
+        sections: dict[str, Any] = {"run": {"seed": seed}, "data": {"val_size": 100}}
         train(quick_recipe(folder, f"s{seed}", middle_data, **sections), cwd=folder)
         ranks = Ranks("evaluate", [f"runs/s{seed}"], cwd=folder)
         assert ranks.wait() == [0], ranks.output
@@ -96,7 +96,7 @@ def test_two_runs_join_and_teach(
     mean = weighted_mean(torch.stack([one["logits"] for one in stored]), weights)
     joined = load_file("joined/predictions.safetensors")
     assert torch.equal(joined["logits"], mean)
-    assert found["ensemble"]["top1"] == accuracy(mean, joined["labels"])["top1"]
+    assert found["ensemble"]["top1"] == classification_metrics(mean, joined["labels"])["top1"]
     held = [load_file(f"runs/s{seed}/evaluation/held_out.safetensors") for seed in (0, 1)]
     assert weights == choose_weights(
         torch.stack([one["logits"] for one in held]), held[0]["labels"]
@@ -120,16 +120,18 @@ def test_two_runs_join_and_teach(
     student = recipe("student", **sections)
     loaded = load_recipe(student)
     teacher = build_teacher(
-        loaded.taught_by,
-        [find_teacher(one) for one in loaded.taught_by],
+        loaded.all_teachers,
+        [find_teacher(one) for one in loaded.all_teachers],
         num_classes=100,
         device=torch.device("cpu"),
         mesh=lambda over: None,
     )
     assert teacher is not None
     split = load_split(Path(load_recipe(Path("runs/s0/recipe.yaml")).data.path), "test")
-    view = View(images=split.images, labels=split.labels, numbers=torch.zeros(len(split.labels)))
-    batch = take(split, torch.arange(len(split.labels)), epoch=0, shard=0)
+    view = AugmentedBatch(
+        images=split.images, labels=split.labels, view_ids=torch.zeros(len(split.labels))
+    )
+    batch = gather_batch(split, torch.arange(len(split.labels)), epoch=0, micro_batch=0)
     assert torch.allclose(teacher(view, batch), mean, atol=1e-4)
     assert "teacher runs/s0" in train(student, cwd=two_runs)
 
@@ -139,7 +141,7 @@ def test_it_is_compared_with_the_best_member_and_tempered_on_held_out_rows(
     trained: Path, order: tuple[str, str]
 ) -> None:
     runs = [read_run(trained / "runs" / name) for name in order]
-    found, joined, labels = join(runs, equal=False)
+    found, joined, labels = combine(runs, uniform=False)
     best = max(found["members"], key=lambda member: member["top1"])
     assert found["against_best_member"]["run"] == best["run"]
     stored = load_file(Path(best["run"]) / "predictions.safetensors")
@@ -162,14 +164,14 @@ def test_nothing_is_overwritten_by_chance(
     Path("file").write_text("years of work")
     for output in ("runs/s0", "file"):
         with pytest.raises(UserError, match=f"{output} is there already; choose another --output$"):
-            main(["runs/s0", "runs/s1", "--equal", "--output", output, "--force"])
+            main(["runs/s0", "runs/s1", "--uniform", "--output", output, "--force"])
     assert capsys.readouterr().out == ""  # nothing was computed
     assert Path("runs/s0/predictions.safetensors").read_bytes() == before
     assert Path("file").read_text() == "years of work"
-    assert main(["runs/s0", "runs/s1", "--equal"]) == 0
+    assert main(["runs/s0", "runs/s1", "--uniform"]) == 0
     with pytest.raises(UserError, match=r"ensemble is there already; .*--force"):
-        main(["runs/s0", "runs/s1", "--equal"])
-    assert main(["runs/s1", "runs/s0", "--equal", "--force"]) == 0
+        main(["runs/s0", "runs/s1", "--uniform"])
+    assert main(["runs/s1", "runs/s0", "--uniform", "--force"]) == 0
     said = json.loads(Path("ensemble/ensemble.json").read_text())
     assert [member["run"] for member in said["members"]] == ["runs/s1", "runs/s0"]
 
@@ -195,7 +197,7 @@ def test_what_cannot_be_joined_is_one_sentence(
     Path("runs/s1/evaluation/held_out.safetensors").unlink()
     with pytest.raises(UserError, match=r"cifar_dist\.evaluate runs/s1"):
         main(["runs/s0", "runs/s1"])
-    assert main(["runs/s0", "runs/s1", "--equal"]) == 0
+    assert main(["runs/s0", "runs/s1", "--uniform"]) == 0
     said = json.loads(Path("ensemble/ensemble.json").read_text())
     assert said["weights_chosen_on"] == "nothing: equal"
     stored = load_file("runs/s1/predictions.safetensors")
@@ -204,7 +206,7 @@ def test_what_cannot_be_joined_is_one_sentence(
         "runs/s1/predictions.safetensors",
     )
     with pytest.raises(UserError, match="other test rows"):
-        main(["runs/s0", "runs/s1", "--equal", "--force"])
+        main(["runs/s0", "runs/s1", "--uniform", "--force"])
     Path("runs/s1/predictions.safetensors").unlink()
     with pytest.raises(UserError, match="no predictions yet"):
-        main(["runs/s0", "runs/s1", "--equal", "--force"])
+        main(["runs/s0", "runs/s1", "--uniform", "--force"])

@@ -22,9 +22,9 @@ from cifar_dist.data.dataset import (
     read_hierarchy,
     write_dataset,
 )
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.evaluation.scores import confusion
-from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.reporting.comparison import read_run
 from cifar_dist.utils.errors import UserError
@@ -34,7 +34,7 @@ from cifar_dist.utils.errors import UserError
 def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other pictures of the same classes."""
     root = tmp_path_factory.mktemp("other") / "data"
-    write_dataset(root, *draw_sample(train_per_class=2, test_per_class=1), content="other")
+    write_dataset(root, *draw_synthetic(train_per_class=2, test_per_class=1), content="other")
     return root
 
 
@@ -67,7 +67,7 @@ def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_da
     assert numbers["temperature"]["rows"] == 100
     assert numbers["temperature"]["loss"] > 0
     assert numbers["without_near_duplicates"] is None  # the list is of other data
-    assert numbers["test_time"] == "one view"
+    assert numbers["tta"] == "none"
 
     predictions = load_file(run / "predictions.safetensors")
     exact = confusion(predictions["labels"], predictions["logits"].argmax(1), 100)
@@ -85,7 +85,7 @@ def test_all_numbers_agree_with_each_other_and_with_the_run(run: Path, middle_da
 
 def test_the_train_split_is_what_was_trained_on(run: Path, tmp_path: Path) -> None:
     output = evaluate("runs/tiny", "--split", "train", "--output", "of_train", cwd=tmp_path)
-    held_out = evaluate("runs/tiny", "--split", "held-out", cwd=tmp_path)
+    held_out = evaluate("runs/tiny", "--split", "val", cwd=tmp_path)
     assert ", held-out, 100 rows" in held_out
     data = Path(load_recipe(run / "recipe.yaml").data.path)
     assert found(tmp_path / "of_train")["rows"] == read_digest(data)["train"]["rows"] - 100, output
@@ -104,7 +104,7 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
     (tmp_path / "list.json").write_text(json.dumps(listed))
     arguments = [
         "runs/tiny",
-        "--flips",
+        "--tta-flip",
         "--cifair",
         "ciFAIR-100.zip",
         "--near-duplicates",
@@ -114,14 +114,14 @@ def test_flips_cifair_and_a_list_are_labelled_and_apart(
     assert "mirror image" in output
     assert "same bits" not in output
     numbers = found(tmp_path / "flipped")
-    assert numbers["test_time"] == "flips"
-    usable, test = load_usable(run), load_split(middle_data, "test")
+    assert numbers["tta"] == "flip"
+    usable, test = load_trained_model(run), load_split(middle_data, "test")
     both = (usable.logits(test.images) + usable.logits(test.images.flip(3))) / 2
     assert numbers["loss"] == pytest.approx(float(cross_entropy(both, test.labels)), rel=1e-4)
     assert numbers["cifair"]["rows"] == 23
     without = numbers["without_near_duplicates"]
-    assert without["rows_left_out"] == 3
-    whole = 297 * without["top1"] + 3 * without["top1_of_those"]
+    assert without["num_excluded"] == 3
+    whole = 297 * without["top1"] + 3 * without["top1_excluded"]
     assert whole / 300 == pytest.approx(numbers["top1"])
     newest = max((run / "checkpoints").iterdir()).name
     evaluate("runs/tiny", "--checkpoint", newest, cwd=tmp_path)  # asked for by name: no headline
@@ -154,19 +154,19 @@ def test_an_evaluation_of_other_things_is_left_out(
     evaluate("runs/tiny", cwd=tmp_path)
     path, page = run / "evaluation/evaluation.json", tmp_path / "page.html"
     written = found(run / "evaluation")
-    assert load_usable(run).temperature == written["temperature"]["value"]
-    assert load_usable(run, written["checkpoint"]).findings == written
+    assert load_trained_model(run).temperature == written["temperature"]["value"]
+    assert load_trained_model(run, written["checkpoint"]).evaluation == written
     assert read_run(run).evaluation == written
     assert not caplog.records
     others = {
         "checkpoint": "step_00000005",
         "split": "train",
-        "test_time": "flips",
+        "tta": "flip",
         "data": "f" * 64,
     }
     for name, value in others.items():
         path.write_text(json.dumps(written | {name: value}))
-        for read in (lambda: read_run(run).evaluation, lambda: load_usable(run).temperature):
+        for read in (lambda: read_run(run).evaluation, lambda: load_trained_model(run).temperature):
             caplog.clear()
             assert read() is None
             (said,) = caplog.messages
@@ -179,7 +179,7 @@ def test_an_evaluation_of_other_things_is_left_out(
     )
     for harm in damaged:
         path.write_text(json.dumps(written | harm))
-        for read in (lambda: read_run(run).evaluation, lambda: load_usable(run).temperature):
+        for read in (lambda: read_run(run).evaluation, lambda: load_trained_model(run).temperature):
             with pytest.raises(UserError, match=r"evaluation\.json is damaged; `python -m"):
                 read()
     path.write_text('{"top1": 1}')
@@ -195,7 +195,7 @@ def test_the_place_of_the_headline_is_for_nothing_else(
         ("--data", other_data): "holds other data than runs/tiny was trained on",
         ("--data", other_data, "--output", place): "holds other data than runs/tiny",
         ("--split", "train", "--output", place): "choose another --output",
-        ("--flips", "--output", place): "choose another --output",
+        ("--tta-flip", "--output", place): "choose another --output",
         ("--checkpoint", "step_00000025", "--output", place): "choose another --output",
     }.items():
         output = evaluate("runs/tiny", *arguments, cwd=tmp_path, expect=2)
@@ -206,7 +206,7 @@ def test_the_place_of_the_headline_is_for_nothing_else(
     assert "bits" not in output
     assert found(tmp_path / "apart")["data"] == data_digest(other_data)
     with pytest.raises(UserError, match="holds other data"):
-        predict.main([str(run), "--dataset", "test:0", "--data", str(other_data)])
+        predict.main([str(run), "--rows", "test:0", "--data", str(other_data)])
 
 
 def test_what_cannot_be_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
@@ -216,9 +216,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> 
     said = evaluate("runs/tiny", "--output", "file/below", cwd=tmp_path, expect=2)
     assert "Not a directory" in said
     assert "top1" not in said  # before the work
-    assert "held nothing out" in evaluate(
-        "runs/tiny", "--split", "held-out", cwd=tmp_path, expect=2
-    )
+    assert "held nothing out" in evaluate("runs/tiny", "--split", "val", cwd=tmp_path, expect=2)
     assert "nowhere" in evaluate("runs/tiny", "--cifair", "nowhere", cwd=tmp_path, expect=2)
     with_trace = evaluate("runs/nowhere", "--traceback", cwd=tmp_path, expect=1)
     assert "Traceback" in with_trace

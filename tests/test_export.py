@@ -22,7 +22,7 @@ from cifar_dist.data.dataset import data_digest
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.export import main
 from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, describe
-from cifar_dist.inference.trained_model import load_usable
+from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.models.timm_folder import timm_state
 from cifar_dist.recipe.teachers import find_teacher
@@ -43,10 +43,10 @@ def make_run(tmp_path: Path, data: Path) -> RunMaker:
         folder.mkdir(parents=True)
         recipe = {"name": name, "model": json.loads(json.dumps(asdict(config)))}
         recipe |= {"data": {"path": str(data)}, "run": {"precision": "fp32"}}
-        recipe |= {"losses": losses or {"cross_entropy": {}}} | ({"ema": {}} if ema else {})
+        recipe |= {"losses": losses or {"cross_entropy": {}}} | ({"averaging": {}} if ema else {})
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         tensors = {}
-        for number, part in enumerate(["model", *(["ema"] if ema else [])]):
+        for number, part in enumerate(["model", *(["average"] if ema else [])]):
             torch.manual_seed(number)
             net = build_model(config, 100)
             for module in net.modules():
@@ -78,7 +78,7 @@ def test_timm_loads_the_folder_with_equal_logits(make_run: RunMaker, model: dict
     run = make_run("plain", ema=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.25), **model)
     folder = export(run, "timm")
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    usable = load_usable(run)
+    usable = load_trained_model(run)
     pictures = some_pictures()
     # as timm's users prepare pixels: 0 ... 1, resized, normalised with the folder's numbers
     config = timm.data.resolve_model_data_config(net)
@@ -103,7 +103,7 @@ def test_a_classifier_that_is_a_convolution_is_written_as_one(backbone: str) -> 
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.allclose(
-            theirs.eval()(ours.pixels(images)), ours(images).logits, rtol=1e-4, atol=1e-4
+            theirs.eval()(ours.preprocess(images)), ours(images).logits, rtol=1e-4, atol=1e-4
         )
 
 
@@ -113,10 +113,10 @@ def test_a_cosine_head_keeps_its_ranking_and_says_so(
     run = make_run("cosine", head="cosine", embedding_size=32, losses=ARCFACE)
     folder = export(run, "timm")
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    usable = load_usable(run)
+    usable = load_trained_model(run)
     pictures = some_pictures(64)
     with torch.no_grad():
-        theirs = net(usable.model.pixels(pictures))
+        theirs = net(usable.model.preprocess(pictures))
     ours = usable.logits(pictures)
     assert torch.equal(theirs.argsort(1), ours.argsort(1))
     assert "not the same probabilities" in capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_a_network_that_differs_is_not_kept() -> None:
 
 def test_what_goes_in_and_comes_out_is_written_down(make_run: RunMaker) -> None:
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.21, 0.25]
-    usable = load_usable(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
+    usable = load_trained_model(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
     said = describe(replace(usable, temperature=1.5), from_bytes=False)
     assert said["input"]["mean"] == pytest.approx(mean)
     assert said["input"]["std"] == pytest.approx(std)
@@ -155,12 +155,12 @@ def test_programs_take_any_batch(make_run: RunMaker, to: str, uint8: bool) -> No
         "r", head="cosine", embedding_size=32, losses=ARCFACE, image_size=48, stem="small"
     )
     folder = export(run, to, *(["--uint8"] if uint8 else []))
-    usable = load_usable(run)
+    usable = load_trained_model(run)
     described = json.loads((folder / "config.json").read_text())
     assert described["input"]["dtype"] == ("uint8" if uint8 else "float32")
     for count in (1, 3, 9):
         pictures = some_pictures(count)
-        inputs = pictures if uint8 else usable.model.pixels(pictures).contiguous()
+        inputs = pictures if uint8 else usable.model.preprocess(pictures).contiguous()
         if to == "onnx":
             session = onnxruntime.InferenceSession(folder / "model.onnx")
             (found,) = session.run(None, {"images": inputs.numpy()})

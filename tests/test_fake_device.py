@@ -25,16 +25,16 @@ from torch.utils._pytree import tree_leaves
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import train_batches
 from cifar_dist.data.dataset import Split
-from cifar_dist.distill.teacher import Live
+from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.models.backbones import build_model
-from cifar_dist.models.freeze import first_epochs, freeze
+from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.averaging import build_average
-from cifar_dist.optim.optimizer import build_optimizer, keep_scalars_on_device, set_learning_rate
+from cifar_dist.optim.optimizer import build_optimizer, make_capturable, set_learning_rate
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training import graphed_step, step
 from cifar_dist.training.graphed_step import GraphedStep, unsupported_reason
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
 
 DEVICE = torch.device("lazy", 0)
@@ -98,40 +98,44 @@ def test_no_step_waits_for_the_device(pretended: None, path: Path) -> None:
     written = load_recipe(ROOT / path, changes).model
     small = next(small for name, small in SMALL.items() if written.backbone.startswith(name))
     changes += [f"model.backbone={small}", f"model.image_size={min(written.image_size, 64)}"]
-    changes += ["model.growing=null"]  # its sizes are the real network's
+    changes += ["model.progressive_resize=null"]  # its sizes are the real network's
     recipe = load_recipe(ROOT / path, changes)
     with torch.device("meta"):
         network = build_model(recipe.model, 100).to(memory_format=torch.channels_last)
-    taught = any(loss.taught for loss in recipe.losses.values())
+    taught = any(loss.needs_teacher for loss in recipe.losses.values())
     teacher = copy.deepcopy(network).eval() if taught else None
     with FakeTensorMode():
         take_three_steps(recipe, network, teacher)
 
 
 def take_three_steps(recipe: Recipe, network: nn.Module, teaching: nn.Module | None) -> None:
-    augment = replace(recipe.augment, host=None)  # the host's part is a wait by its nature
-    batch_size = 4 * MICRO_BATCHES  # two at each size of model.second_size
+    augment = replace(
+        recipe.augment, albumentations=None
+    )  # the host's part is a wait by its nature
+    batch_size = 4 * MICRO_BATCHES  # two at each size of model.mixed_resolution
     images = torch.zeros(ROWS, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
     split = Split(images=images, labels=torch.zeros(ROWS, dtype=torch.int64, device=DEVICE))
-    teacher = Live(on_device(teaching), 1.0) if teaching else None
+    teacher = OnlineTeacher(on_device(teaching), 1.0) if teaching else None
     model: Any = on_device(network)
     objective = Objective(Augment(augment, split), recipe.losses, teacher)
     freeze(model, recipe.model.freeze, epoch=None)
-    optimizer = build_optimizer(recipe.optim, model, first_epochs(model, recipe.model.freeze))
+    optimizer = build_optimizer(
+        recipe.optim, model, find_unfreeze_epochs(model, recipe.model.freeze)
+    )
     freeze(model, recipe.model.freeze, epoch=0)
-    average = build_average(recipe.ema, model, steps_per_epoch=1, total_steps=10**6)
-    window = Window(objective.names, shards=MICRO_BATCHES, device=DEVICE)
+    average = build_average(recipe.averaging, model, steps_per_epoch=1, total_steps=10**6)
+    window = MetricWindow(objective.names, micro_batches=MICRO_BATCHES, device=DEVICE)
     batches = train_batches(
         split,
         torch.arange(ROWS),
         seed=0,
         shuffle=True,
         batch_size=batch_size,
-        shards=MICRO_BATCHES,
+        micro_batches=MICRO_BATCHES,
         start_step=0,
         rank=0,
         world_size=1,
-        repeats=augment.repeats,
+        repeated=augment.repeated,
     )
     take_step = GraphedStep(
         model,
@@ -143,14 +147,14 @@ def take_three_steps(recipe: Recipe, network: nn.Module, teaching: nn.Module | N
         seed=0,
         batch_size=batch_size,
         max_grad_norm=recipe.optim.max_grad_norm,
-        reduce_precision="fp32",
+        grad_reduce_dtype="fp32",
         new_recorder=None,
     )
     reason = unsupported_reason(
         model, optimizer, device=torch.device("cuda"), precision="bf16", sam=recipe.optim.sam
     )
     if reason is None:
-        keep_scalars_on_device(optimizer, DEVICE)
+        make_capturable(optimizer, DEVICE)
     else:  # its own kind of step reads a number; all but the update is looked at
         take_step.update_weights = lambda learned: (  # type: ignore[method-assign]
             torch.zeros((), dtype=torch.bool, device=DEVICE),

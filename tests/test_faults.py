@@ -17,7 +17,7 @@ from ranks import Ranks, free_port, start_rank, train
 
 from cifar_dist.run_folder.checkpoint import checkpoints
 
-ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "report_every_steps": 100_000}
+ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "log_every_steps": 100_000}
 TIMEOUT = 4  # run.timeout_seconds
 
 
@@ -102,7 +102,7 @@ def test_what_one_rank_cannot_write_ends_all_in_one_sentence(
     tmp_path: Path, recipe: RecipeMaker, who: int, world_size: int
 ) -> None:
     """Outside of what ranks do together: a real full device."""
-    path = recipe(run=ENDLESS | {"batch_size": 12, "shards": world_size})
+    path = recipe(run=ENDLESS | {"batch_size": 12, "micro_batches": world_size})
     ranks = faulty(path, f"disk full:{who}:7", cwd=tmp_path, world_size=world_size)
     assert ranks.wait(60) == [2] * world_size, ranks.output
     assert time.time() - float(ranks.output.split("FAULT ")[1].split()[0]) < 10
@@ -146,7 +146,7 @@ def test_out_of_memory_is_one_sentence_of_its_rank(
     last = world_size - 1
     ranks = faulty(path, f"short of memory:{last}:2", cwd=tmp_path, world_size=world_size)
     assert end(ranks, who=0) < 15
-    remedy = "out of memory after step 2; cut the batch finer: run.shards=4 --force"
+    remedy = "out of memory after step 2; cut the batch finer: run.micro_batches=4 --force"
     assert ranks.output.count(remedy) == ranks.output.count("error:") == 1
     assert world_size == 1 or f"error: rank {last} (" in ranks.output
     assert ranks.processes[last].exitcode == 2
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_named(
 def test_a_step_that_is_not_finite_is_left_out_everywhere(
     tmp_path: Path, recipe: RecipeMaker, precision: str
 ) -> None:
-    """Rank 0's NaN reaches the running statistics of shard 0, which are the run's."""
+    """Rank 0's NaN reaches the running statistics of micro-batch 0, which are the run's."""
     skip = recipe(run={"on_nonfinite": "skip", "precision": precision})
     for world_size in (1, 2):
         ranks = faulty(

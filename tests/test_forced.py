@@ -14,12 +14,12 @@ from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.recipe.runs import load_model, load_run
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import checkpoints, load_optimizer
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import sha256
 
@@ -64,7 +64,7 @@ def test_an_optimizers_new_numbers_count(tmp_path: Path, recipe: RecipeMaker) ->
 @pytest.mark.parametrize(
     "change",
     [
-        "run.shards=4",
+        "run.micro_batches=4",
         "losses={cross_entropy: {}, bce: {}}",
         "run.precision=fp16",
     ],
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(
 
 
 def test_a_shard_of_one_row_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
-    output = train(recipe(run=SHORT), "run.shards=10", cwd=tmp_path, expect=2)
+    output = train(recipe(run=SHORT), "run.micro_batches=10", cwd=tmp_path, expect=2)
     assert "BatchNorm needs two rows" in output
     assert "Traceback" not in output
 
@@ -126,28 +126,28 @@ def test_a_shard_of_one_row_is_one_sentence(tmp_path: Path, recipe: RecipeMaker)
 def test_a_window_of_other_shards_or_terms_is_not_counted() -> None:
     open_window = {"steps": 10, "seconds": 1.0, "skips": [0, 0, 10], "ranks": RankGroup(0, 1, None)}
     for names, sums in ((["loss"], [[450.0]]), (["other"], [[225.0], [225.0]])):
-        window = Window(["loss"], shards=2, device=torch.device("cpu"))
+        window = MetricWindow(["loss"], micro_batches=2, device=torch.device("cpu"))
         window.restore(names=names, sums=sums, **open_window)  # type: ignore[arg-type]
         assert (window.steps, window.sums.sum().item()) == (0, 0.0)
 
 
 def test_what_broke_before_a_stop_is_named_after_it() -> None:
     ranks, device = RankGroup(0, 1, None), torch.device("cpu")
-    before = Window(["loss", "cross_entropy"], shards=2, device=device)
-    before.broken[1, 1] = 1
-    kept = {"sums": before.read(), "broken": before.read_broken(), "skips": [1, 1, 0]}
-    after = Window(["loss", "cross_entropy"], shards=2, device=device)
-    after.restore(names=after.names, steps=1, seconds=1.0, ranks=ranks, **kept)  # type: ignore[arg-type]
-    assert after.what_broke(ranks) == "cross_entropy on rank 0"
+    before = MetricWindow(["loss", "cross_entropy"], micro_batches=2, device=device)
+    before.nonfinite[1, 1] = 1
+    kept = {"sums": before.read(), "nonfinite": before.read_nonfinite(), "skips": [1, 1, 0]}
+    after = MetricWindow(["loss", "cross_entropy"], micro_batches=2, device=device)
+    after.restore(names=after.names, steps=1, seconds=1.0, context=ranks, **kept)  # type: ignore[arg-type]
+    assert after.nonfinite_terms(ranks) == "cross_entropy on rank 0"
 
 
 def test_a_teacher_that_has_no_average_yet_is_one_sentence(
     tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(recipe(ema=None), cwd=tmp_path)
+    train(recipe(averaging=None), cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     content = yaml.safe_load((run / "recipe.yaml").read_text())
-    (run / "recipe.yaml").write_text(yaml.safe_dump(content | {"ema": {}}))  # as --force does
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content | {"averaging": {}}))  # as --force does
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="has no average yet"):
         find_teacher(TeacherConfig(run="runs/tiny"))

@@ -15,10 +15,10 @@ from test_resume import kill_and_go_on
 from torch import nn
 
 from cifar_dist.data.dataset import load_split
-from cifar_dist.distributed.context import Ranks as RankGroup
+from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.evaluation.evaluator import evaluate
 from cifar_dist.models.backbones import ModelConfig, build_model
-from cifar_dist.models.freeze import FreezeConfig, first_epochs, freeze, frozen
+from cifar_dist.models.freeze import FreezeConfig, find_unfreeze_epochs, freeze, frozen_parameters
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.utils.errors import UserError
 
@@ -57,7 +57,7 @@ def test_an_optimizers_group_begins_at_one_time() -> None:
         FreezeConfig(pattern="backbone.conv1.*", until_epoch=3),
         FreezeConfig(pattern="backbone.layer4.*"),
     ]
-    begins = first_epochs(model, freezes)
+    begins = find_unfreeze_epochs(model, freezes)
     assert set(begins.values()) == {0, 2, 3, None}
     assert begins["backbone.conv1.0.weight"] == 3
     freeze(model, freezes, epoch=9)
@@ -92,7 +92,7 @@ def test_an_evaluation_leaves_each_modules_mode_as_it_was(data: Path) -> None:
         torch.arange(23),
         precision="fp32",
         logit_scale=1.0,
-        ranks=RankGroup(0, 1, None),
+        context=RankGroup(0, 1, None),
     )
     assert [module.training for module in model.modules()] == before
 
@@ -131,13 +131,13 @@ def test_one_and_two_processes_across_the_boundary(
     assert largest_difference(tmp_path / "runs/w1", tmp_path / "runs/free") > 1e-3
 
 
-@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.fault)])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(4, marks=pytest.mark.fault)])
 def test_ranks_hold_equal_weights_after_the_boundary(
-    tmp_path: Path, recipe: RecipeMaker, shards: int
+    tmp_path: Path, recipe: RecipeMaker, micro_batches: int
 ) -> None:
     """What is thawed under an old DDP is reduced by nobody, and no number that is logged tells."""
     path = recipe(
-        run={"shards": shards, "batch_size": 12},
+        run={"micro_batches": micro_batches, "batch_size": 12},
         model={"freeze": BODY_FIRST_TWO, "drop_rate": 0.0},
     )
     script, port = Path(__file__).with_name("rank_hashes.py"), free_port()
@@ -152,8 +152,8 @@ def test_ranks_hold_equal_weights_after_the_boundary(
 def test_what_is_frozen_stays_to_the_bit(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Statistics too, through evaluations of the model itself; the head learns, and alone has a state."""
     frozen = [{"pattern": "backbone.*"}]
-    train(recipe("one", run={"epochs": 1}, model={"freeze": frozen}, ema=None), cwd=tmp_path)
-    train(recipe("four", run={"epochs": 4}, model={"freeze": frozen}, ema=None), cwd=tmp_path)
+    train(recipe("one", run={"epochs": 1}, model={"freeze": frozen}, averaging=None), cwd=tmp_path)
+    train(recipe("four", run={"epochs": 4}, model={"freeze": frozen}, averaging=None), cwd=tmp_path)
     one, four = tensors(tmp_path / "runs/one"), tensors(tmp_path / "runs/four")
     for name in (name for name in four if name.startswith("model.")):
         assert torch.equal(one[name], four[name]) == name.startswith("model.backbone."), name
@@ -185,5 +185,5 @@ def test_killed_before_and_after_the_boundary(
 
 
 def test_what_is_frozen_in_an_epoch_by_name() -> None:
-    assert frozen({"a": 0, "b": 2, "c": None}, 1) == {"b", "c"}
-    assert frozen({"a": 0, "b": 2, "c": None}, 2) == {"c"}
+    assert frozen_parameters({"a": 0, "b": 2, "c": None}, 1) == {"b", "c"}
+    assert frozen_parameters({"a": 0, "b": 2, "c": None}, 2) == {"c"}

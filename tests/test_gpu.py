@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.data.streaming import streamed
+from cifar_dist.data.streaming import stream_images
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.run_folder.checkpoint import checkpoints
@@ -41,7 +41,7 @@ from cifar_dist.utils.precision import Precision, make_scaler
 
 pytestmark = pytest.mark.gpu
 
-MIXED = AugmentConfig(crop_padding=4, flip=True, mixup=0.2, cutmix=1.0)
+MIXED = AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0)
 STEPS_PER_EPOCH = 3  # 64 rows in batches of 20
 
 
@@ -85,13 +85,13 @@ def step_of(
         optimizer,
         make_scaler(precision, accelerator.device),
         cuda_graphs=cuda_graphs,
-        shards=2,
+        micro_batches=2,
         precision=precision,
         seed=0,
         batch_size=20,
         max_grad_norm=1.0,
         sam=None,
-        reduce_precision="fp32",
+        grad_reduce_dtype="fp32",
     )
 
 
@@ -124,8 +124,10 @@ def test_a_recorded_step_has_the_bits_of_the_eager_step(
         assert not made.skipped
         if cuda_graphs == "on":
             assert isinstance(take_step, GraphedStep)
-            assert take_step.updating.replay is not None
-            assert [one.parallel for one in take_step.learning] == [False] * 2, "dropout draws"
+            assert take_step.update_graph.replay is not None
+            assert [one.parallel for one in take_step.learning_graphs] == [False] * 2, (
+                "dropout draws"
+            )
         results[cuda_graphs] = torch.cat([t.detach().double().flatten() for t in tensors_of(model)])
     assert torch.equal(results["on"], results["off"])
 
@@ -191,7 +193,7 @@ def test_images_on_the_host_arrive_without_a_wait(data: Path) -> None:
     plan_from_start = partial(plan, start_step=0)
     rows = torch.arange(5, 64)
     expected = shown(Augment(ALL_OPS, split, rows), plan_from_start(split))
-    with streamed(ALL_OPS, on_host, rows, plan_from_start) as pictures:
+    with stream_images(ALL_OPS, on_host, rows, plan_from_start) as pictures:
         batches = plan_from_start(on_host)
         augment = Augment(ALL_OPS, on_host, rows, host=pictures)
         found = shown(augment, batches, steps=1)
@@ -229,14 +231,14 @@ def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
 
 
 SMALL_RUNS: dict[str, dict[str, Any]] = {
-    "adamw, mixing, dropout, an average, three micro-batches": {"run": {"shards": 3}},
+    "adamw, mixing, dropout, an average, three micro-batches": {"run": {"micro_batches": 3}},
     "sgd in bf16 with growing images": {
         "run": {"precision": "bf16"},
-        "model": {"image_size": 64, "growing": {"start": 32, "epochs": 2}},
+        "model": {"image_size": 64, "progressive_resize": {"start": 32, "epochs": 2}},
         "optim": {"name": "sgd", "lr": 0.01},
     },
     "four micro-batches in parallel, nothing random": {
-        "run": {"shards": 4, "precision": "bf16"},
+        "run": {"micro_batches": 4, "precision": "bf16"},
         "model": {"drop_rate": 0.0},
         "optim": {"name": "sgd", "lr": 0.01},
     },

@@ -17,9 +17,9 @@ from cifar_dist.utils.errors import UserError
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker, precision: str) -> None:
-    """Dropout and dropped layers on; two processes with two shards each."""
+    """Dropout and dropped layers on; two processes with two micro-batches each."""
     model = {"backbone": "test_vit", "image_size": 64, "drop_rate": 0.1, "drop_path_rate": 0.2}
-    run = {"epochs": 2, "shards": 4, "precision": precision}
+    run = {"epochs": 2, "micro_batches": 4, "precision": precision}
     for name, twice in (("once", False), ("twice", True)):
         path = recipe(name, run=run, model=model | {"grad_checkpointing": twice})
         train(path, cwd=tmp_path, world_size=2)

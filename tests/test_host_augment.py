@@ -1,4 +1,4 @@
-"""augment.host: albumentations by data, each picture a function of its key, whoever makes it."""
+"""augment.albumentations: albumentations by data, each picture a function of its key, whoever makes it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from test_resume import EVERY_STEP, wait_for_step
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cifar_dist.data.augment.albumentations_buffer import Inline
+from cifar_dist.data.augment.albumentations_buffer import InlineImages
 from cifar_dist.data.augment.albumentations_pipeline import SINGLE, Pipeline, load_library
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.augment.shared_memory import Layout, allocate
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.distributed.context import Ranks as RankGroup
-from cifar_dist.recipe.diff import flat
+from cifar_dist.distributed.context import DistContext as RankGroup
+from cifar_dist.recipe.diff import flatten
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.training.albumentations_workers import HostWorkers, host_workers
+from cifar_dist.training.albumentations_workers import AlbumentationsWorkers, albumentations_workers
 from cifar_dist.utils.errors import UserError
 
 ONE_OF: dict[str, Any] = {
@@ -50,7 +50,7 @@ ONE_OF: dict[str, Any] = {
     }
 }
 HOST = (ONE_OF, {"GaussNoise": {"std_range": [0.1, 0.2], "p": 0.5}})
-CONFIG = AugmentConfig(host=HOST)
+CONFIG = AugmentConfig(albumentations=HOST)
 ALONE = RankGroup(0, 1, None)
 
 
@@ -60,14 +60,14 @@ def split(data: Path) -> Split:
 
 
 def inline(split: Split, view: int, rows: list[int], config: AugmentConfig = CONFIG) -> Tensor:
-    assert config.host is not None
-    return Inline(config.host, split, seed=config.seed)(view, torch.tensor(rows))
+    assert config.albumentations is not None
+    return InlineImages(config.albumentations, split, seed=config.seed)(view, torch.tensor(rows))
 
 
 @contextmanager
-def started(split: Split, workers: int, **keys: Any) -> Iterator[HostWorkers]:
-    config = AugmentConfig(host=HOST, host_workers=workers, **keys)
-    with host_workers(config, split, ALONE, 100) as host:
+def started(split: Split, workers: int, **keys: Any) -> Iterator[AlbumentationsWorkers]:
+    config = AugmentConfig(albumentations=HOST, workers=workers, **keys)
+    with albumentations_workers(config, split, ALONE, 100) as host:
         assert host is not None
         yield host
 
@@ -81,7 +81,10 @@ def test_a_picture_is_a_function_of_its_key(split: Split) -> None:
     order = torch.randperm(64, generator=torch.manual_seed(0)).tolist()
     assert torch.equal(inline(split, 3, order), together[order])
     assert torch.equal(inline(split, 3, [5, 5, 5]), together[[5, 5, 5]])
-    others = (inline(split, 4, rows), inline(split, 3, rows, AugmentConfig(host=HOST, seed=1)))
+    others = (
+        inline(split, 4, rows),
+        inline(split, 3, rows, AugmentConfig(albumentations=HOST, seed=1)),
+    )
     for other in others:
         assert sum(map(torch.equal, other, together)) < 16  # only flips may meet
 
@@ -177,7 +180,9 @@ def test_names_are_refused_where_a_recipe_is_read(
     recipe: RecipeMaker, host: list[Any], said: str
 ) -> None:
     with pytest.raises(UserError, match="augment") as caught:
-        load_recipe(recipe(augment={"host": host or None}), [] if host else ["augment.host=[]"])
+        load_recipe(
+            recipe(augment={"host": host or None}), [] if host else ["augment.albumentations=[]"]
+        )
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -213,7 +218,7 @@ def test_a_transform_that_fails_at_a_picture_names_its_row() -> None:
 def test_a_run_refuses_arguments_with_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(augment={"host": [{"Blur": {"blur_limt": 3}}]})
     output = train(path, cwd=tmp_path, expect=2)
-    assert output.splitlines()[-1].startswith("error: augment.host: Blur.blur_limt")
+    assert output.splitlines()[-1].startswith("error: augment.albumentations: Blur.blur_limt")
     assert "Traceback" not in output
 
 
@@ -228,11 +233,11 @@ def test_a_missing_or_other_version_is_one_sentence(monkeypatch: pytest.MonkeyPa
 
 def test_all_views_of_a_host_cannot_be_counted() -> None:
     with pytest.raises(ValueError, match="remove host"):
-        AugmentConfig(flip=True, views="all", host=HOST)
+        AugmentConfig(hflip=True, views="all", albumentations=HOST)
 
 
 def test_a_change_of_arguments_is_a_change_of_the_recipe() -> None:
-    assert flat({"host": [{"Blur": {}}]}) != flat({"host": [{"Sharpen": {}}]})
+    assert flatten({"host": [{"Blur": {}}]}) != flatten({"host": [{"Sharpen": {}}]})
 
 
 def test_too_little_room_is_one_sentence() -> None:
@@ -277,7 +282,7 @@ def test_the_tutorials_recipe_shows_the_same_changes_in_each_epoch() -> None:
     path = Path(__file__).parents[1] / "recipes/tutorial/resnet18_augment.yaml"
     recipe = load_recipe(path)
     assert not recipe.data.shuffle
-    assert recipe.augment.shown(0) == recipe.augment.shown(199)
+    assert recipe.augment.views_in_epoch(0) == recipe.augment.views_in_epoch(199)
 
 
 # ----------------------------------------------------------------------------- workers
@@ -289,15 +294,15 @@ def test_workers_make_the_same_pictures(split: Split, workers: int) -> None:
     rows = torch.arange(64)
     with started(split, workers, views=3) as host:
         for epoch in (0, 1, 2, 3, 9):
-            assert host.show(epoch)
+            assert host.wait_for_epoch(epoch)
             expected = inline(split, epoch % 3, list(range(64)))
             assert torch.equal(host(epoch % 3, rows), expected)
 
 
 def test_the_next_epoch_is_filled_while_this_one_is_shown(split: Split) -> None:
     with started(split, 2) as host:
-        host.show(4)
-        pictures = host.pictures
+        host.wait_for_epoch(4)
+        pictures = host.images
         before = pictures(4, torch.arange(64))
         deadline = time.monotonic() + 60
         while not pictures.layout.is_full(pictures.file, 1, 5):
@@ -313,9 +318,9 @@ def test_a_full_memory_gives_way_to_the_temporary_folder(
         "cifar_dist.data.augment.shared_memory.SHARED_MEMORY", str(tmp_path / "none")
     )
     with started(split, 1) as host:
-        host.show(0)
+        host.wait_for_epoch(0)
         assert torch.equal(host(0, torch.arange(64)), inline(split, 0, list(range(64))))
-        assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{host.pictures.file}")
+        assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{host.images.file}")
 
 
 def test_a_memory_that_nobody_may_write_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,22 +331,24 @@ def test_a_memory_that_nobody_may_write_gives_way_too(monkeypatch: pytest.Monkey
 
 def test_the_device_goes_on_where_the_host_ends(split: Split) -> None:
     """Crop, flip, cutout and mixing see the host's pictures, partners' included."""
-    keys: dict[str, Any] = {"crop_padding": 4, "flip": True, "cutout": 8, "mixup": 0.4}
-    batch = take(split, torch.arange(64), epoch=2, shard=0)
+    keys: dict[str, Any] = {"crop_padding": 4, "hflip": True, "cutout": 8, "mixup": 0.4}
+    batch = gather_batch(split, torch.arange(64), epoch=2, micro_batch=0)
     hosted = Split(images=inline(split, 2, list(range(64))), labels=split.labels)
-    expected = Augment(AugmentConfig(**keys), hosted)(take(hosted, batch.rows, epoch=2, shard=0))
-    found = Augment(AugmentConfig(host=HOST, **keys), split)(batch)
+    expected = Augment(AugmentConfig(**keys), hosted)(
+        gather_batch(hosted, batch.rows, epoch=2, micro_batch=0)
+    )
+    found = Augment(AugmentConfig(albumentations=HOST, **keys), split)(batch)
     assert torch.equal(found.images, expected.images)
-    assert torch.equal(found.numbers, expected.numbers)
+    assert torch.equal(found.view_ids, expected.view_ids)
 
 
 def test_a_dead_worker_is_found_at_once(split: Split) -> None:
     with started(split, 2) as host:
-        host.show(0)
-        host.pictures.workers[1].kill()
-        host.pictures.workers[1].wait()
+        host.wait_for_epoch(0)
+        host.images.workers[1].kill()
+        host.images.workers[1].wait()
         with pytest.raises(UserError, match="ended with signal SIGKILL; if memory"):
-            host.show(0)
+            host.wait_for_epoch(0)
 
 
 def children(pid: int) -> list[int]:
@@ -379,13 +386,13 @@ def alive(pid: int) -> bool:
 # ----------------------------------------------------------------------------- runs
 
 
-AUGMENT = {"host": list(HOST), "host_workers": 2, "crop_padding": 2, "cutout": 0}
+AUGMENT = {"host": list(HOST), "workers": 2, "crop_padding": 2, "cutout": 0}
 
 
 def test_workers_and_ranks_change_no_bit(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(augment=AUGMENT)
     for name, workers, world_size in (("a", 0, 1), ("b", 2, 1), ("c", 1, 2), ("d", 4, 2)):
-        arguments = (f"name={name}", f"augment.host_workers={workers}")
+        arguments = (f"name={name}", f"augment.workers={workers}")
         train(path, *arguments, cwd=tmp_path, world_size=world_size)
     for name in "bcd":
         assert_same_bits(tmp_path / "runs/a", tmp_path / f"runs/{name}")
@@ -399,14 +406,14 @@ def test_killed_runs_go_on_with_other_workers(tmp_path: Path, recipe: RecipeMake
     run, arguments = tmp_path / "runs/killed", [path, "name=killed"]
     arguments.append(f"run.save_every_minutes={EVERY_STEP}")
     for step, workers in ((4, 2), (15, 0), (29, 1)):
-        ranks = Ranks("train", [*arguments, f"augment.host_workers={workers}"], cwd=tmp_path)
+        ranks = Ranks("train", [*arguments, f"augment.workers={workers}"], cwd=tmp_path)
         wait_for_step(ranks, run, step)
         pids = workers_of(ranks)
         assert len(pids) >= workers
         ranks.kill()
         assert not (run / "summary.json").exists(), "the run ended before it could be killed"
         assert gone(pids)
-    train(*arguments, "augment.host_workers=4", cwd=tmp_path)
+    train(*arguments, "augment.workers=4", cwd=tmp_path)
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
@@ -433,7 +440,7 @@ def test_nobody_waits_for_a_slow_epoch(
 ) -> None:
     """Both ranks wait a minute for the first epoch; a signal to one, or its dead worker, ends it."""
     slow = {"Superpixels": {"p_replace": [1, 1], "n_segments": [200, 200], "p": 1.0}}
-    path = recipe(augment={"host": [slow], "host_workers": 1}, data={"path": str(middle_data)})
+    path = recipe(augment={"host": [slow], "workers": 1}, data={"path": str(middle_data)})
     ranks = Ranks("train", [path], cwd=tmp_path, world_size=2)
     deadline = time.monotonic() + 120
     while "epochs of" not in ranks.output and time.monotonic() < deadline:
@@ -511,15 +518,15 @@ def test_a_cached_teacher_sees_the_hosts_pictures(
     path = recipe(augment={**AUGMENT, "views": 2}, **sections)
     made = Ranks("cache_logits", [path], cwd=tmp_path, world_size=2)
     assert made.wait() == [0, 0], made.output
-    output = train(path, "augment.host_workers=1", cwd=tmp_path)
+    output = train(path, "augment.workers=1", cwd=tmp_path)
     assert "finished" in output
-    train(path, "teacher.placement=whole", "name=live", cwd=tmp_path)
+    train(path, "teacher.placement=replicated", "name=live", cwd=tmp_path)
     losses = []
     for name in ("tiny", "live"):
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # the cache is fp16
     changed = json.dumps([{"HorizontalFlip": {}}])
-    output = train(path, f"augment.host={changed}", "name=other", cwd=tmp_path, expect=2)
-    assert "was made for something else (augment.host" in output
-    assert asdict(load_recipe(path).augment)["host_workers"] == 2
+    output = train(path, f"augment.albumentations={changed}", "name=other", cwd=tmp_path, expect=2)
+    assert "was made for something else (augment.albumentations" in output
+    assert asdict(load_recipe(path).augment)["workers"] == 2

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline, load_library
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.augment.image_ops import BLENDS, LOOK_UPS, MEAN_COLOUR
+from cifar_dist.data.augment.image_ops import BLEND_OPS, LUT_OPS, MEAN_COLOR
 from cifar_dist.data.augment.policies import RandAugment
-from cifar_dist.data.augment.transforms import Affine, Change, ColorJitter, Erasing
-from cifar_dist.data.batches import take
+from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, Transform
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split
-from cifar_dist.utils.random import Draws
+from cifar_dist.utils.random import KeyedRandom
 
 KEYS = 3000
 
@@ -43,11 +43,13 @@ def alone(name: str, picture: Tensor, **arguments: Any) -> Tensor:
     return host([{name: {**arguments, "p": 1.0}}], picture)
 
 
-def columns(change: Change, keys: int = KEYS) -> Tensor:
-    return change.draw(Draws(what="parity", seed=0, view=0, rows=keys), torch.ones(keys).bool())
+def columns(change: Transform, keys: int = KEYS) -> Tensor:
+    return change.draw(
+        KeyedRandom(what="parity", seed=0, view=0, rows=keys), torch.ones(keys).bool()
+    )
 
 
-def device(change: Change, picture: Tensor) -> Tensor:
+def device(change: Transform, picture: Tensor) -> Tensor:
     return change(picture.expand(KEYS, -1, -1, -1), columns(change))
 
 
@@ -152,7 +154,7 @@ def test_coarse_dropout_with_one_hole_is_erasing(picture: Tensor) -> None:
         "num_holes_range": [1, 1],
         "hole_height_range": [0.25, 0.25],
         "hole_width_range": [0.25, 0.25],
-        "fill": list(MEAN_COLOUR),
+        "fill": list(MEAN_COLOR),
     }
     erasing = Erasing(area=(1 / 16, 1 / 16), ratio=(1.0, 1.0), fill="mean")
     one, other = alone("CoarseDropout", covered, **arguments), device(erasing, covered)
@@ -169,8 +171,8 @@ def test_flips(picture: Tensor) -> None:
     one = host([{"HorizontalFlip": {"p": 0.5}}, {"VerticalFlip": {"p": 0.5}}], picture)
     labels = torch.zeros(KEYS, dtype=torch.int64)
     split = Split(images=picture.expand(KEYS, -1, -1, -1), labels=labels)
-    augment = Augment(AugmentConfig(flip=True, vertical_flip=True), split)
-    other = augment(take(split, torch.arange(KEYS), epoch=0, shard=0)).images
+    augment = Augment(AugmentConfig(hflip=True, vflip=True), split)
+    other = augment(gather_batch(split, torch.arange(KEYS), epoch=0, micro_batch=0)).images
     kinds = [picture, picture.flip(2), picture.flip(1), picture.flip(1, 2)]
     for pictures in (one, other):
         shares = [float((pictures == kind).flatten(1).all(1).double().mean()) for kind in kinds]
@@ -251,7 +253,7 @@ def test_rand_augment(picture: Tensor) -> None:
         )
     one = host([{"OneOf": {"transforms": members, "p": 1.0}}], picture, keys)
     drawn = columns(change, 2 * keys)
-    is_other = drawn[:, 0, 6] == BLENDS.index("sharpness")
-    is_other |= drawn[:, 0, 8] == LOOK_UPS.index("equalize")
+    is_other = drawn[:, 0, 6] == BLEND_OPS.index("sharpness")
+    is_other |= drawn[:, 0, 8] == LUT_OPS.index("equalize")
     drawn = drawn[~is_other][:keys]
     assert_alike(one, change(picture.expand(keys, -1, -1, -1), drawn), rounding=2)

@@ -16,17 +16,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
 from cifar_dist.data.augment.image_ops import (
-    BLENDS,
-    LOOK_UPS,
-    MEAN_COLOUR,
+    BLEND_OPS,
+    LUT_OPS,
+    MEAN_COLOR,
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
-    cover,
+    apply_lut,
+    box_mask,
     enhance,
     erase,
-    in_box,
-    look_up,
+    fill_mean,
     noise,
     shift_hue,
     warp,
@@ -126,7 +126,7 @@ def test_blends(images: Tensor, name: str) -> None:
     tensor's mean no whole level."""
     own, theirs, bound = ADJUST[name]
     factor = each_of(FACTORS, images)
-    kind = torch.full((len(images),), BLENDS.index(name))
+    kind = torch.full((len(images),), BLEND_OPS.index(name))
     ours = enhance(images, kind, factor)
     if own:
         assert torch.equal(own(images, factor), ours)
@@ -165,7 +165,7 @@ def test_look_ups(images: Tensor, name: str, levels: list[float]) -> None:
         "equalize": vision.equalize,
     }
     level = each_of([float(value) for value in levels], images)
-    ours = look_up(images, torch.full((len(images),), LOOK_UPS.index(name)), level)
+    ours = apply_lut(images, torch.full((len(images),), LUT_OPS.index(name)), level)
     bound = 1 if name == "autocontrast" else 0
     different = 0
     for row, picture in enumerate(images):
@@ -185,7 +185,7 @@ def test_look_ups(images: Tensor, name: str, levels: list[float]) -> None:
 
 def test_autocontrast_is_the_whole_part_of_the_quotient() -> None:
     picture = torch.arange(20, 140).repeat(9)[:1024].view(1, 1, 32, 32).expand(1, 3, -1, -1)
-    found = look_up(picture.to(torch.uint8), torch.tensor([3]), torch.zeros(1))
+    found = apply_lut(picture.to(torch.uint8), torch.tensor([3]), torch.zeros(1))
     assert torch.equal(found[0, 0].int(), ((picture[0, 0] - 20) * 255 // 119).int())
 
 
@@ -196,12 +196,12 @@ def test_erase(images: Tensor) -> None:
     boxes = torch.tensor([[0, 0, 0, 0], [3, 9, 0, 32], [31, 32, 31, 32], [5, 25, 8, 11]])
     box = boxes[torch.arange(len(images)) % 4]
     filling = noise(torch.arange(len(images)) * 1_000_003)
-    erased, covered = erase(images, box, filling), cover(images, in_box(box))
+    erased, covered = erase(images, box, filling), fill_mean(images, box_mask(box))
     for row, (top, bottom, left, right) in enumerate(box.tolist()):
         place = (top, left, bottom - top, right - left)
         inner = filling[row, :, top:bottom, left:right]
         assert torch.equal(erased[row], vision.erase(images[row], *place, inner))
-        colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None]
+        colour = torch.tensor(MEAN_COLOR, dtype=torch.uint8)[:, None, None]
         assert torch.equal(covered[row], vision.erase(images[row], *place, colour))
 
 
@@ -233,9 +233,9 @@ NOTHING: dict[str, Callable[[Tensor], Tensor]] = {
     "saturation": lambda images: adjust_saturation(images, torch.ones(len(images))),
     "hue": lambda images: shift_hue(images, torch.zeros(len(images))),
     "enhance": lambda images: enhance(
-        images, torch.arange(len(images)) % len(BLENDS), torch.ones(len(images))
+        images, torch.arange(len(images)) % len(BLEND_OPS), torch.ones(len(images))
     ),
-    "look_up": lambda images: look_up(
+    "look_up": lambda images: apply_lut(
         images, torch.zeros(len(images)), torch.full((len(images),), 77.0)
     ),
     "erase": lambda images: erase(images, torch.zeros(len(images), 4).long(), 255 - images),

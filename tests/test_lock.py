@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.training import lock
-from cifar_dist.training.lock import locked
+from cifar_dist.training.lock import run_lock
 from cifar_dist.utils.errors import UserError
 
 processes = multiprocessing.get_context("fork")
@@ -32,7 +32,7 @@ def contend(folder: Path, together: Barrier, rounds: int, seed: int, log: Path) 
         for number in range(rounds):
             together.wait(timeout=30)
             try:
-                with locked(folder):
+                with run_lock(folder):
                     got = time.monotonic_ns()
                     time.sleep(chance.random() * 0.01)
                     print(number, got, time.monotonic_ns(), file=file, flush=True)
@@ -76,7 +76,7 @@ def test_a_folder_that_the_lock_made_goes_if_nothing_came_into_it(
 ) -> None:
     (tmp_path / "there").mkdir()
     for name in ("there", "empty", "filled"):
-        with suppress(ValueError), locked(tmp_path / name):
+        with suppress(ValueError), run_lock(tmp_path / name):
             if name == "filled":
                 (tmp_path / name / "recipe.yaml").touch()
             if cause:
@@ -118,8 +118,8 @@ def test_a_living_holder_is_named_and_a_dead_one_is_nobody(tmp_path: Path) -> No
         holder(tmp_path) as process,
         pytest.raises(UserError, match=rf"in use by process {process.pid} on this machine.*name="),
     ):
-        locked(tmp_path).__enter__()
-    with locked(tmp_path):
+        run_lock(tmp_path).__enter__()
+    with run_lock(tmp_path):
         assert len(list((tmp_path / "lock").iterdir())) == 2  # the dead one goes with us
     assert not (tmp_path / "lock").exists()
 
@@ -131,9 +131,9 @@ def test_a_job_that_starts_again_takes_over_at_once(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with holder(tmp_path, SLURM_JOB_ID="7"):
         with pytest.raises(UserError):
-            locked(tmp_path).__enter__()
+            run_lock(tmp_path).__enter__()
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        with locked(tmp_path):
+        with run_lock(tmp_path):
             pass
         monkeypatch.setenv("SLURM_JOB_ID", "8")
 
@@ -151,9 +151,9 @@ def of_another_machine(folder: Path, *, seconds_ago: float) -> Path:
 def test_another_machines_holder_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
     file = of_another_machine(tmp_path, seconds_ago=lock.STALE_SECONDS - 5)
     with pytest.raises(UserError, match="in use by far, process 1"):
-        locked(tmp_path).__enter__()
+        run_lock(tmp_path).__enter__()
     os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
-    with locked(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
@@ -162,9 +162,9 @@ def test_a_file_that_says_nothing_holds_for_a_minute(tmp_path: Path, content: st
     file = of_another_machine(tmp_path, seconds_ago=0)
     file.write_text(content)
     with pytest.raises(UserError, match="just started"):
-        locked(tmp_path).__enter__()
+        run_lock(tmp_path).__enter__()
     os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
-    with locked(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 
@@ -204,7 +204,7 @@ def test_whose_lock_was_removed_ends_without_saving(
 
 def test_the_lock_of_another_stays(tmp_path: Path) -> None:
     """Its number was ours until somebody removed our file."""
-    with locked(tmp_path):
+    with run_lock(tmp_path):
         (tmp_path / "lock/1.json").write_bytes(b"another's, \xff")
     assert (tmp_path / "lock/1.json").exists()
 
@@ -220,5 +220,8 @@ def test_who_has_lost_the_lock_ends_even_if_nobody_listens(tmp_path: Path) -> No
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
 def test_where_nothing_can_be_made_is_said() -> None:
-    with pytest.raises(UserError, match="nothing can be made there"), locked(Path("/proc/absent")):
+    with (
+        pytest.raises(UserError, match="nothing can be made there"),
+        run_lock(Path("/proc/absent")),
+    ):
         raise AssertionError

@@ -24,13 +24,15 @@ ALONE = ["bce", "arcface", "cosface", "sphereface", "l_softmax"]
 def test_two_steps_have_the_same_bits_on_one_and_two_processes(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path, name: str
 ) -> None:
-    """Two shards of 125 rows of 100 classes: most rows have a partner in their own shard."""
+    """Two micro-batches of 125 rows of 100 classes: most rows have a partner in their own micro-batch."""
     losses = {name: {"weight": 0.5}, **BESIDE.get(name, {})}
     heads = {LOSSES[each].head for each in losses} - {None}
     path = recipe(
-        run={"batch_size": 250, "epochs": 1, "report_every_steps": 1},
+        run={"batch_size": 250, "epochs": 1, "log_every_steps": 1},
         data={"path": str(middle_data)},
-        augment={} if all(LOSSES[each].mixes for each in losses) else {"mixup": 0, "cutmix": 0},
+        augment={}
+        if all(LOSSES[each].supports_mixup for each in losses)
+        else {"mixup": 0, "cutmix": 0},
         model={"head": heads.pop() if heads else "linear"},
         losses=losses,
     )
@@ -44,4 +46,4 @@ def test_two_steps_have_the_same_bits_on_one_and_two_processes(
 
 def test_every_loss_without_a_teacher_is_trained_somewhere() -> None:
     trained = {"cross_entropy", *ALONE, *BESIDE}  # cross_entropy in test_distributed.py
-    assert trained == {name for name, kind in LOSSES.items() if not kind.taught}
+    assert trained == {name for name, kind in LOSSES.items() if not kind.needs_teacher}

@@ -25,7 +25,7 @@ from cifar_dist.losses.classification import (
 )
 from cifar_dist.models.heads import Outputs
 
-LABELLED = [make() for make in LOSSES.values() if not make.taught]
+LABELLED = [make() for make in LOSSES.values() if not make.needs_teacher]
 
 
 def outputs_of(logits: Tensor) -> Outputs:
@@ -239,8 +239,10 @@ def test_what_each_loss_says_of_itself():
     }
     assert {name for name, kind in LOSSES.items() if kind.head == "linear"} == {"l_softmax"}
     metric = {"triplet", "contrastive", "supcon"}
-    assert {name for name, kind in LOSSES.items() if not kind.classifies} == metric
-    assert {name for name, kind in LOSSES.items() if not kind.mixes} == metric | {"margin_distill"}
+    assert {name for name, kind in LOSSES.items() if not kind.trains_classifier} == metric
+    assert {name for name, kind in LOSSES.items() if not kind.supports_mixup} == metric | {
+        "margin_distill"
+    }
     assert all(make().weight == 1 for make in LOSSES.values())
 
 
@@ -255,8 +257,8 @@ def test_the_page_of_losses_has_each_with_its_knobs():
         assert is_dataclass(kind)
         (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
         knobs = {field.name for field in fields(kind)} - {"weight"}
-        assert kind.taught or all(f"`{knob}` (" in row for knob in knobs), name
-        assert kind.taught or f"| {kind.head or 'any'} |" in row, name
+        assert kind.needs_teacher or all(f"`{knob}` (" in row for knob in knobs), name
+        assert kind.needs_teacher or f"| {kind.head or 'any'} |" in row, name
 
 
 def test_the_scale_of_the_logits_is_the_largest_of_the_losses():

@@ -22,15 +22,15 @@ MARGINS: list[Margin] = [
     ArcFace(straight_through=True),
     CosFace(),
     SphereFace(),
-    SphereFace(margin=3, softness=0),
-    SphereFace(margin=2, softness=1, scale=16),
+    SphereFace(margin=3, lambda_=0),
+    SphereFace(margin=2, lambda_=1, scale=16),
     LargeMarginSoftmax(),
-    LargeMarginSoftmax(margin=4, softness=0),
+    LargeMarginSoftmax(margin=4, lambda_=0),
 ]
 WITHOUT: list[Margin] = [
     ArcFace(margin=0),
     CosFace(margin=0),
-    SphereFace(margin=1, softness=0),
+    SphereFace(margin=1, lambda_=0),
     SphereFace(margin=1, scale=16),
     LargeMarginSoftmax(margin=1),
 ]
@@ -65,12 +65,12 @@ SIXTY = torch.tensor([math.pi / 3])
     ("loss", "true_logit"),
     [
         (CosFace(scale=4, margin=0.25), 4 * (0.5 - 0.25)),
-        (SphereFace(margin=2, softness=0), 2 * -0.5),  # cos 120 degrees, length 2
-        (SphereFace(margin=4, softness=0), 2 * -1.5),  # past 45 degrees: -cos 240 degrees - 2
-        (SphereFace(margin=4, softness=3), 2 * (3 * 0.5 - 1.5) / 4),
-        (SphereFace(margin=2, softness=0, scale=8), 8 * -0.5),
-        (LargeMarginSoftmax(margin=2, softness=0), 2 * 3 * -0.5),  # lengths 2 and 3
-        (LargeMarginSoftmax(margin=3, softness=1), 2 * 3 * (0.5 - 1) / 2),
+        (SphereFace(margin=2, lambda_=0), 2 * -0.5),  # cos 120 degrees, length 2
+        (SphereFace(margin=4, lambda_=0), 2 * -1.5),  # past 45 degrees: -cos 240 degrees - 2
+        (SphereFace(margin=4, lambda_=3), 2 * (3 * 0.5 - 1.5) / 4),
+        (SphereFace(margin=2, lambda_=0, scale=8), 8 * -0.5),
+        (LargeMarginSoftmax(margin=2, lambda_=0), 2 * 3 * -0.5),  # lengths 2 and 3
+        (LargeMarginSoftmax(margin=3, lambda_=1), 2 * 3 * (0.5 - 1) / 2),
     ],
     ids=repr,
 )
@@ -223,10 +223,10 @@ SIZES = {"num_classes": 10, "embedding_size": 6}
     ("loss", "oracle"),
     [
         (CosFace(scale=16, margin=0.35), CosFaceLoss(**SIZES, margin=0.35, scale=16)),
-        (SphereFace(margin=4, softness=0), SphereFaceLoss(**SIZES, margin=4)),
-        (SphereFace(margin=3, softness=0), SphereFaceLoss(**SIZES, margin=3)),
-        (LargeMarginSoftmax(margin=2, softness=0), LargeMarginSoftmaxLoss(**SIZES, margin=2)),
-        (LargeMarginSoftmax(margin=4, softness=0), LargeMarginSoftmaxLoss(**SIZES, margin=4)),
+        (SphereFace(margin=4, lambda_=0), SphereFaceLoss(**SIZES, margin=4)),
+        (SphereFace(margin=3, lambda_=0), SphereFaceLoss(**SIZES, margin=3)),
+        (LargeMarginSoftmax(margin=2, lambda_=0), LargeMarginSoftmaxLoss(**SIZES, margin=2)),
+        (LargeMarginSoftmax(margin=4, lambda_=0), LargeMarginSoftmaxLoss(**SIZES, margin=4)),
     ],
     ids=["cosface", "sphereface 4", "sphereface 3", "l_softmax 2", "l_softmax 4"],
 )

@@ -1,4 +1,4 @@
-"""Losses that compare the rows of a shard: numbers by hand, other people's code, who is charged."""
+"""Losses that compare the rows of a micro-batch: numbers by hand, other people's code, who is charged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytorch_metric_learning.reducers import DoNothingReducer
 from torch import Tensor
 
 from cifar_dist.losses.classification import LOSSES, Contrastive, SupCon, Triplet
-from cifar_dist.losses.metric import partners
+from cifar_dist.losses.metric import positive_negative_masks
 from cifar_dist.models.heads import Outputs
 
 Metric = Triplet | Contrastive | SupCon
@@ -66,7 +66,7 @@ def test_supcon_by_hand() -> None:
 
 
 def test_partners_are_other_rows() -> None:
-    same, other = partners(torch.tensor([3, 1, 3]))
+    same, other = positive_negative_masks(torch.tensor([3, 1, 3]))
     assert same.tolist() == [[False, False, True], [False, False, False], [True, False, False]]
     assert other.tolist() == [[False, True, False], [True, False, True], [False, True, False]]
 
@@ -77,7 +77,7 @@ def test_an_anchor_without_a_partner_is_charged_nothing(loss: Metric) -> None:
     found = apply(loss, embedding, torch.tensor([0, 1, 0, 2, 2, 3]))
     assert found[[1, 5]].tolist() == [0, 0]
     assert (found[[0, 2, 3, 4]] > 0).any()
-    for rows in (1, 6):  # a shard of one row; all classes differ
+    for rows in (1, 6):  # a micro-batch of one row; all classes differ
         few = embedding[:rows]
         nothing = apply(loss, few, torch.arange(rows))
         (gradient,) = torch.autograd.grad(nothing.sum(), embedding)
@@ -153,7 +153,9 @@ def test_the_gradient_is_that_of_the_formula(loss: Metric) -> None:
 
 
 def test_every_metric_loss_is_tested_here() -> None:
-    assert {type(loss) for loss in METRIC} == {k for k in LOSSES.values() if not k.classifies}
+    assert {type(loss) for loss in METRIC} == {
+        k for k in LOSSES.values() if not k.trains_classifier
+    }
 
 
 # ------------------------------------------------------------------ pytorch-metric-learning's

@@ -21,7 +21,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from cifar_dist.models.backbones import ModelConfig, build_model, fetch_pretrained, num_parameters
 from cifar_dist.models.heads import CosineHead, LinearHead
-from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, PixelInput
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, Preprocess
 from cifar_dist.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
@@ -48,7 +48,7 @@ def backbone_of(config: ModelConfig) -> Any:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [32, 64, 48])
 def test_pixels_are_resized_and_normalised_as_torch_and_torchvision_do(size, interpolation):
-    pixels = PixelInput(size, interpolation, CIFAR_MEAN, CIFAR_STD)(IMAGES)
+    pixels = Preprocess(size, interpolation, CIFAR_MEAN, CIFAR_STD)(IMAGES)
     oracle = IMAGES.float()
     if size != 32:
         oracle = F.interpolate(oracle, size=size, mode=interpolation, align_corners=False)
@@ -60,14 +60,14 @@ def test_pixels_are_resized_and_normalised_as_torch_and_torchvision_do(size, int
 
 def test_bilinear_upscaling_is_torchvisions():
     oracle = v2.functional.resize(IMAGES.float(), [64, 64], antialias=False) / 255
-    torch.testing.assert_close(PixelInput(64)(IMAGES), oracle)
+    torch.testing.assert_close(Preprocess(64)(IMAGES), oracle)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pixels_are_what_autocast_computes_in(interpolation, size, dtype):
-    layer = PixelInput(size, interpolation, CIFAR_MEAN, CIFAR_STD)
+    layer = Preprocess(size, interpolation, CIFAR_MEAN, CIFAR_STD)
     with torch.autocast("cpu", dtype):
         pixels = layer(IMAGES)
     assert pixels.dtype == dtype
@@ -91,7 +91,7 @@ def test_pixels_are_what_autocast_computes_in(interpolation, size, dtype):
 )
 def test_the_normalisation_is_that_of_the_weights(config, mean, std):
     grey = torch.full((1, 3, 32, 32), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
-    pixels = build_model(config, 10).pixels(grey)[0, :, 5, 7].tolist()
+    pixels = build_model(config, 10).preprocess(grey)[0, :, 5, 7].tolist()
     assert pixels == pytest.approx([(0.2 - m) / s for m, s in zip(mean, std, strict=True)])
 
 
@@ -274,7 +274,7 @@ def test_imagenet_weights_load_in_order_and_compute_what_timm_computes(caplog):
     pixels = v2.functional.normalize(pixels, mean, std)
     with torch.no_grad():
         wanted = oracle.eval().forward_head(oracle.forward_features(pixels), pre_logits=True)
-        features = model.backbone(model.pixels(IMAGES))
+        features = model.backbone(model.preprocess(IMAGES))
     torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -323,7 +323,7 @@ def test_weights_of_another_size_compute_what_timm_computes(tmp_path, name, size
     overlay = {"file": path}
     theirs = timm.create_model(name, True, num_classes=0, pretrained_cfg_overlay=overlay, **sizes)
     with torch.no_grad():
-        pixels = ours.pixels(IMAGES)
+        pixels = ours.preprocess(IMAGES)
         found = ours.backbone(pixels)
         assert torch.equal(found, theirs.eval()(pixels))
     assert found.std() > 0

@@ -28,7 +28,7 @@ def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_rows_agree_with_the_runs_own_predictions(run: Path, tmp_path: Path) -> None:
     stored = load_file(run / "predictions.safetensors")
-    plain = predictions(run, "--dataset", "test", "--picture", str(tmp_path / "p.png"))
+    plain = predictions(run, "--rows", "test", "--save-image", str(tmp_path / "p.png"))
     best = stored["logits"].double().softmax(1).topk(5)
     for row, one in enumerate(plain):
         assert one["picture"] == f"test:{row}"
@@ -40,10 +40,10 @@ def test_rows_agree_with_the_runs_own_predictions(run: Path, tmp_path: Path) -> 
     assert ranks.wait() == [0], ranks.output
     held = load_file(run / "evaluation/held_out.safetensors")
     temperature = fit_temperature(held["logits"], held["labels"])
-    (one,) = predictions(run, "--dataset", "test:7")
+    (one,) = predictions(run, "--rows", "test:7")
     calibrated = (stored["logits"][7].double() / temperature).softmax(0).max()
     assert one["guesses"][0]["probability"] == pytest.approx(float(calibrated), abs=1e-5)
-    assert len(predictions(run, "--dataset", "train:5-9")) == 5
+    assert len(predictions(run, "--rows", "train:5-9")) == 5
 
 
 def test_files_are_seen_as_the_rows_they_were_made_of(run: Path, middle_data: Path) -> None:
@@ -55,7 +55,7 @@ def test_files_are_seen_as_the_rows_they_were_made_of(run: Path, middle_data: Pa
     (folder / "notes.txt").write_text("no picture")
     (folder / "broken.png").write_bytes(b"\x89PNG no")
     seen = predictions(run, str(folder))
-    rows = predictions(run, "--dataset", "test:0-2")
+    rows = predictions(run, "--rows", "test:0-2")
     assert [Path(one["picture"]).name for one in seen] == ["0.png", "1.png", "2.png"]
     for one, same in zip(seen, rows, strict=True):
         assert [guess["label"] for guess in one["guesses"]] == [
@@ -130,13 +130,13 @@ def test_a_broken_picture_is_passed_over_whatever_its_reader_raises(
 
 def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
     for arguments, said in {
-        (): "give pictures or --dataset",
-        ("a.png", "--dataset", "test"): "give pictures or --dataset",
+        (): "give pictures or --rows",
+        ("a.png", "--rows", "test"): "give pictures or --rows",
         ("absent.png",): r"no picture that can be read \(No such file or directory\)",
-        ("--dataset", "test:5-3"): "has the rows 0 to",
-        ("--dataset", "valid:0"): "write test:0-99",
-        ("--dataset", "test:300"): "has the rows 0 to 299",
-        ("--dataset", "test:0", "--checkpoint", "step_1"): "those it has: step_000000",
+        ("--rows", "test:5-3"): "has the rows 0 to",
+        ("--rows", "valid:0"): "write test:0-99",
+        ("--rows", "test:300"): "has the rows 0 to 299",
+        ("--rows", "test:0", "--checkpoint", "step_1"): "those it has: step_000000",
     }.items():
         with pytest.raises(UserError, match=said):
             main([str(run), *arguments])

@@ -26,7 +26,7 @@ from cifar_dist.data.ingest.pickles import RawSplit
 from cifar_dist.data.ingest.preparation import prepare
 from cifar_dist.data.ingest.synthetic import pickle_members, write_pickles
 from cifar_dist.distributed import signals
-from cifar_dist.training.resume import wait_for_data
+from cifar_dist.training.resume import ensure_data
 from cifar_dist.utils.errors import UserError
 
 TRAIN, TEST, META = small_data()
@@ -66,13 +66,13 @@ def output(tmp_path: Path) -> Path:
 def test_an_archive_and_a_folder_give_the_same_data(
     source: str, output: Path, tmp_path: Path
 ) -> None:
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     assert read_digest(output)["content"] == "other"
     assert read_digest(output)["train"]["sha256"] == content_digest(TRAIN, META)
     assert len(load_split(output, "test", "cpu").labels) == 23
     write_pickles(tmp_path, TRAIN, TEST, META)
     for name, folder in (("one", tmp_path), ("two", tmp_path / "cifar-100-python")):
-        prepare(str(folder), tmp_path / name, any_content=True)
+        prepare(str(folder), tmp_path / name, allow_unofficial=True)
         assert read_digest(tmp_path / name) == read_digest(output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["data"]
 
@@ -100,35 +100,35 @@ def test_the_sample_keeps_its_pickles(output: Path, capsys: pytest.CaptureFixtur
 def test_a_second_time_there_is_nothing_to_do(
     source: str, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     before = tree(output)
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     assert "nothing to do" in capsys.readouterr().out
     assert tree(output) == before
 
 
 def test_other_data_are_replaced_by_force_only(source: str, output: Path, tmp_path: Path) -> None:
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     before = tree(output)
     other = tmp_path / "other.tar.gz"
     other.write_bytes(packed(cut(TRAIN, 50)))
     for arguments in ((str(other), True), ("sample", False), (None, False)):
         with pytest.raises(UserError, match="holds other data"):
-            prepare(arguments[0], output, any_content=arguments[1])
+            prepare(arguments[0], output, allow_unofficial=arguments[1])
         assert tree(output) == before
-    prepare(str(other), output, any_content=True, force=True)
+    prepare(str(other), output, allow_unofficial=True, force=True)
     assert read_digest(output)["train"]["rows"] == 50
 
 
 def test_damage_is_found_and_mended_by_force(source: str, output: Path) -> None:
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     table = output / "test" / "data-00000-of-00001.arrow"
     damaged = bytearray(table.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     table.write_bytes(damaged)
     with pytest.raises(UserError, match=r"differs from what was written.*--force"):
-        prepare(source, output, any_content=True)
-    prepare(source, output, any_content=True, force=True)
+        prepare(source, output, allow_unofficial=True)
+    prepare(source, output, allow_unofficial=True, force=True)
     read_split(output, "test")
 
 
@@ -139,14 +139,14 @@ def test_a_foreign_folder_is_never_touched(
     output.mkdir(parents=True)
     (output / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not a data set of ours"):
-        prepare(source, output, any_content=True, force=force)
+        prepare(source, output, allow_unofficial=True, force=force)
     assert (output / "thesis.tex").read_text() == "years of work"
     (output / "thesis.tex").rename(tmp_path / "thesis.tex")
-    prepare(source, output, any_content=True)  # an empty folder is nobody's
+    prepare(source, output, allow_unofficial=True)  # an empty folder is nobody's
     (tmp_path / "thesis.tex").rename(output / "train" / "thesis.tex")
     before = tree(output)
     with pytest.raises(UserError, match=r"holds train/thesis\.tex"):
-        prepare(source, output, any_content=True, force=True)
+        prepare(source, output, allow_unofficial=True, force=True)
     assert tree(output) == before
 
 
@@ -166,24 +166,24 @@ def refused(source: str | None, output: Path, match: str, **options: bool) -> No
 
 
 def test_refusals_leave_nothing_behind(source: str, output: Path, tmp_path: Path) -> None:
-    refused(source, output, "not the official CIFAR-100; .*--any-content")
-    refused(str(tmp_path / "absent"), output, "does not exist", any_content=True)
-    refused("ftp://example.org/a", output, "does not exist", any_content=True)
+    refused(source, output, "not the official CIFAR-100; .*--allow-unofficial")
+    refused(str(tmp_path / "absent"), output, "does not exist", allow_unofficial=True)
+    refused("ftp://example.org/a", output, "does not exist", allow_unofficial=True)
     Path(source).write_bytes(ARCHIVE[:5000])
-    refused(source, output, "cannot be read", any_content=True)
+    refused(source, output, "cannot be read", allow_unofficial=True)
     members = pickle_members(TRAIN, TEST, META)
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, data in members.items():
         (folder / name).write_bytes(data)
     (folder / "test").write_bytes(members["train"])
-    refused(str(folder), output, "batch_label is not", any_content=True)
+    refused(str(folder), output, "batch_label is not", allow_unofficial=True)
     (folder / "test").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    refused(str(folder), output, r"names os\.system", any_content=True)
+    refused(str(folder), output, r"names os\.system", allow_unofficial=True)
     moved = cut(TEST, 23)
     moved.coarse_labels[:] = (moved.coarse_labels + 1) % 20
     (folder / "test").write_bytes(pickle_members(TRAIN, moved, META)["test"])
-    refused(str(folder), output, "lies in two coarse classes", any_content=True)
+    refused(str(folder), output, "lies in two coarse classes", allow_unofficial=True)
 
 
 def test_who_called_train_is_told_the_whole_command(
@@ -192,21 +192,25 @@ def test_who_called_train_is_told_the_whole_command(
     absent = server.url.replace("small.tar.gz", "absent")
     place = "choose another place (--output of prepare, data.path of a recipe)"
     for asked, path, said in (
-        (source, output, f"`python -m cifar_dist.prepare --any-content --source {source} --output"),
+        (
+            source,
+            output,
+            f"`python -m cifar_dist.prepare --allow-unofficial --source {source} --output",
+        ),
         (absent, output, f"`python -m cifar_dist.prepare --source FILE --output {output}`"),
         (source, Path(source), place),
         (source, Path(source) / "data", place),
         (str(tmp_path / "no"), output, "(--source of prepare, data.source of a recipe)"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            wait_for_data(path, asked)
+            ensure_data(path, asked)
 
 
 def test_a_file_in_the_way_is_refused(source: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     for output in (tmp_path / "file", tmp_path / "file" / "data"):
         with pytest.raises(UserError, match=r"not a data set of ours|not a folder"):
-            prepare(source, output, any_content=True, force=True)
+            prepare(source, output, allow_unofficial=True, force=True)
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -216,7 +220,7 @@ def test_what_a_killed_one_left_goes_away(source: str, output: Path) -> None:
     for folder in (left, other):
         folder.mkdir(parents=True)
         (folder / "begun").touch()
-    prepare(source, output, any_content=True)
+    prepare(source, output, allow_unofficial=True)
     assert not left.exists()
     assert other.exists()
 
@@ -230,7 +234,7 @@ def test_a_signal_ends_the_wait_for_data(
     signals._note(number, None)
     said: list[bool] = []
     waiting = threading.Thread(
-        target=lambda: said.append(wait_for_data(output, "sample")), daemon=True
+        target=lambda: said.append(ensure_data(output, "sample")), daemon=True
     )
     waiting.start()
     waiting.join(5)
@@ -240,7 +244,7 @@ def test_a_signal_ends_the_wait_for_data(
 def test_two_at_once_write_it_once(source: str, output: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from cifar_dist.prepare import prepare;"
-        "prepare(sys.argv[1], Path(sys.argv[2]), any_content=True)"
+        "prepare(sys.argv[1], Path(sys.argv[2]), allow_unofficial=True)"
     )
     command = [sys.executable, "-c", code, source, str(output)]
     folder = Path(__file__).parents[1]
@@ -260,7 +264,7 @@ def test_the_command_says_one_sentence(source: str, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["small.tar.gz"]
-    command += ["--any-content", "--output", "data/mine"]
+    command += ["--allow-unofficial", "--output", "data/mine"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "64 + 23 rows" in done.stdout
@@ -317,7 +321,7 @@ def server() -> Iterator[Server]:
 
 
 def test_a_url_is_downloaded(server: Server, output: Path) -> None:
-    prepare(server.url, output, any_content=True)
+    prepare(server.url, output, allow_unofficial=True)
     assert read_digest(output)["train"]["sha256"] == content_digest(TRAIN, META)
     assert list(output.parent.iterdir()) == [output]
 
@@ -326,11 +330,11 @@ def test_a_broken_download_goes_on(server: Server, output: Path) -> None:
     server.cut = len(ARCHIVE) // 3 + 1
     for sent in (server.cut, 2 * server.cut):
         with pytest.raises(UserError, match=r"broke off after .*; run it again"):
-            prepare(server.url, output, any_content=True)
+            prepare(server.url, output, allow_unofficial=True)
         (part,) = output.parent.iterdir()
         assert part.name.endswith(".part")
         assert part.read_bytes() == ARCHIVE[:sent]
-    prepare(server.url, output, any_content=True)
+    prepare(server.url, output, allow_unofficial=True)
     assert server.requested == [None, f"bytes={server.cut}-", f"bytes={2 * server.cut}-"]
     assert read_digest(output)["train"]["rows"] == 64
     assert list(output.parent.iterdir()) == [output]
@@ -363,7 +367,7 @@ def test_a_wrong_md5_is_refused_and_deleted(server: Server, tmp_path: Path) -> N
 
 def test_a_download_that_is_no_archive_is_deleted(server: Server, output: Path) -> None:
     server.data = b"<html>please log in</html>"
-    refused(server.url, output, "cannot be read", any_content=True)
+    refused(server.url, output, "cannot be read", allow_unofficial=True)
 
 
 def test_an_endless_download_is_cut(
@@ -377,11 +381,11 @@ def test_an_endless_download_is_cut(
 
 def test_network_errors_are_one_sentence(server: Server, output: Path) -> None:
     absent = server.url.replace("small.tar.gz", "absent")
-    refused(absent, output, "answers 404 Not Found; .*--source FILE", any_content=True)
-    refused("http://[", output, "cannot be fetched", any_content=True)
+    refused(absent, output, "answers 404 Not Found; .*--source FILE", allow_unofficial=True)
+    refused("http://[", output, "cannot be fetched", allow_unofficial=True)
     with Server() as closed:
         url = closed.url
-    refused(url, output, "refused.*--source FILE", any_content=True)
+    refused(url, output, "refused.*--source FILE", allow_unofficial=True)
 
 
 REAL = os.environ.get("CIFAR100_ARCHIVE")

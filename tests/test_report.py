@@ -19,10 +19,10 @@ from small_data import quick_recipe
 
 from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.pickles import RawMeta
-from cifar_dist.data.ingest.synthetic import draw_sample
+from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.report import main
-from cifar_dist.reporting.charts import MOST_POINTS, Series, line_chart, number, thinned, ticks
+from cifar_dist.reporting.charts import MAX_POINTS, Series, line_chart, number, thinned, ticks
 from cifar_dist.reporting.comparison import (
     group_runs,
     latex_table,
@@ -39,7 +39,7 @@ HOSTILE = "<script>alert('x')</script>"
 @pytest.fixture(scope="module")
 def hostile_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn sample in small; one class and one superclass have names that a page must not believe."""
-    train_rows, test_rows, meta = draw_sample(train_per_class=1, test_per_class=1)
+    train_rows, test_rows, meta = draw_synthetic(train_per_class=1, test_per_class=1)
     names = RawMeta(
         fine_label_names=[HOSTILE, *meta.fine_label_names[1:]],
         coarse_label_names=[f'"><img src=x onerror=1>{HOSTILE}', *meta.coarse_label_names[1:]],
@@ -121,9 +121,9 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert (first.label, len(first.runs), second.label) == ("tiny", 2, "other")
     top1 = [json.loads((run.folder / "summary.json").read_text())["top1"] for run in first.runs]
     assert first.mean("top1") == pytest.approx(statistics.fmean(top1))
-    assert first.deviation("top1") == pytest.approx(statistics.stdev(top1))
-    assert second.deviation("top1") is None
-    assert second.differs == ("optim.lr: 0.003 → 0.01",)
+    assert first.std("top1") == pytest.approx(statistics.stdev(top1))
+    assert second.std("top1") is None
+    assert second.config_diff == ("optim.lr: 0.003 → 0.01",)
     assert [run.device_hours for run in second.runs] == [
         pytest.approx(json.loads((runs / "other/summary.json").read_text())["seconds"] / 3600)
     ]
@@ -253,7 +253,7 @@ def test_axes_are_round_and_lines_are_thin() -> None:
     ]
     points = [(float(x), 0.0) for x in range(1000)]
     short = thinned(points)
-    assert (len(short), short[0], short[-1]) == (MOST_POINTS, points[0], points[-1])
+    assert (len(short), short[0], short[-1]) == (MAX_POINTS, points[0], points[-1])
     assert line_chart([Series(name="a", group=0, points=[])], x_label="x", y_label="y") is None
     chart = line_chart([Series(name=HOSTILE, group=9, points=[(1, 2)])], x_label="x", y_label="y")
     assert chart is not None
@@ -296,5 +296,5 @@ def test_the_tutorials_loop_trains_all_and_teachers_before_students() -> None:
     assert {row.config for row in PUBLISHED} <= {recipe.name for recipe in recipes}
     trained: set[str] = set()
     for recipe in recipes:
-        assert {teacher.run for teacher in recipe.taught_by} <= trained, recipe.name
+        assert {teacher.run for teacher in recipe.all_teachers} <= trained, recipe.name
         trained.add(f"runs/{recipe.name}")

@@ -15,9 +15,14 @@ from compare import assert_same_bits, largest_difference, lines
 from conftest import RecipeMaker
 from ranks import Ranks, train
 
-from cifar_dist.distributed.context import Ranks as RankGroup
-from cifar_dist.run_folder.checkpoint import checkpoints, damage, newest_valid, save_checkpoint
-from cifar_dist.training.metric_window import Window
+from cifar_dist.distributed.context import DistContext as RankGroup
+from cifar_dist.run_folder.checkpoint import (
+    checkpoints,
+    find_corruption,
+    latest_valid,
+    save_checkpoint,
+)
+from cifar_dist.training.metric_window import MetricWindow
 
 EVERY_STEP = 1e-9  # minutes between saves: one at every vote, which one process holds every step
 
@@ -51,7 +56,7 @@ def kill_and_go_on(
 
 def test_two_killed_ranks_end_with_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Two ranks vote, and so save, about once a second."""
-    path = recipe(run={"epochs": 60, "eval_every_epochs": 30, "report_every_steps": 7})
+    path = recipe(run={"epochs": 60, "eval_every_epochs": 30, "log_every_steps": 7})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
     kill_and_go_on(path, tmp_path, [1, 60, 120], last_step=360, world_size=2)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
@@ -107,7 +112,7 @@ def test_two_one_two_processes_are_bitwise_two(tmp_path: Path, recipe: RecipeMak
     train(path, "name=moved", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/moved")
     summary = json.loads((tmp_path / "runs/moved/summary.json").read_text())
-    assert summary["shards"] == 2
+    assert summary["micro_batches"] == 2
     assert summary["finished"] is True
 
 
@@ -118,10 +123,10 @@ def test_an_open_windows_sums_go_on_where_their_shards_run() -> None:
         (0, [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]),
         (1, [[0.0] * 2, [3.0, 4.0], [0.0] * 2]),
     ):
-        window = Window(["loss", "top1"], shards=3, device=torch.device("cpu"))
+        window = MetricWindow(["loss", "top1"], micro_batches=3, device=torch.device("cpu"))
         ranks = RankGroup(rank, 2, None)
         window.restore(
-            names=["loss", "top1"], sums=sums, steps=3, seconds=1.0, skips=[0, 0, 3], ranks=ranks
+            names=["loss", "top1"], sums=sums, steps=3, seconds=1.0, skips=[0, 0, 3], context=ranks
         )
         assert window.sums.tolist() == mine
 
@@ -130,7 +135,7 @@ def test_four_then_three_processes_agree_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
-        run={"batch_size": 60, "shards": 4, "epochs": 4},
+        run={"batch_size": 60, "micro_batches": 4, "epochs": 4},
         data={"path": str(middle_data)},
         model={"backbone": "test_vit"},  # smooth: rounding does not grow from step to step
         optim={"name": "sgd", "lr": 0.01},
@@ -160,7 +165,7 @@ def test_a_changed_recipe_is_refused_and_can_be_forced(tmp_path: Path, recipe: R
     assert "optim.lr: 0.003 -> 0.001" in output
     assert "run.epochs: 4 -> 6" in output
     assert "--force" in output
-    train(path, "run.report_every_steps=3", cwd=tmp_path)  # never a changed recipe
+    train(path, "run.log_every_steps=3", cwd=tmp_path)  # never a changed recipe
     train(path, "run.epochs=6", "--force", cwd=tmp_path)
     assert lines(tmp_path / "runs/tiny")[-1]["step"] == 36
 
@@ -181,19 +186,19 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, ha
             step=step,
             tensors={"model": {"weight": torch.arange(float(step))}},
             optimizer={"state": {}},
-            progress={"shards": 2},
+            progress={"micro_batches": 2},
         )
     newest = tmp_path / "step_00000023"
-    assert newest_valid(tmp_path) == newest
+    assert latest_valid(tmp_path) == newest
     harm_file(newest / name, harm)
-    assert damage(newest) == f"{name} is {'missing' if harm == 'remove' else 'damaged'}"
-    assert newest_valid(tmp_path) == tmp_path / "step_00000022"
+    assert find_corruption(newest) == f"{name} is {'missing' if harm == 'remove' else 'damaged'}"
+    assert latest_valid(tmp_path) == tmp_path / "step_00000022"
 
 
 def harm_file(path: Path, harm: str) -> None:
     content = bytearray(path.read_bytes())
     match harm:
-        case "flip":
+        case "hflip":
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         case "cut":
@@ -221,7 +226,7 @@ def test_the_best_by_held_out_accuracy_is_kept(
 ) -> None:
     path = recipe(
         run={"batch_size": 50, "epochs": 8, "keep_checkpoints": 1},
-        data={"path": str(middle_data), "holdout": 100},
+        data={"path": str(middle_data), "val_size": 100},
         optim={"lr": 0.05},
     )
     train(path, cwd=tmp_path)

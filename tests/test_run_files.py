@@ -13,7 +13,7 @@ from ranks import train
 from cifar_dist import export, predict, report
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.run_folder.records import MetricsFile
-from cifar_dist.training.resume import finished_before
+from cifar_dist.training.resume import find_finished_run
 from cifar_dist.utils.errors import UserError
 
 LINES = [
@@ -75,10 +75,10 @@ def test_a_summary_without_a_headline_is_of_no_finished_run(
     monkeypatch.chdir(run.parents[1])
     recipe, path = load_recipe(run / "recipe.yaml"), run / "summary.json"
     summary = json.loads(path.read_text())
-    assert finished_before(recipe) == summary
+    assert find_finished_run(recipe) == summary
     del summary["top1"]
     path.write_text(json.dumps(summary))
-    assert finished_before(recipe) is None
+    assert find_finished_run(recipe) is None
     assert "finished, top1" in train("runs/tiny/recipe.yaml", cwd=run.parents[1])
     assert "top1" in json.loads(path.read_text())
 
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_one_sentence_and_an_absent_one_is_not(
 ) -> None:
     readers = {
         "report": lambda: report.main([str(run), "--output", str(tmp_path / "page.html")]),
-        "predict": lambda: predict.main([str(run), "--dataset", "test:0"]),
+        "predict": lambda: predict.main([str(run), "--rows", "test:0"]),
         "export": lambda: export.main(
             [str(run), "--to", "teacher", "--output", str(tmp_path / "exported"), "--force"]
         ),
@@ -142,7 +142,7 @@ def test_a_training_writes_a_damaged_file_anew(
     monkeypatch.chdir(run.parents[1])
     before = json.loads((run / name).read_text())
     (run / name).write_text(damage)
-    assert finished_before(load_recipe(run / "recipe.yaml")) is None
+    assert find_finished_run(load_recipe(run / "recipe.yaml")) is None
     assert "finished, top1" in train("runs/tiny/recipe.yaml", cwd=run.parents[1])
     assert json.loads((run / name).read_text()).keys() == before.keys()
 

@@ -23,7 +23,7 @@ from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy, Distill
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import StepResult, leading, seed_draws, train_step
+from cifar_dist.training.step import StepResult, bn_stats_enabled, seed_dropout, train_step
 from cifar_dist.utils.precision import Precision, make_scaler
 
 SAM, ASAM = SamConfig(rho=0.1), SamConfig(rho=0.5, adaptive=True)
@@ -37,7 +37,7 @@ def accelerator() -> Accelerator:
 def step(
     accelerator: Accelerator,
     model: nn.Module,
-    shards: list[Batch],
+    micro_batches: list[Batch],
     *,
     sam: SamConfig | None,
     objective: Objective | None = None,
@@ -49,29 +49,31 @@ def step(
     return train_step(
         accelerator,
         model,
-        objective or plainly(shards[0].split),
+        objective or plainly(micro_batches[0].split),
         optimizer or torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
         scaler or make_scaler(precision, CPU),
-        shards,
+        micro_batches,
         precision=precision,
         seed=0,
         step=0,
-        batch_size=sum(len(shard.rows) for shard in shards),
+        batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
         max_grad_norm=max_grad_norm,
         sam=sam,
     )
 
 
-def gradient(model: nn.Module, shard: Batch, precision: Precision = "fp32") -> dict[str, Tensor]:
-    """Of the summed cross-entropy of one shard, by name; dropout is keyed, statistics move."""
+def gradient(
+    model: nn.Module, micro_batch: Batch, precision: Precision = "fp32"
+) -> dict[str, Tensor]:
+    """Of the summed cross-entropy of one micro-batch, by name; dropout is keyed, statistics move."""
     model.zero_grad()
-    seed_draws(CPU, seed=0, step=0, shard=shard.shard)
+    seed_dropout(CPU, seed=0, step=0, micro_batch=micro_batch.micro_batch)
     with (
-        leading(model, shard.shard == 0),
+        bn_stats_enabled(model, micro_batch.micro_batch == 0),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        logits = model(shard.images).logits
-    nn.functional.cross_entropy(logits.float(), shard.labels, reduction="sum").backward()
+        logits = model(micro_batch.images).logits
+    nn.functional.cross_entropy(logits.float(), micro_batch.labels, reduction="sum").backward()
     found = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -79,11 +81,13 @@ def gradient(model: nn.Module, shard: Batch, precision: Precision = "fp32") -> d
     return found
 
 
-def by_hand(model: nn.Module, shards: list[Batch], sam: SamConfig, **options: Any) -> nn.Module:
-    """One update of plain SGD at 0.1 with the mean of each shard's gradient uphill."""
+def by_hand(
+    model: nn.Module, micro_batches: list[Batch], sam: SamConfig, **options: Any
+) -> nn.Module:
+    """One update of plain SGD at 0.1 with the mean of each micro-batch's gradient uphill."""
     total: dict[str, Tensor] = {}
-    for shard in shards:
-        first = gradient(copy.deepcopy(model), shard, **options)
+    for micro_batch in micro_batches:
+        first = gradient(copy.deepcopy(model), micro_batch, **options)
         size = {name: torch.ones_like(value) for name, value in first.items()}
         if sam.adaptive:
             for name, weight in model.named_parameters():
@@ -94,9 +98,9 @@ def by_hand(model: nn.Module, shards: list[Batch], sam: SamConfig, **options: An
         with torch.no_grad():
             for name, parameter in above.named_parameters():
                 parameter.add_(size[name] ** 2 * first[name], alpha=sam.rho / length.item())
-        for name, value in gradient(above, shard, **options).items():
+        for name, value in gradient(above, micro_batch, **options).items():
             total[name] = total.get(name, torch.zeros(())) + value
-    rows = sum(len(shard.rows) for shard in shards)
+    rows = sum(len(micro_batch.rows) for micro_batch in micro_batches)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.sub_(total[name], alpha=0.1 / rows)
@@ -108,13 +112,13 @@ def distance(one: nn.Module, other: nn.Module) -> float:
     return nn.utils.get_total_norm([(a - b).detach() for a, b in pairs]).item()
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("sam", [SAM, ASAM], ids=["sam", "asam"])
 def test_update_equals_the_one_by_hand(
-    accelerator: Accelerator, data: Path, sam: SamConfig, shards: int
+    accelerator: Accelerator, data: Path, sam: SamConfig, micro_batches: int
 ) -> None:
     """A ViT with dropout: it is smooth, and its two passes must drop the same."""
-    parts = shards_of(data, shards=shards)
+    parts = shards_of(data, micro_batches=micro_batches)
     model = model_of(backbone="test_vit", drop_rate=0.2)
     start, plain = copy.deepcopy(model), copy.deepcopy(model)
     wanted = by_hand(copy.deepcopy(model), parts, sam)
@@ -128,7 +132,7 @@ def test_update_equals_the_one_by_hand(
 
 def test_bf16_sees_the_weights_uphill(accelerator: Accelerator, data: Path) -> None:
     """Autocast keeps cast weights for as long as it lasts: both passes under one would be one."""
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     model = model_of(backbone="test_vit")
     plain = copy.deepcopy(model)
     wanted = by_hand(copy.deepcopy(model), parts, SAM, precision="bf16")
@@ -141,8 +145,8 @@ def test_bf16_sees_the_weights_uphill(accelerator: Accelerator, data: Path) -> N
 def test_the_weights_come_back_to_the_bit(
     accelerator: Accelerator, data: Path, sam: SamConfig
 ) -> None:
-    """With a learning rate of 0 all that a step may leave are shard 0's first statistics."""
-    parts = shards_of(data, shards=2)
+    """With a learning rate of 0 all that a step may leave are micro-batch 0's first statistics."""
+    parts = shards_of(data, micro_batches=2)
     model = model_of()
     first_only = copy.deepcopy(model)
     step(accelerator, model, parts, sam=sam, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
@@ -154,7 +158,7 @@ def test_the_weights_come_back_to_the_bit(
 
 
 def test_terms_are_those_at_the_weights(accelerator: Accelerator, data: Path) -> None:
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     model = model_of(drop_rate=0.2)
     plain = step(accelerator, copy.deepcopy(model), parts, sam=None)
     made = step(accelerator, model, parts, sam=replace(SAM, rho=5.0))
@@ -165,7 +169,7 @@ def test_terms_are_those_at_the_weights(accelerator: Accelerator, data: Path) ->
 def test_the_gradient_uphill_is_what_is_clipped(accelerator: Accelerator, data: Path) -> None:
     model = model_of()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    step(accelerator, model, shards_of(data, shards=2), sam=SAM, max_grad_norm=0.5)
+    step(accelerator, model, shards_of(data, micro_batches=2), sam=SAM, max_grad_norm=0.5)
     change = [now - then for now, then in zip(model.parameters(), before, strict=True)]
     assert nn.utils.get_total_norm(change).item() == pytest.approx(0.1 * 0.5, rel=1e-3)
 
@@ -173,8 +177,8 @@ def test_the_gradient_uphill_is_what_is_clipped(accelerator: Accelerator, data: 
 def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -> None:
     class Counts:
         asked = 0
-        parameters_here = 0
-        recordable = True
+        local_num_params = 0
+        capturable = True
 
         def __call__(self, view: Any, batch: Batch) -> Tensor:
             self.asked += 1
@@ -182,9 +186,9 @@ def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -
 
     teacher = Counts()
     losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "distill": Distill()}
-    shards = shards_of(data, shards=3)
-    objective = Objective(Augment(AugmentConfig(), shards[0].split), losses, teacher)
-    step(accelerator, model_of(), shards, sam=SAM, objective=objective)
+    micro_batches = shards_of(data, micro_batches=3)
+    objective = Objective(Augment(AugmentConfig(), micro_batches[0].split), losses, teacher)
+    step(accelerator, model_of(), micro_batches, sam=SAM, objective=objective)
     assert teacher.asked == 3
 
 
@@ -200,16 +204,16 @@ def test_a_broken_gradient_of_either_pass_changes_nothing(
     def break_one(gradient: Tensor) -> Tensor:
         nonlocal passes
         passes += 1
-        return gradient * factor if passes == 2 + broken else gradient  # of the second shard
+        return gradient * factor if passes == 2 + broken else gradient  # of the second micro-batch
 
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     head = model.get_submodule("head")
     handle = head.register_forward_hook(
         lambda module, inputs, outputs: outputs.logits.register_hook(break_one) and None
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-    passes = -1  # the first shard's two come first
+    passes = -1  # the first micro-batch's two come first
     assert step(accelerator, model, parts, sam=SAM, optimizer=optimizer).skipped
     handle.remove()
     assert passes == 3
@@ -221,17 +225,17 @@ def test_a_broken_gradient_of_either_pass_changes_nothing(
 def test_the_guard_needs_no_weight_to_notice(accelerator: Accelerator, data: Path) -> None:
     """A first gradient that is broken breaks the second, whatever the loss does with such weights."""
     weight = nn.Parameter(torch.ones(2))
-    with SAM.uphill([("weight", weight)], [torch.tensor([1.0, torch.inf])]) as sound:
+    with SAM.perturbed_weights([("weight", weight)], [torch.tensor([1.0, torch.inf])]) as sound:
         assert sound.isnan()
     assert torch.equal(weight, torch.ones(2))
-    with SAM.uphill([("weight", weight)], [torch.zeros(2)]) as sound:
+    with SAM.perturbed_weights([("weight", weight)], [torch.zeros(2)]) as sound:
         assert sound == 1
         assert torch.equal(weight, torch.ones(2))
 
 
 def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: Path) -> None:
     """A direction has no scale, so SAM under a scaler is SAM, once nothing overflows."""
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     model = model_of(backbone="test_vit")
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
@@ -273,9 +277,9 @@ def test_one_and_two_processes_compute_the_same_bits(
 
 
 def test_four_shards_agree_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two processes of two shards each: the first of them under no_sync."""
+    """Two processes of two micro-batches each: the first of them under no_sync."""
     path = recipe(
-        run={"shards": 4, "epochs": 2},
+        run={"micro_batches": 4, "epochs": 2},
         model={"backbone": "test_vit"},
         optim={"name": "sgd", "lr": 0.01, "sam": {"rho": 0.05}},
     )

@@ -10,9 +10,9 @@ import numpy as np
 from cifar_dist.data.dataset import content_digest
 from cifar_dist.data.ingest.archive import read_members
 from cifar_dist.data.ingest.pickles import check_hierarchy, read_meta, read_pickle
-from cifar_dist.data.ingest.synthetic import COLOURS, SHAPES, draw_sample, write_pickles
+from cifar_dist.data.ingest.synthetic import COLOURS, SHAPES, draw_synthetic, write_pickles
 
-TRAIN, TEST, META = draw_sample(train_per_class=6, test_per_class=2)
+TRAIN, TEST, META = draw_synthetic(train_per_class=6, test_per_class=2)
 FIRST_NAME = "yellow_star_s_000000.png"
 FIRST_PIXELS = [134, 93, 127, 128, 146, 104, 143, 121, 133, 145, 245, 147, 134, 163, 222, 127, 83, 92, 93, 120, 119, 116, 103, 84, 134, 137, 255, 109, 136, 129, 241, 133, 128, 99, 114, 131, 129, 115, 139, 130, 128, 127, 60, 112, 142, 145, 50, 125]  # fmt: skip
 
@@ -30,8 +30,8 @@ def test_it_has_the_structure_of_cifar() -> None:
 
 
 def test_it_depends_on_its_arguments_alone() -> None:
-    again = draw_sample(train_per_class=6, test_per_class=2)
-    other = draw_sample(train_per_class=6, test_per_class=2, seed=1)
+    again = draw_synthetic(train_per_class=6, test_per_class=2)
+    other = draw_synthetic(train_per_class=6, test_per_class=2, seed=1)
     assert content_digest(again[0], META) == content_digest(TRAIN, META)
     assert content_digest(again[1], META) == content_digest(TEST, META)
     assert not np.array_equal(other[0].images, TRAIN.images)

@@ -11,7 +11,7 @@ from sklearn import metrics as sklearn_metrics
 from torchmetrics.classification import MulticlassCalibrationError
 
 from cifar_dist.evaluation import scores
-from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.evaluation.metrics import classification_metrics
 
 LABELS = torch.tensor([0, 0, 1, 2, 3])
 PREDICTED = torch.tensor([0, 1, 1, 3, 0])
@@ -30,7 +30,7 @@ def predictions(rows: int = 700, classes: int = 20) -> tuple[torch.Tensor, torch
 def test_confusion_and_superclasses_by_hand() -> None:
     table = scores.confusion(LABELS, PREDICTED, 4)
     assert table.tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
-    assert scores.fold(table, COARSE, 2).tolist() == [[3, 0], [1, 1]]
+    assert scores.merge_classes(table, COARSE, 2).tolist() == [[3, 0], [1, 1]]
     assert scores.superclass_scores(LABELS, PREDICTED, COARSE) == pytest.approx(
         {"superclass_top1": 80, "errors_inside_superclass": 40, "errors_outside_superclass": 20}
     )
@@ -38,18 +38,18 @@ def test_confusion_and_superclasses_by_hand() -> None:
 
 def test_a_class_without_superclass_is_in_no_group() -> None:
     table = scores.confusion(LABELS, PREDICTED, 4)
-    assert scores.fold(table, torch.tensor([0, 0, 1, -1]), 2).tolist() == [[3, 0], [0, 0]]
+    assert scores.merge_classes(table, torch.tensor([0, 0, 1, -1]), 2).tolist() == [[3, 0], [0, 0]]
 
 
 def test_class_scores_by_hand() -> None:
     first, second, third, _ = scores.class_scores(scores.confusion(LABELS, PREDICTED, 4))
     assert (first.recall, first.precision, first.f1) == (50, 50, 50)
-    assert (first.mistaken_for, first.mistaken) == (1, 1)
+    assert (first.most_confused_with, first.confused_count) == (1, 1)
     assert (second.recall, second.precision) == (100, 50)
-    assert second.mistaken_for is None
+    assert second.most_confused_with is None
     assert (third.recall, third.precision, third.f1) == (0, None, 0)
     nobody = scores.class_scores(torch.zeros(2, 2, dtype=torch.int64))[0]
-    assert (nobody.pictures, nobody.recall, nobody.f1) == (0, None, None)
+    assert (nobody.count, nobody.recall, nobody.f1) == (0, None, None)
 
 
 def test_classes_as_scikit_learn_has_them() -> None:
@@ -64,8 +64,8 @@ def test_classes_as_scikit_learn_has_them() -> None:
         assert ours.precision == pytest.approx(100 * precision[place])
         assert ours.recall == pytest.approx(100 * recall[place])
         assert ours.f1 == pytest.approx(100 * f1[place])
-        assert ours.pictures == count[place]
-    ours_all = accuracy(logits, labels)
+        assert ours.count == count[place]
+    ours_all = classification_metrics(logits, labels)
     top5 = sklearn_metrics.top_k_accuracy_score(labels, logits, k=5)
     assert ours_all["top5"] == pytest.approx(100 * top5)
     assert ours_all["loss"] == pytest.approx(sklearn_metrics.log_loss(labels, logits.softmax(1)))
@@ -75,7 +75,7 @@ def test_reliability_by_hand() -> None:
     """Two pictures at 0.9, one of them right; one at 0.6, right: |0.5 - 0.9| 2/3 + |1 - 0.6| 1/3."""
     logits = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]).log()
     found = scores.reliability(logits, torch.tensor([0, 1, 0]), bins=2)
-    assert found.pictures == [0, 3]
+    assert found.counts == [0, 3]
     assert found.confidence[0] is None
     assert found.confidence[1] == pytest.approx(80)
     assert found.top1[1] == pytest.approx(200 / 3)
@@ -85,7 +85,7 @@ def test_reliability_by_hand() -> None:
 
 def test_a_model_that_is_entirely_sure_is_in_the_last_bin() -> None:
     found = scores.reliability(torch.tensor([[1000.0, 0.0]]), torch.tensor([0]), bins=10)
-    assert found.pictures == [0] * 9 + [1]
+    assert found.counts == [0] * 9 + [1]
 
 
 def test_calibration_error_as_torchmetrics_has_it() -> None:
@@ -94,7 +94,7 @@ def test_calibration_error_as_torchmetrics_has_it() -> None:
         oracle = MulticlassCalibrationError(20, n_bins=15, norm="l1")(logits / temperature, labels)
         ours = scores.reliability(logits / temperature, labels)
         assert ours.ece == pytest.approx(100 * oracle.item(), abs=1e-4)
-        assert sum(ours.pictures) == len(labels)
+        assert sum(ours.counts) == len(labels)
 
 
 def test_temperature_is_where_the_likelihood_is_largest() -> None:
@@ -102,7 +102,7 @@ def test_temperature_is_where_the_likelihood_is_largest() -> None:
     fitted = scores.fit_temperature(logits, labels)
 
     def loss(temperature: float) -> float:
-        return accuracy(logits / temperature, labels)["loss"]
+        return classification_metrics(logits / temperature, labels)["loss"]
 
     assert loss(fitted) <= min(loss(fitted * 1.001), loss(fitted / 1.001))
     assert scores.fit_temperature(logits * 7, labels) == pytest.approx(7 * fitted, rel=1e-9)
@@ -161,10 +161,15 @@ def test_top1_of_equal_logits_is_that_of_argmax() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2000, 10, generator=generator).round()
     labels = torch.randint(0, 10, (2000,), generator=generator)
-    found = accuracy(logits, labels)
+    found = classification_metrics(logits, labels)
     right = logits.argmax(1) == labels
     assert found["top1"] == pytest.approx(100 * right.double().mean().item(), abs=1e-9)
     order = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
     among = (order == labels[:, None]).any(1)
     assert found["top5"] == pytest.approx(100 * among.double().mean().item(), abs=1e-9)
-    assert accuracy(torch.full((3, 10), torch.nan), torch.zeros(3, dtype=torch.int64))["top1"] == 0
+    assert (
+        classification_metrics(torch.full((3, 10), torch.nan), torch.zeros(3, dtype=torch.int64))[
+            "top1"
+        ]
+        == 0
+    )

@@ -11,18 +11,18 @@ from conftest import RecipeMaker
 from ranks import Ranks, train
 from test_resume import EVERY_STEP, wait_for_step
 
-from cifar_dist.models.backbones import Growing, ModelConfig, build_model
+from cifar_dist.models.backbones import ModelConfig, ProgressiveResize, build_model
 from cifar_dist.utils.errors import UserError
 
 IMAGES = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
 
 
 def test_sizes_grow_in_steps_up_to_the_last() -> None:
-    growing = Growing(start=96, epochs=10, multiple=32)
+    growing = ProgressiveResize(start=96, epochs=10, multiple=32)
     sizes = [growing.size_in(epoch, 224) for epoch in range(12)]
     assert sizes == [96, 96, 128, 128, 160, 160, 160, 192, 192, 224, 224, 224]
     assert ModelConfig(image_size=224).train_size(0) == 224
-    odd = Growing(start=20, epochs=2, multiple=4)
+    odd = ProgressiveResize(start=20, epochs=2, multiple=4)
     assert [odd.size_in(epoch, 30) for epoch in range(3)] == [20, 24, 30]
 
 
@@ -39,7 +39,7 @@ def test_the_size_of_an_epoch_is_that_of_the_pixels_in_training_alone() -> None:
 
 def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> None:
     """7 pictures: 3 at 48 px; which ones is drawn anew, and an evaluation has the first size."""
-    config = ModelConfig(backbone="test_resnet", image_size=32, second_size=48)
+    config = ModelConfig(backbone="test_resnet", image_size=32, mixed_resolution=48)
     model = build_model(config, 10)
     seen: list[tuple[int, ...]] = []
     model.backbone.register_forward_pre_hook(lambda _, pixels: seen.append(pixels[0].shape))
@@ -48,8 +48,8 @@ def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> No
             norm.eval()
     chosen = set()
     with torch.no_grad():
-        at_first = model.backbone(model.pixels(IMAGES))
-        at_second = model.backbone(model.pixels(IMAGES, 48))
+        at_first = model.backbone(model.preprocess(IMAGES))
+        at_second = model.backbone(model.preprocess(IMAGES, 48))
         seen.clear()
         for seed in range(4):
             torch.manual_seed(seed)
@@ -70,9 +70,10 @@ def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> No
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param({"second_size": 48}, id="two sizes", marks=pytest.mark.fault),
+        pytest.param({"mixed_resolution": 48}, id="two sizes", marks=pytest.mark.fault),
         pytest.param(
-            {"image_size": 64, "growing": {"start": 32, "epochs": 3, "multiple": 16}}, id="growing"
+            {"image_size": 64, "progressive_resize": {"start": 32, "epochs": 3, "multiple": 16}},
+            id="growing",
         ),
     ],
 )
@@ -97,11 +98,17 @@ def test_processes_and_a_kill_make_no_difference(
 
 def test_what_a_backbone_cannot_take_is_refused_at_the_start() -> None:
     with pytest.raises(UserError, match="48 px"):
-        build_model(ModelConfig(backbone="vit_tiny_patch16_224", image_size=64, second_size=48), 10)
-    growing = Growing(start=32, epochs=4, multiple=8)  # 32, 40, 48, 56, then 64
+        build_model(
+            ModelConfig(backbone="vit_tiny_patch16_224", image_size=64, mixed_resolution=48), 10
+        )
+    growing = ProgressiveResize(start=32, epochs=4, multiple=8)  # 32, 40, 48, 56, then 64
     with pytest.raises(UserError, match="cannot take 40 px"):
-        build_model(ModelConfig(backbone="dla34", image_size=64, growing=growing), 10)
+        build_model(ModelConfig(backbone="dla34", image_size=64, progressive_resize=growing), 10)
     with pytest.raises(ValueError, match="remove one"):
-        ModelConfig(image_size=64, second_size=48, growing=Growing(start=32, epochs=1))
+        ModelConfig(
+            image_size=64,
+            mixed_resolution=48,
+            progressive_resize=ProgressiveResize(start=32, epochs=1),
+        )
     with pytest.raises(ValueError, match="lower it"):
-        ModelConfig(image_size=64, growing=Growing(start=96, epochs=1))
+        ModelConfig(image_size=64, progressive_resize=ProgressiveResize(start=96, epochs=1))

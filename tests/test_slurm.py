@@ -22,7 +22,7 @@ from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, wait_until, why_not
 
 from cifar_dist.distributed import slurm
 from cifar_dist.run_folder.checkpoint import checkpoints
-from cifar_dist.utils.host import process_start
+from cifar_dist.utils.host import process_start_time
 
 LONG = {"epochs": 100, "eval_every_epochs": 50, "save_every_minutes": 0.01}
 
@@ -153,7 +153,7 @@ def test_three_requeues_with_workers_end_with_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     """Pictures from worker processes, which get each signal too; every time another number of them."""
-    host = {"host": [{"HorizontalFlip": {"p": 0.5}}], "host_workers": 1}
+    host = {"host": [{"HorizontalFlip": {"p": 0.5}}], "workers": 1}
     path = recipe(run=LONG | {"epochs": 200}, augment=host)
     run = tmp_path / "runs/tiny"
     text = path.read_text()
@@ -162,7 +162,7 @@ def test_three_requeues_with_workers_end_with_the_same_bits(
     for workers in (2, 1, 3):
         job.wait("RUNNING")
         job.wait_for_step(run, step + 1)
-        path.write_text(text.replace("host_workers: 1", f"host_workers: {workers}"))
+        path.write_text(text.replace("workers: 1", f"workers: {workers}"))
         cluster("scancel", "--signal=USR1", job.id)
         job.wait("PENDING", "COMPLETED")
         step = newest_step(run)
@@ -287,7 +287,7 @@ def test_a_lost_rank_ends_all_tasks_in_time(
     wait_until(metrics.exists, seconds=120, otherwise=lambda: job.output)
     started = time.monotonic()
     pids = signal_a_task(job, number, random.Random(0))
-    wait_until(lambda: not any(process_start(pid) for pid in pids), seconds=60)
+    wait_until(lambda: not any(process_start_time(pid) for pid in pids), seconds=60)
     seconds = time.monotonic() - started
     print(f"a rank with {number.name}: both are gone after {seconds:.1f} s")
     assert seconds < limit
@@ -390,7 +390,7 @@ def task(**changes: str) -> dict[str, str]:
 def test_a_tasks_device_is_its_local_rank_modulo_what_it_sees(
     visible: int, local_rank: str
 ) -> None:
-    assert slurm.torch_variables(task(), visible_devices=visible) == {
+    assert slurm.torch_env(task(), visible_devices=visible) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": local_rank,
@@ -401,13 +401,13 @@ def test_a_tasks_device_is_its_local_rank_modulo_what_it_sees(
 
 
 def test_who_is_no_task_is_left_alone() -> None:
-    assert slurm.torch_variables({}, visible_devices=4) == {}
-    assert slurm.torch_variables(task(RANK="0"), visible_devices=4) == {}  # a launcher's process
-    assert slurm.torch_variables(task(SLURM_STEP_NUM_TASKS="1"), visible_devices=4) == {}
+    assert slurm.torch_env({}, visible_devices=4) == {}
+    assert slurm.torch_env(task(RANK="0"), visible_devices=4) == {}  # a launcher's process
+    assert slurm.torch_env(task(SLURM_STEP_NUM_TASKS="1"), visible_devices=4) == {}
     batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
-    assert slurm.torch_variables(batch_script, visible_devices=4) == {}
+    assert slurm.torch_env(batch_script, visible_devices=4) == {}
     given = task(MASTER_ADDR="10.0.0.1", MASTER_PORT="7")
-    assert slurm.torch_variables(given, visible_devices=4)["MASTER_ADDR"] == "10.0.0.1"
+    assert slurm.torch_env(given, visible_devices=4)["MASTER_ADDR"] == "10.0.0.1"
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -439,7 +439,7 @@ def test_an_array_is_recipes_times_seeds(
 ) -> None:
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     for name in ("a", "b"):
-        recipe(name, run={"epochs": 1, "shards": 1})
+        recipe(name, run={"epochs": 1, "micro_batches": 1})
     chosen = {"RECIPES": "a.yaml b.yaml", "SEEDS": "3 4"}
     options = ["--array=0-3", "--cpus-per-task=1", "slurm/table.sh"]
     job = cluster.submit(*options, cwd=tmp_path, environment=chosen)

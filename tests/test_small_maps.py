@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cifar_dist.models.backbones import ModelConfig, build_model
-from cifar_dist.models.small_maps import TapConv2d, use_taps
+from cifar_dist.models.small_maps import SmallMapConv2d, replace_small_map_convs
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4])
@@ -20,8 +20,8 @@ def test_outputs_and_gradients_are_those_of_a_convolution(
     plain = nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=bias).double()
     taps = nn.Conv2d(5, 7, 3, stride=stride, padding=1, bias=bias).double()
     taps.load_state_dict(plain.state_dict())
-    use_taps(taps)
-    assert type(taps) is TapConv2d
+    replace_small_map_convs(taps)
+    assert type(taps) is SmallMapConv2d
     for layer in plain, taps:
         layer.to(memory_format=torch.channels_last)
     images = torch.randn(6, 5, side, side, dtype=torch.double)
@@ -48,7 +48,7 @@ def test_what_could_be_none_stays_as_it_is() -> None:
         nn.Conv1d(4, 4, 3, padding=1),
     )
     kinds = [type(module) for module in others]
-    use_taps(others)
+    replace_small_map_convs(others)
     assert [type(module) for module in others] == kinds
 
 
@@ -58,6 +58,6 @@ def test_a_resnet_at_32_px_says_the_same_with_taps_and_with_convolutions() -> No
     with torch.no_grad():
         found = model(images).logits
         for module in model.modules():
-            if type(module) is TapConv2d:
+            if type(module) is SmallMapConv2d:
                 module.__class__ = nn.Conv2d  # type: ignore[assignment]
         torch.testing.assert_close(found, model(images).logits)

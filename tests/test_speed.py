@@ -22,23 +22,23 @@ from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
 from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
 from cifar_dist.data.batches import Batch, train_batches
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.distill.teacher import Live
+from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import LOSSES, CrossEntropy
 from cifar_dist.models.backbones import ModelConfig, build_model
-from cifar_dist.optim.averaging import Ema, EmaConfig
+from cifar_dist.optim.averaging import AveragingConfig, Ema
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.training.graphed_step import GraphedStep
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective, sum_terms
-from cifar_dist.training.step import StepResult, train_step, update
+from cifar_dist.training.step import StepResult, optimizer_step, train_step
 from cifar_dist.utils.precision import Precision, make_scaler
 
-CROP_FLIP = AugmentConfig(crop_padding=4, flip=True)
+CROP_FLIP = AugmentConfig(crop_padding=4, hflip=True)
 ALL_OPS = AugmentConfig(
     crop_padding=4,
-    flip=True,
-    vertical_flip=True,
+    hflip=True,
+    vflip=True,
     affine=Affine(degrees=15),
     color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
     rand_augment=RandAugment(),
@@ -87,7 +87,7 @@ class Waits(TorchDispatchMode):
 
 
 def batches_of(
-    split: Split, *, batch_size: int = BATCH_SIZE, shards: int = 2
+    split: Split, *, batch_size: int = BATCH_SIZE, micro_batches: int = 2
 ) -> Iterator[list[Batch]]:
     return train_batches(
         split,
@@ -95,7 +95,7 @@ def batches_of(
         seed=0,
         shuffle=True,
         batch_size=batch_size,
-        shards=shards,
+        micro_batches=micro_batches,
         start_step=0,
         rank=0,
         world_size=1,
@@ -135,8 +135,8 @@ def test_a_step_reads_no_number(data: Path, optimizer_name: str, precision: Prec
     objective = Objective(Augment(ALL_OPS, split), {"cross_entropy": CrossEntropy()})
     optimizer = build_optimizer(config, model)
     scaler = make_scaler(precision, accelerator.device)
-    ema, batches = Ema(EmaConfig(), model), batches_of(split)
-    window = Window(objective.names, shards=2, device=accelerator.device)
+    ema, batches = Ema(AveragingConfig(), model), batches_of(split)
+    window = MetricWindow(objective.names, micro_batches=2, device=accelerator.device)
     with Waits() as waits:
         for step in range(5):
             set_learning_rate(optimizer, 0.01 / (1 + step))
@@ -169,22 +169,22 @@ def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConf
     with PRETENDED:
         with GPU:
             model = model_of(loss)
-            teacher = Live(model_of(loss).eval(), 1.0) if loss.taught else None
+            teacher = OnlineTeacher(model_of(loss).eval(), 1.0) if loss.needs_teacher else None
             images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
             split = Split(images=images, labels=torch.zeros(64, dtype=torch.int64))
         objective = Objective(Augment(augment, split), {"loss_of_the_recipe": loss}, teacher)
         optimizer = build_optimizer(OptimConfig(max_grad_norm=5.0), model)
         scaler = make_scaler("fp32", images.device)
-        window = Window(objective.names, shards=2, device=images.device)
+        window = MetricWindow(objective.names, micro_batches=2, device=images.device)
         batches = batches_of(split)
         counts = []
         for _ in range(2):
             with Waits() as waits:
                 set_learning_rate(optimizer, 0.01)
-                terms = [sum_terms(objective(model, shard)) for shard in next(batches)]
+                terms = [sum_terms(objective(model, micro_batch)) for micro_batch in next(batches)]
                 for parameter in model.parameters():
                     parameter.grad = torch.zeros_like(parameter)
-                skipped = update(model, optimizer, scaler, times=1, max_grad_norm=5.0)
+                skipped = optimizer_step(model, optimizer, scaler, grad_scale=1, max_grad_norm=5.0)
                 window.add(StepResult(slice(0, None), torch.stack(terms), skipped))
             counts.append(waits.count)
     assert counts[0] > 0, "the order and the table of the epoch go to the device"
@@ -212,14 +212,14 @@ class Operations(TorchDispatchMode):
     [
         (AugmentConfig(), 3),  # images, labels, which view each is
         (CROP_FLIP, 4),  # where a crop begins, the crop
-        (AugmentConfig(crop_padding=4, flip="alternate", cutout=8), 29),
-        (AugmentConfig(crop_padding=4, flip=True, mixup=0.2), 29),  # and its partner
+        (AugmentConfig(crop_padding=4, hflip="alternate", cutout=8), 29),
+        (AugmentConfig(crop_padding=4, hflip=True, mixup=0.2), 29),  # and its partner
     ],
     ids=["nothing", "crop and flip", "and cutout", "and mixup"],
 )
 def test_a_view_takes_few_operations(data: Path, config: AugmentConfig, most: int) -> None:
     split = load_split(data, "train")
-    augment, batches = Augment(config, split), batches_of(split, shards=1)
+    augment, batches = Augment(config, split), batches_of(split, micro_batches=1)
     augment(next(batches)[0])  # draws the epoch's tables
     (batch,) = next(batches)
     with Operations() as operations:
@@ -246,10 +246,10 @@ def test_a_recorded_step_reads_no_number_and_launches_few_operations(
         seed=0,
         batch_size=BATCH_SIZE,
         max_grad_norm=1.0,
-        reduce_precision="fp32",
+        grad_reduce_dtype="fp32",
         new_recorder=EmulatedRecorder,  # type: ignore[arg-type]
     )
-    batches, window = batches_of(split), Window(objective.names, shards=2, device=CPU)
+    batches, window = batches_of(split), MetricWindow(objective.names, micro_batches=2, device=CPU)
     for number in range(4):
         window.add(step(next(batches), step=number))
     with Waits() as waits, Operations() as loose:
@@ -270,7 +270,7 @@ def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
     model.compile(backend="eager")  # what is compiled, and when, does not depend on by what
     objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
     optimizer = build_optimizer(OptimConfig(), model)
-    scaler, batches = make_scaler("bf16", accelerator.device), batches_of(split, shards=3)
+    scaler, batches = make_scaler("bf16", accelerator.device), batches_of(split, micro_batches=3)
 
     def take(step: int) -> None:
         set_learning_rate(optimizer, 0.01 / (1 + step))
@@ -314,7 +314,7 @@ def test_fused_adamw_reads_nothing_where_foreach_reads_all_steps() -> None:
 def test_the_data_path_is_many_times_the_per_item_ways(middle_data: Path) -> None:
     """By CPU time; measured were 30 times the tutorial's loader, and 40 times where both augment."""
     split = load_split(middle_data, "train")
-    plain, augmented = (batches_of(split, batch_size=250, shards=1) for _ in range(2))
+    plain, augmented = (batches_of(split, batch_size=250, micro_batches=1) for _ in range(2))
     augment = Augment(CROP_FLIP, split)
     tutorial = endless(tutorial_loader(split, 250))
     hugging_face = endless(hugging_face_loader(split, 250, augment=True))

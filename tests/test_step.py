@@ -20,7 +20,7 @@ from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.models.heads import Outputs
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import StepResult, seed_draws, train_step
+from cifar_dist.training.step import StepResult, seed_dropout, train_step
 from cifar_dist.utils.config import config
 from cifar_dist.utils.precision import Precision, check_precision, make_scaler
 
@@ -37,14 +37,14 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def shards_of(data: Path, *, shards: int, batch_size: int = 10) -> list[Batch]:
+def shards_of(data: Path, *, micro_batches: int, batch_size: int = 10) -> list[Batch]:
     batches = train_batches(
         load_split(data, "train"),
         torch.arange(64),
         seed=0,
         shuffle=True,
         batch_size=batch_size,
-        shards=shards,
+        micro_batches=micro_batches,
         start_step=0,
         rank=0,
         world_size=1,
@@ -62,7 +62,7 @@ def step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    shards: list[Batch],
+    micro_batches: list[Batch],
     *,
     max_grad_norm: float | None = None,
     precision: Precision = "fp32",
@@ -71,24 +71,24 @@ def step(
     return train_step(
         accelerator,
         model,
-        plainly(shards[0].split),
+        plainly(micro_batches[0].split),
         optimizer,
         scaler or make_scaler(precision, CPU),
-        shards,
+        micro_batches,
         precision=precision,
         seed=0,
         step=0,
-        batch_size=sum(len(shard.rows) for shard in shards),
+        batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
         max_grad_norm=max_grad_norm,
     )
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.1])
 def test_update_equals_the_mean_loss_by_hand(
-    accelerator: Accelerator, data: Path, shards: int, max_grad_norm: float | None
+    accelerator: Accelerator, data: Path, micro_batches: int, max_grad_norm: float | None
 ) -> None:
-    parts = shards_of(data, shards=shards)
+    parts = shards_of(data, micro_batches=micro_batches)
     model = model_of()
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
@@ -108,7 +108,7 @@ def test_update_equals_the_mean_loss_by_hand(
 
 
 def test_running_statistics_are_shard_zeros(accelerator: Accelerator, data: Path) -> None:
-    parts = shards_of(data, shards=3)
+    parts = shards_of(data, micro_batches=3)
     model = model_of()
     first_only = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,14 +129,17 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
 
     def mask(**key: Any) -> torch.Tensor:
         torch.rand(7)  # ambient randomness must not matter
-        seed_draws(CPU, **key)
+        seed_dropout(CPU, **key)
         return dropout(ones)
 
-    base = mask(seed=0, step=5, shard=1)
-    assert torch.equal(base, mask(seed=0, step=5, shard=1))
-    for other in ({"seed": 1, "step": 5, "shard": 1}, {"seed": 0, "step": 6, "shard": 1}):
+    base = mask(seed=0, step=5, micro_batch=1)
+    assert torch.equal(base, mask(seed=0, step=5, micro_batch=1))
+    for other in (
+        {"seed": 1, "step": 5, "micro-batch": 1},
+        {"seed": 0, "step": 6, "micro-batch": 1},
+    ):
         assert not torch.equal(base, mask(**other))
-    assert not torch.equal(base, mask(seed=0, step=5, shard=0))
+    assert not torch.equal(base, mask(seed=0, step=5, micro_batch=0))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_a_broken_gradient_changes_nothing(
 ) -> None:
     model = model_of()
     optimizer = make(model.parameters())
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     step(accelerator, model, optimizer, parts)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
 
@@ -177,7 +180,7 @@ def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: P
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = copy.deepcopy(model.state_dict())
-    parts = shards_of(data, shards=2)
+    parts = shards_of(data, micro_batches=2)
     made = step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler)
     assert made.skipped
     assert scaler.get_scale() == 2.0**39
@@ -194,7 +197,10 @@ def test_under_fp16_the_norm_is_of_the_gradients_without_the_scalers_factor(
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     before = copy.deepcopy(list(model.parameters()))
-    scaler, parts = torch.amp.GradScaler("cpu", init_scale=2.0**10), shards_of(data, shards=2)
+    scaler, parts = (
+        torch.amp.GradScaler("cpu", init_scale=2.0**10),
+        shards_of(data, micro_batches=2),
+    )
     made = step(
         accelerator, model, optimizer, parts, max_grad_norm=0.5, precision="fp16", scaler=scaler
     )
@@ -208,14 +214,16 @@ def test_under_fp16_the_norm_is_of_the_gradients_without_the_scalers_factor(
 class Endless(CrossEntropy):
     """Its gradient is finite, it is not."""
 
-    def __call__(self, outputs: Outputs, labels: torch.Tensor, guide: Any = None) -> torch.Tensor:
-        return super().__call__(outputs, labels, guide) + torch.inf
+    def __call__(
+        self, outputs: Outputs, labels: torch.Tensor, teacher_logits: Any = None
+    ) -> torch.Tensor:
+        return super().__call__(outputs, labels, teacher_logits) + torch.inf
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
     accelerator: Accelerator, data: Path
 ) -> None:
-    model, parts = model_of(), shards_of(data, shards=2)
+    model, parts = model_of(), shards_of(data, micro_batches=2)
     before = copy.deepcopy(list(model.parameters()))
     made = train_step(
         accelerator,
@@ -237,12 +245,12 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
 def test_terms_are_one_number_a_sample_and_their_sums_are_returned(
     accelerator: Accelerator, data: Path
 ) -> None:
-    parts = shards_of(data, shards=3)
+    parts = shards_of(data, micro_batches=3)
     model = model_of()
     objective, before = plainly(parts[0].split), copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     made = step(accelerator, model, optimizer, parts)
-    assert made.shards == slice(0, None, 1)
+    assert made.micro_batches == slice(0, None, 1)
     for part, sums in zip(parts, made.sums, strict=True):
         terms = objective(before, part)
         assert list(terms) == ["cross_entropy", "loss", "top1"] == objective.names

@@ -18,9 +18,15 @@ from compare import assert_same_bits
 from conftest import RecipeMaker
 from ranks import Ranks, train
 
-from cifar_dist.run_folder.checkpoint import checkpoints, damage, newest_valid
+from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption, latest_valid
 from cifar_dist.run_folder.records import MetricsFile
-from cifar_dist.utils.files import folder_aside, remove_folder, rename, try_place, write_file
+from cifar_dist.utils.files import (
+    atomic_folder,
+    atomic_write,
+    check_writable,
+    remove_folder,
+    rename,
+)
 
 EVERY_STEP = 1e-9
 
@@ -56,7 +62,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 ) -> None:
     """One sentence with the file, on all ranks; the run goes on when there is space again."""
     path = recipe(run={"epochs": 20, "eval_every_epochs": 20, "keep_checkpoints": 1})
-    arguments = [path, f"run.output={small_disk}", f"run.save_every_minutes={EVERY_STEP}"]
+    arguments = [path, f"run.output_dir={small_disk}", f"run.save_every_minutes={EVERY_STEP}"]
     ranks = Ranks("train", arguments, cwd=tmp_path, world_size=world_size)
     run = small_disk / "tiny"
     deadline = time.monotonic() + 60
@@ -67,7 +73,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert ranks.output.count("error:") == 1, ranks.output
     assert "No space left on device; free or choose another place" in ranks.output
     assert str(run) in ranks.output
-    saved = newest_valid(run / "checkpoints")
+    saved = latest_valid(run / "checkpoints")
     assert saved is not None
     rest.unlink()
     assert "goes on at step" in train(*arguments, cwd=tmp_path, world_size=world_size)
@@ -79,8 +85,8 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 def test_a_disk_that_fills_up_by_metrics_cuts_no_line_that_was_complete(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker
 ) -> None:
-    path = recipe(run={"epochs": 400, "report_every_steps": 1, "eval_every_epochs": 400})
-    arguments = [path, f"run.output={small_disk}"]
+    path = recipe(run={"epochs": 400, "log_every_steps": 1, "eval_every_epochs": 400})
+    arguments = [path, f"run.output_dir={small_disk}"]
     ranks = Ranks("train", arguments, cwd=tmp_path, world_size=2)
     metrics = small_disk / "tiny/metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -97,7 +103,7 @@ def test_a_read_only_folder_is_one_sentence(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    output = train(recipe(), f"run.output={small_disk}", cwd=tmp_path, world_size=2, expect=2)
+    output = train(recipe(), f"run.output_dir={small_disk}", cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
     assert "Read-only file system; free or choose another place" in output
 
@@ -144,7 +150,7 @@ sys.addaudithook(count)
 for step in range(1, int(sys.argv[3]) + 1):
     save_checkpoint(
         folder, step=step, tensors={"model": {"weight": weights + step}},
-        optimizer={"state": {0: {"exp_avg": weights}}}, progress={"shards": 1},
+        optimizer={"state": {0: {"exp_avg": weights}}}, progress={"micro_batches": 1},
     )
     prune(folder, keep=1, best=None)
     print(step, flush=True)
@@ -173,7 +179,7 @@ def check_what_a_kill_left(folder: Path, said: int) -> None:
     if not found:
         assert said == 0
         return
-    assert [damage(checkpoint) for checkpoint in found] == [None] * len(found)
+    assert [find_corruption(checkpoint) for checkpoint in found] == [None] * len(found)
     assert said <= int(found[0].name.removeprefix("step_")) <= said + 1
 
 
@@ -212,14 +218,14 @@ def test_a_pipe_is_written_into_and_a_link_stays(tmp_path: Path) -> None:
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    try_place(pipe)
-    write_file(pipe, "said")
+    check_writable(pipe)
+    atomic_write(pipe, "said")
     assert os.read(reader, 100) == b"said"
     os.close(reader)
     assert pipe.is_fifo()
     target.write_text("old")
     link.symlink_to(target)
-    write_file(link, "new")
+    atomic_write(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
@@ -229,7 +235,7 @@ def test_a_folder_that_cannot_be_replaced_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, real = tmp_path / "data", os.rename
-    with folder_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         (aside / "a").write_text("old")
 
     def fail_once(old: Path, new: Path) -> None:
@@ -238,7 +244,7 @@ def test_a_folder_that_cannot_be_replaced_stays(
         real(old, new)
 
     monkeypatch.setattr(os, "rename", fail_once)
-    with pytest.raises(OSError, match="Input/output"), folder_aside(folder) as aside:
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(folder) as aside:
         (aside / "a").write_text("new")
     assert (folder / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [folder]
@@ -247,7 +253,7 @@ def test_a_folder_that_cannot_be_replaced_stays(
 def test_a_folder_disappears_at_once_although_a_file_in_it_cannot(tmp_path: Path) -> None:
     """Over NFS a file that somebody has open stays as .nfs...; then the folder stays, under another name."""
     folder = tmp_path / "step_00000001"
-    with folder_aside(folder) as aside:
+    with atomic_folder(folder) as aside:
         (aside / "a").write_text("a")
     remove_folder(folder)
     remove_folder(folder)

@@ -21,33 +21,35 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, View
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, AugmentedBatch
 from cifar_dist.data.batches import Batch, concatenate, eval_blocks, train_batches
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.data.streaming import Streamed, rows_taken, streamed
+from cifar_dist.data.streaming import StreamedImages, rows_in_order, stream_images
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.utils.errors import UserError
 
 ROWS = torch.arange(5, 64)  # the others are held out
-MIXED = AugmentConfig(crop_padding=4, flip=True, cutout=8, mixup=0.2, cutmix=1.0)
+MIXED = AugmentConfig(crop_padding=4, hflip=True, cutout=8, mixup=0.2, cutmix=1.0)
 CONFIGS = {
     "plain": AugmentConfig(),
     "crop and flip": CROP_FLIP,
     "mixed": MIXED,
-    "two copies": replace(MIXED, repeats=2),
+    "two copies": replace(MIXED, repeated=2),
 }
-INLINE = AugmentConfig(host=({"GaussNoise": {"p": 1.0}},), host_workers=0, crop_padding=2)
+INLINE = AugmentConfig(albumentations=({"GaussNoise": {"p": 1.0}},), workers=0, crop_padding=2)
 
 
 def plan(split: Split, rows: Tensor = ROWS, **keys: Any) -> Iterator[list[Batch]]:
-    """Five steps an epoch of three shards that differ in size, from the second step on."""
-    settings: dict[str, Any] = {"seed": 3, "shuffle": True, "batch_size": 10, "shards": 3}
+    """Five steps an epoch of three micro-batches that differ in size, from the second step on."""
+    settings: dict[str, Any] = {"seed": 3, "shuffle": True, "batch_size": 10, "micro_batches": 3}
     settings |= {"start_step": 1, "rank": 0, "world_size": 1}
     return train_batches(split, rows, **settings | keys)
 
 
-def shown(augment: Augment, batches: Iterator[list[Batch]], *, steps: int = 12) -> list[View]:
-    return [augment(concatenate(shards)) for shards in islice(batches, steps)]
+def shown(
+    augment: Augment, batches: Iterator[list[Batch]], *, steps: int = 12
+) -> list[AugmentedBatch]:
+    return [augment(concatenate(micro_batches)) for micro_batches in islice(batches, steps)]
 
 
 def threads() -> list[str]:
@@ -71,11 +73,11 @@ def test_a_view_is_the_same(
     """Over two ends of an epoch, partners, copies and labels included."""
 
     def batches_of(split: Split) -> Iterator[list[Batch]]:
-        return plan(split, repeats=config.repeats, **keys)
+        return plan(split, repeated=config.repeated, **keys)
 
     split = load_split(data, "train")
     expected = shown(Augment(config, split, ROWS), batches_of(split))
-    with streamed(config, on_host, ROWS, batches_of) as pictures:
+    with stream_images(config, on_host, ROWS, batches_of) as pictures:
         assert pictures is not None
         found = shown(Augment(config, on_host, ROWS, host=pictures), batches_of(on_host))
     assert len(found) == len(expected) >= 12
@@ -100,7 +102,7 @@ def test_what_is_not_ahead_is_fetched_when_asked(data: Path, on_host: Split) -> 
         augments = [Augment(config, place, ROWS) for place in (split, on_host)]
         for again in (None, 1):
             views = [
-                shown(augment.again(number=again), plan(augment.split), steps=1)
+                shown(augment.clone(number=again), plan(augment.split), steps=1)
                 for augment in augments
             ]
             assert all(torch.equal(a.images, b.images) for a, b in zip(*views, strict=True))
@@ -132,20 +134,20 @@ def test_pictures_stay_in_the_files_pages(data: Path, on_host: Split) -> None:
         if line.endswith(str(data / "train" / "data-00000-of-00001.arrow"))
     ]
     assert any(begin <= images.data_ptr() < end for begin, end in pages)
-    batches_of = partial(plan, batch_size=2, shards=1)
+    batches_of = partial(plan, batch_size=2, micro_batches=1)
     sizes = []
     for split in (on_host, replace(on_host, on_host=False)):
-        with streamed(MIXED, split, ROWS, batches_of) as pictures, Largest(images) as largest:
+        with stream_images(MIXED, split, ROWS, batches_of) as pictures, Largest(images) as largest:
             augment = Augment(MIXED, split, ROWS, host=pictures)
             shown(augment, batches_of(split))
-            shown(augment.again(), batches_of(split))
+            shown(augment.clone(), batches_of(split))
         sizes.append(largest.bytes)
         if pictures:
             assert max(len(fetch.result().pictures) for fetch in pictures.coming) == 4
     assert sizes[0] < images.nbytes < sizes[1]
 
 
-class OntoPretendedGpu(Streamed):
+class OntoPretendedGpu(StreamedImages):
     """Streamed, but what comes is pretended to be on a GPU: of the right size, without numbers."""
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ class OntoPretendedGpu(Streamed):
 @pytest.mark.parametrize("config", [CROP_FLIP, ALL_OPS], ids=["crop and flip", "all operations"])
 def test_a_step_reads_no_rows_back_from_a_gpu(on_host: Split, config: AugmentConfig) -> None:
     """The rows that it asks by lie there; the thread has made a plan of its own."""
-    pictures = OntoPretendedGpu(on_host, rows_taken(config, plan(on_host), ROWS))
+    pictures = OntoPretendedGpu(on_host, rows_in_order(config, plan(on_host), ROWS))
     try:
         with PRETENDED:
             labels, rows = torch.zeros(64, dtype=torch.int64, device=GPU), torch.arange(5, 64)
@@ -175,7 +177,7 @@ def test_a_step_reads_no_rows_back_from_a_gpu(on_host: Split, config: AugmentCon
 
 def test_rows_come_in_the_order_of_the_plan_alone(on_host: Split) -> None:
     steps = [[torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([4])]]
-    pictures = Streamed(on_host, iter(steps))
+    pictures = StreamedImages(on_host, iter(steps))
     try:
         assert torch.equal(pictures(0, torch.tensor([1, 2])), on_host.images[1:3])
         with pytest.raises(AssertionError, match="another order"):
@@ -187,7 +189,7 @@ def test_rows_come_in_the_order_of_the_plan_alone(on_host: Split) -> None:
 def test_an_error_of_the_thread_is_the_steps(on_host: Split) -> None:
     """Not before the step that it concerns, and nothing is left behind."""
     steps = iter([[torch.tensor([1])], [torch.tensor([64])], [torch.tensor([1])]])
-    pictures = Streamed(on_host, steps)
+    pictures = StreamedImages(on_host, steps)
     try:
         assert torch.equal(pictures(0, torch.tensor([1])), on_host.images[1:2])
         with pytest.raises(IndexError, match="out of range"):
@@ -200,7 +202,7 @@ def test_an_error_of_the_thread_is_the_steps(on_host: Split) -> None:
 @pytest.mark.parametrize("taken", [0, 1])
 def test_the_thread_ends_with_its_user(on_host: Split, taken: int) -> None:
     def use() -> None:
-        with streamed(MIXED, on_host, ROWS, plan) as pictures:
+        with stream_images(MIXED, on_host, ROWS, plan) as pictures:
             shown(Augment(MIXED, on_host, ROWS, host=pictures), plan(on_host), steps=taken)
             assert len(threads()) == 1
             raise KeyError("of the user")
@@ -212,24 +214,24 @@ def test_the_thread_ends_with_its_user(on_host: Split, taken: int) -> None:
 
 def test_nobody_is_ahead_where_there_is_nothing_to_fetch(data: Path, on_host: Split) -> None:
     for config, split in ((CROP_FLIP, load_split(data, "train")), (INLINE, on_host)):
-        with streamed(config, split, ROWS, plan) as pictures:
+        with stream_images(config, split, ROWS, plan) as pictures:
             assert pictures is None
             assert not threads()
 
 
 def test_workers_that_fill_the_device_are_refused(recipe: RecipeMaker) -> None:
-    path = recipe(augment={"host": list(INLINE.host or ())}, data={"place": "host"})
-    with pytest.raises(UserError, match=r"set augment\.host_workers=0, or data\.place=device"):
+    path = recipe(augment={"host": list(INLINE.albumentations or ())}, data={"place": "host"})
+    with pytest.raises(UserError, match=r"set augment\.workers=0, or data\.place=device"):
         load_recipe(path)
-    assert load_recipe(path, ["augment.host_workers=0"]).data.place == "host"
-    assert load_recipe(path, ["data.place=device"]).augment.host_workers == 2
+    assert load_recipe(path, ["augment.workers=0"]).data.place == "host"
+    assert load_recipe(path, ["data.place=device"]).augment.workers == 2
 
 
 # ----------------------------------------------------------------------------- runs
 
 
 def test_a_run_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two shards, MixUp and CutMix, dropout, an average; one process and two."""
+    """Two micro-batches, MixUp and CutMix, dropout, an average; one process and two."""
     path = recipe(run={"epochs": 2})
     train(path, "name=device", cwd=tmp_path)
     for world_size in (1, 2):
@@ -244,14 +246,14 @@ def test_all_that_looks_at_pictures_again_finds_the_same(
     """Statistics of an SWA, held-out rows, two copies of a row, `evaluate` of the run."""
     path = recipe(
         run={"batch_size": 100, "epochs": 3},
-        data={"path": str(middle_data), "holdout": 100},
-        augment={"repeats": 2},
+        data={"path": str(middle_data), "val_size": 100},
+        augment={"repeated": 2},
         ema={"kind": "swa", "start_epoch": 2, "decay": 0.999},
     )
     train(path, "name=device", cwd=tmp_path)
     train(path, "name=host", "data.place=host", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/device", tmp_path / "runs/host")
-    ranks = Ranks("evaluate", ["runs/host", "--split", "held-out"], cwd=tmp_path)
+    ranks = Ranks("evaluate", ["runs/host", "--split", "val"], cwd=tmp_path)
     assert ranks.wait() == [0], ranks.output
 
 

@@ -18,10 +18,10 @@ from torch import nn
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import epoch_order
 from cifar_dist.data.dataset import load_split
-from cifar_dist.distributed.context import Ranks as RankGroup
-from cifar_dist.evaluation.evaluator import refresh_statistics
+from cifar_dist.distributed.context import DistContext as RankGroup
+from cifar_dist.evaluation.evaluator import update_bn
 from cifar_dist.models.backbones import ModelConfig, build_model
-from cifar_dist.optim.averaging import EmaConfig, Swa
+from cifar_dist.optim.averaging import AveragingConfig, Swa
 from cifar_dist.recipe.load import validate
 from cifar_dist.utils.errors import UserError
 
@@ -30,7 +30,7 @@ SWA = {"kind": "swa", "decay": 0.999, "start_epoch": 2}  # the tests' recipe has
 
 def test_epochs_ends_from_the_start_on_count_alike() -> None:
     model = one_number(0.0)
-    swa: Any = Swa(EmaConfig(kind="swa", start_epoch=2), model, steps_per_epoch=3)
+    swa: Any = Swa(AveragingConfig(kind="swa", start_epoch=2), model, steps_per_epoch=3)
     seen = []
     for step in range(1, 13):
         set_to(model, float(step))
@@ -46,11 +46,11 @@ def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
     """600 rows are two blocks of 250 as epoch 3 shows them; dropout stays out, the rest as it was."""
     split = load_split(middle_data, "train")
     rows = torch.arange(600)
-    augment = Augment(AugmentConfig(crop_padding=4, flip=True), split)
+    augment = Augment(AugmentConfig(crop_padding=4, hflip=True), split)
     torch.manual_seed(0)
     model = build_model(ModelConfig(backbone="test_resnet", drop_rate=0.5), 100).eval()
     before = copy.deepcopy(model)
-    refresh_statistics(
+    update_bn(
         model,
         augment,
         split,
@@ -58,7 +58,7 @@ def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
         seed=7,
         epoch=3,
         precision="fp32",
-        ranks=RankGroup(0, 1, None),
+        context=RankGroup(0, 1, None),
     )
     order = epoch_order(rows, seed=7, epoch=3, shuffle=True)
     first: Any = next(m for m in before.modules() if isinstance(m, nn.BatchNorm2d))
@@ -86,7 +86,7 @@ def test_frozen_statistics_stay(middle_data: Path) -> None:
     norms: Any = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     kept = next(iter(norms))
     before = {name: norm.running_var.clone() for name, norm in norms.items()}
-    refresh_statistics(
+    update_bn(
         model,
         Augment(AugmentConfig(), split),
         split,
@@ -94,7 +94,7 @@ def test_frozen_statistics_stay(middle_data: Path) -> None:
         seed=7,
         epoch=3,
         precision="fp32",
-        ranks=RankGroup(0, 1, None),
+        context=RankGroup(0, 1, None),
         frozen={f"{kept}.weight", f"{kept}.bias"},
     )
     same = {name for name, norm in norms.items() if torch.equal(norm.running_var, before[name])}
@@ -102,9 +102,9 @@ def test_frozen_statistics_stay(middle_data: Path) -> None:
 
 
 def take_view(split: Any, augment: Augment, rows: torch.Tensor, *, epoch: int) -> torch.Tensor:
-    from cifar_dist.data.batches import take
+    from cifar_dist.data.batches import gather_batch
 
-    return augment(take(split, rows, epoch=epoch, shard=0)).images
+    return augment(gather_batch(split, rows, epoch=epoch, micro_batch=0)).images
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -127,7 +127,7 @@ def test_the_same_bits_in_any_world(
 
 def test_it_is_judged_and_resumes_to_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Kills before the average begins, after it, and in an epoch without an evaluation."""
-    path = recipe(run={"epochs": 8, "eval_every_epochs": 2}, ema=SWA | {"start_epoch": 3})
+    path = recipe(run={"epochs": 8, "eval_every_epochs": 2}, averaging=SWA | {"start_epoch": 3})
     train(path, "name=straight", cwd=tmp_path)
     kill_and_go_on(path, tmp_path, [4, 15, 28, 37], last_step=48)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
@@ -136,15 +136,15 @@ def test_it_is_judged_and_resumes_to_the_same_bits(tmp_path: Path, recipe: Recip
         name
         for name in found
         if name.startswith("model.")
-        and not torch.equal(found[name], found[name.replace("model.", "ema.", 1)])
+        and not torch.equal(found[name], found[name.replace("model.", "average.", 1)])
     ]
     assert any("running_mean" in name for name in moved)
     assert any("weight" in name for name in moved)
 
 
 def test_training_itself_is_untouched(tmp_path: Path, recipe: RecipeMaker) -> None:
-    train(recipe("with_swa", ema=SWA), cwd=tmp_path)
-    train(recipe("without", ema=None), cwd=tmp_path)
+    train(recipe("with_swa", averaging=SWA), cwd=tmp_path)
+    train(recipe("without", averaging=None), cwd=tmp_path)
     one, other = tensors(tmp_path / "runs/with_swa"), tensors(tmp_path / "runs/without")
     assert all(torch.equal(one[name], other[name]) for name in other if name.startswith("model."))
     trained = [
@@ -155,7 +155,7 @@ def test_training_itself_is_untouched(tmp_path: Path, recipe: RecipeMaker) -> No
 
 
 @pytest.mark.parametrize(
-    ("ema", "sentence"),
+    ("averaging", "sentence"),
     [
         ({"kind": "swa"}, "need each other"),
         ({"start_epoch": 3}, "need each other"),
@@ -163,6 +163,6 @@ def test_training_itself_is_untouched(tmp_path: Path, recipe: RecipeMaker) -> No
         ({"kind": "swa", "start_epoch": 300}, "start_epoch=300 is past run.epochs=200"),
     ],
 )
-def test_what_means_nothing_is_refused(ema: dict[str, Any], sentence: str) -> None:
+def test_what_means_nothing_is_refused(averaging: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        validate({"name": "a", "ema": ema}, where="here")
+        validate({"name": "a", "averaging": averaging}, where="here")

@@ -40,7 +40,7 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = recipe(
-        run={"epochs": 40, "eval_every_epochs": 20, "report_every_steps": 7},
+        run={"epochs": 40, "eval_every_epochs": 20, "log_every_steps": 7},
         tracking={"mode": "offline"},
     )
     run = tmp_path / "runs/tiny"
@@ -109,9 +109,9 @@ def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity
     folder.mkdir(parents=True)
     (tmp_path / "wandb_id").write_text(identity)
     with pytest.raises(UserError, match="is no id of W&B"):
-        tracker.identity_of(tmp_path)
+        tracker.wandb_run_id(tmp_path)
     (tmp_path / "wandb_id").write_text("abc\n")
-    assert tracker.offline_folders(tmp_path, tracker.identity_of(tmp_path)) == [folder]
+    assert tracker.offline_folders(tmp_path, tracker.wandb_run_id(tmp_path)) == [folder]
 
 
 def test_an_id_that_a_file_gives_names_no_other_place(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb_server import wandb_server
 
 from cifar_dist.data.dataset import data_digest, load_split, read_hierarchy
-from cifar_dist.tracking.tracker import EXTREMES, Tracker, TrackingConfig, decide_mode
+from cifar_dist.tracking.tracker import SUMMARY_AGGREGATES, Tracker, TrackingConfig, decide_mode
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -265,7 +265,7 @@ def test_teacher_cache_student_and_evaluation_are_one_lineage(tracked: Path, dat
     }
     assert Path(entries["wise"]["model.safetensors"].local_path).is_file()  # upload_weights
     (saved,) = (tracked / "student/checkpoints").iterdir()
-    assert {"manifest.json", "ema.safetensors"} <= entries["student"].keys()
+    assert {"manifest.json", "average.safetensors"} <= entries["student"].keys()
     reference = (saved / "model.safetensors").resolve().as_uri()
     assert entries["student"]["model.safetensors"].ref == reference
 
@@ -300,13 +300,13 @@ def test_a_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) ->
                 command += create_sweep_command_args(trial)["args_no_hyphens"]
             case _:
                 command.append(part)
-    path = recipe(run={"epochs": 1}, tracking={"mode": "offline"}, data={"holdout": 0})
+    path = recipe(run={"epochs": 1}, tracking={"mode": "offline"}, data={"val_size": 0})
     (place,) = [place for place, part in enumerate(command) if "recipes/r18_32.yaml" in part]
     command[place] = (
         command[place]
         .replace("accelerate launch", sys.executable)
         .replace("recipes/r18_32.yaml", str(path))
-        .replace("data.holdout=5000 run.epochs=30", "")  # the small data have 64 rows
+        .replace("data.val_size=5000 run.epochs=30", "")  # the small data have 64 rows
     )
     environment = {"WANDB_RUN_ID": "abcd1234", "WANDB_SWEEP_ID": "sweep001"}
     environment |= {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
@@ -321,4 +321,4 @@ def test_a_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) ->
     assert (described.run_id, described.sweep_id) == ("abcd1234", "sweep001")
     config = {item.key: json.loads(item.value_json) for item in described.config.update}
     assert (config["optim"]["lr"], config["optim"]["weight_decay"]) == (0.01, 1e-4)
-    assert any(sweep["metric"]["name"] == name for name in EXTREMES)
+    assert any(sweep["metric"]["name"] == name for name in SUMMARY_AGGREGATES)

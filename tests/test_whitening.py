@@ -13,17 +13,23 @@ from torch.nn import functional as F
 
 from cifar_dist.data.dataset import load_split
 from cifar_dist.models.backbones import ModelConfig, build_model
-from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, WHITENED, PixelInput, patch_filters
+from cifar_dist.models.preprocess import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    WHITENED,
+    Preprocess,
+    whitening_filters,
+)
 
 
 def test_answers_to_patches_are_uncorrelated_with_variance_one(middle_data: Path) -> None:
     images = load_split(middle_data, "train").images
-    pixels = PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD, whiten=True)
-    pixels.filters.copy_(patch_filters(pixels, images, epsilon=0.0))
+    pixels = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD, whiten=True)
+    pixels.filters.copy_(whitening_filters(pixels, images, epsilon=0.0))
     answers = pixels(images)[:, :, 1:-1, 1:-1]  # the border sees zeros beside
     covariance = answers.transpose(0, 1).flatten(1).double().cov()
     torch.testing.assert_close(covariance, torch.eye(WHITENED).double(), rtol=0, atol=2e-3)
-    plain = PixelInput(32, mean=CIFAR_MEAN, std=CIFAR_STD)(images)
+    plain = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD)(images)
     patches = F.unfold(plain, 3).transpose(0, 1).flatten(1).double()
     assert patches.corrcoef().tril(-1).max() > 0.5, "as they were not before"
 

@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.training.metric_window import Window
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.training.metric_window import MetricWindow
 
 CPU = torch.device("cpu")
-ALONE = Ranks(rank=0, world_size=1, group=None)
+ALONE = DistContext(rank=0, world_size=1, group=None)
 
 
-def window() -> Window:
-    return Window(["cross_entropy", "loss"], shards=2, device=CPU)
+def window() -> MetricWindow:
+    return MetricWindow(["cross_entropy", "loss"], micro_batches=2, device=CPU)
 
 
 def test_the_pace_counts_pictures_over_all_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def test_the_pace_counts_pictures_over_all_its_seconds(monkeypatch: pytest.Monke
     ours = window()
     ours.steps, ours.seconds = 4, 6.0  # before a restart
     now += 2
-    with ours.paused():
+    with ours.timer_paused():
         now += 50  # an evaluation
     assert ours.report(batch_size=10, may_skip=False)["images_per_second"] == pytest.approx(5)
 
@@ -39,7 +39,7 @@ def test_means_are_over_the_steps_that_were_made() -> None:
 
 def test_what_broke_is_forgotten_with_its_window() -> None:
     ours = window()
-    ours.broken[1, 0] = 1
-    assert ours.what_broke(ALONE) == "cross_entropy on rank 0"
+    ours.nonfinite[1, 0] = 1
+    assert ours.nonfinite_terms(ALONE) == "cross_entropy on rank 0"
     ours.clear()
-    assert ours.what_broke(ALONE) == "the gradient, though no loss was"
+    assert ours.nonfinite_terms(ALONE) == "the gradient, though no loss was"

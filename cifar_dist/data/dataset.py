@@ -29,7 +29,7 @@ from cifar_dist.data.ingest.pickles import (
     RawSplit,
 )
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import folder_aside, write_file, write_json
+from cifar_dist.utils.files import atomic_folder, atomic_write, write_json
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 Place = Literal["device", "host"]  # of the images
@@ -47,7 +47,7 @@ class Split:
     labels: Tensor  # int64 [N], fine
     on_host: bool = False  # too many for the device, so nothing is made of all of them at once
 
-    def pictures(self, rows: Tensor) -> Tensor:
+    def gather(self, rows: Tensor) -> Tensor:
         """uint8 [B, 3, 32, 32] on the device: the rows' (int64 [B]) as they are; waits if `on_host`."""
         picked = self.images.index_select(0, rows.to(self.images.device))
         return picked.to(self.labels.device)
@@ -73,7 +73,7 @@ def write_dataset(
             "filename": datasets.Value("string"),
         }
     )
-    with folder_aside(root) as folder:
+    with atomic_folder(root) as folder:
         write_json(folder / "dataset_dict.json", {"splits": SPLITS})
         digest: dict[str, Any] = {"content": content}
         for name, raw in zip(SPLITS, (train, test), strict=True):
@@ -95,7 +95,7 @@ def write_dataset(
                 writer.write_table(table, max_chunksize=len(raw.images))
             digest[name] = {"rows": len(raw.images), "sha256": sha256}
         for path, data in (beside or {}).items():
-            write_file(folder / path, data)
+            atomic_write(folder / path, data)
         write_json(folder / DIGEST, digest)
 
 

@@ -22,11 +22,11 @@ from cifar_dist.data.augment.tables import draw_mix_tables
 from cifar_dist.data.batches import Batch, concatenate
 from cifar_dist.data.dataset import Split
 
-AHEAD = 3  # steps
+PREFETCH_STEPS = 3  # steps
 
 
 @dataclass(frozen=True)
-class Fetched:
+class PrefetchedImages:
     """A step's pictures, in the order in which they will be taken."""
 
     rows: Sequence[Tensor]  # int64 [B] each, on the CPU
@@ -35,7 +35,7 @@ class Fetched:
     copied: torch.cuda.Event | None  # on a GPU: when they are there
 
 
-class Streamed:
+class StreamedImages:
     """The pictures of each step's rows, int64 on the CPU, which have to be taken in this order."""
 
     def __init__(self, split: Split, steps: Iterator[Sequence[Tensor]]) -> None:
@@ -44,10 +44,10 @@ class Streamed:
         # A new thread is on the first GPU, whichever is the rank's, and would open it.
         begin = partial(torch.cuda.set_device, self.stream.device) if self.stream else None
         self.thread = ThreadPoolExecutor(1, "pictures", initializer=begin)
-        self.coming = deque(self.thread.submit(self.fetch) for _ in range(AHEAD))
+        self.coming = deque(self.thread.submit(self.fetch) for _ in range(PREFETCH_STEPS))
         self.here: deque[tuple[Tensor, Tensor]] = deque()  # rows and pictures of this step
 
-    def fetch(self) -> Fetched:
+    def fetch(self) -> PrefetchedImages:
         """The next step's pictures, by the thread."""
         rows = next(self.steps)
         together, shape = torch.cat(list(rows)), self.images.shape[1:]
@@ -58,7 +58,9 @@ class Streamed:
             torch.index_select(self.images, 0, together, out=gathered)
             pictures = gathered.to(self.device, non_blocking=True)
         copied = self.stream.record_event() if self.stream else None
-        return Fetched(rows, pictures, pictures.split([len(part) for part in rows]), copied)
+        return PrefetchedImages(
+            rows, pictures, pictures.split([len(part) for part in rows]), copied
+        )
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
         """Raises what went wrong in the thread."""
@@ -80,35 +82,35 @@ class Streamed:
         self.thread.shutdown(cancel_futures=True)
 
 
-def rows_taken(
+def rows_in_order(
     config: AugmentConfig, batches: Iterator[list[Batch]], partners: Tensor
 ) -> Iterator[list[Tensor]]:
     """For each step the rows whose pictures `Augment` takes, in its order; all on the CPU."""
     views: list[int] = []
     for batch in map(concatenate, batches):
-        if config.mixes and config.shown(batch.epoch) != views:
-            views = config.shown(batch.epoch)
+        if config.uses_mixing and config.views_in_epoch(batch.epoch) != views:
+            views = config.views_in_epoch(batch.epoch)
             size = len(batch.split.labels)
-            mixes = draw_mix_tables(config, views, rows=size, partners=partners)
+            mixes = draw_mix_tables(config, views, num_images=size, partners=partners)
         taken = [batch.rows]
-        if config.mixes:
-            taken.append(mixes.partner.index_select(0, batch.places))
+        if config.uses_mixing:
+            taken.append(mixes.partner.index_select(0, batch.table_index))
         yield taken
 
 
 @contextmanager
-def streamed(
+def stream_images(
     config: AugmentConfig,
     split: Split,
     partners: Tensor,
     batches_of: Callable[[Split], Iterator[list[Batch]]],
-) -> Iterator[Streamed | None]:
-    """The pictures of the plan `batches_of`; None for a split on the device, or under `augment.host`."""
-    if not split.on_host or config.host:
+) -> Iterator[StreamedImages | None]:
+    """The pictures of the plan `batches_of`; None for a split on the device, or under `augment.albumentations`."""
+    if not split.on_host or config.albumentations:
         yield None
         return
     batches = batches_of(replace(split, labels=split.labels.cpu()))
-    pictures = Streamed(split, rows_taken(config, batches, partners))
+    pictures = StreamedImages(split, rows_in_order(config, batches, partners))
     try:
         yield pictures
     finally:

@@ -26,10 +26,10 @@ from cifar_dist.utils.files import make_folder, sha256, sync, write_json
 LOGITS, MANIFEST, PROGRESS = "logits.npy", "manifest.json", "progress.json"
 SAFE_SECONDS = 10.0  # how much work a kill or a power cut may cost
 REMEDY = "run `accelerate launch -m cifar_dist.cache_logits RECIPE` with this recipe"
-MadeOf = Mapping[str, Any]  # all that decides the logits, as {"augment.seed": 0, ...}
+Fingerprint = Mapping[str, Any]  # all that decides the logits, as {"augment.seed": 0, ...}
 
 
-def differences(found: Any, wanted: MadeOf) -> str:
+def fingerprint_differences(found: Any, wanted: Fingerprint) -> str:
     """How a cache's `made_of` differs from the wanted one: `augment.seed: 0 -> 1; ...`, or ""."""
     found = found if isinstance(found, dict) else {}
     return "; ".join(
@@ -60,17 +60,17 @@ def read_record(path: Path) -> dict[str, Any] | None:
 # ----------------------------------------------------------------------------- in training
 
 
-def check_cache(folder: Path, made_of: MadeOf) -> None:
+def check_cache(folder: Path, fingerprint: Fingerprint) -> None:
     """Refuse a cache that is absent, unfinished, damaged, or made of anything but `made_of`.
 
     Reads all of it once, for the SHA-256.
     """
     manifest = read_record(folder / MANIFEST)
     if manifest is None:
-        unfinished = part_of(folder).exists() and not folder.exists()
+        unfinished = partial_path(folder).exists() and not folder.exists()
         state = "not finished" if unfinished else "no cache of a teacher's logits"
         raise UserError(f"{folder} is {state}; {REMEDY}")
-    changed = differences(manifest.get("made_of"), made_of)
+    changed = fingerprint_differences(manifest.get("fingerprint"), fingerprint)
     if changed:
         raise UserError(
             f"the cache {folder} was made for something else ({changed}); {REMEDY} and "
@@ -90,7 +90,7 @@ def open_logits(folder: Path) -> Tensor:
 # ----------------------------------------------------------------------------- being made
 
 
-def part_of(folder: Path) -> Path:
+def partial_path(folder: Path) -> Path:
     """Where a cache lies until it is complete."""
     return folder.with_name(f"{folder.name}.part")
 
@@ -102,20 +102,22 @@ class CacheWriter:
     `force`; a complete one gives way only to its complete successor.
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], made_of: MadeOf, *, force: bool) -> None:
-        self.folder, self.part = folder, part_of(folder)
-        self.shape, self.made_of = tuple(shape), dict(made_of)
+    def __init__(
+        self, folder: Path, shape: Sequence[int], fingerprint: Fingerprint, *, force: bool
+    ) -> None:
+        self.folder, self.part = folder, partial_path(folder)
+        self.shape, self.fingerprint = tuple(shape), dict(fingerprint)
         self.rows = 0  # of the V * N that are written
         self.is_finished = (folder / MANIFEST).exists() and not force
         if self.is_finished:
-            check_cache(folder, made_of)
+            check_cache(folder, fingerprint)
             return
         if folder.exists() and not (folder / MANIFEST).exists():  # forced or not: it is not ours
             raise UserError(f"{folder} is there but no cache; choose another teacher.cache=FOLDER")
         if force:
             shutil.rmtree(self.part, ignore_errors=True)
-        progress = read_record(self.part / PROGRESS) or {"rows": 0, "made_of": self.made_of}
-        changed = differences(progress["made_of"], made_of)
+        progress = read_record(self.part / PROGRESS) or {"rows": 0, "fingerprint": self.fingerprint}
+        changed = fingerprint_differences(progress["fingerprint"], fingerprint)
         if changed:
             raise UserError(
                 f"{self.part} was begun for something else ({changed}); replace it with --force, or "
@@ -154,7 +156,7 @@ class CacheWriter:
         """Put all rows on the disk, then say so."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        write_json(self.part / PROGRESS, {"rows": self.rows, "made_of": self.made_of})
+        write_json(self.part / PROGRESS, {"rows": self.rows, "fingerprint": self.fingerprint})
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -163,7 +165,7 @@ class CacheWriter:
         self.save()
         self.file.close()
         digest = sha256(self.part / LOGITS)
-        manifest = {"made_of": self.made_of, "shape": self.shape, "sha256": digest}
+        manifest = {"fingerprint": self.fingerprint, "shape": self.shape, "sha256": digest}
         write_json(self.part / MANIFEST, manifest)
         old = self.folder.with_name(f"{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)

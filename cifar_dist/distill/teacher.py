@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from cifar_dist.data.augment.augmentation import View
+from cifar_dist.data.augment.augmentation import AugmentedBatch
 from cifar_dist.data.batches import Batch
 from cifar_dist.distill.logit_cache import open_logits
 from cifar_dist.models.backbones import Classifier, ModelConfig, build_model, num_parameters
@@ -32,7 +32,7 @@ from cifar_dist.utils.config import Positive, config
 from cifar_dist.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-Over = Literal["world", "node"]
+ShardOver = Literal["world", "node"]
 
 
 @config
@@ -41,8 +41,8 @@ class TeacherConfig:
 
     run: str  # a run folder, like runs/r50_224, or a .safetensors file of a whole model
     weight: Positive = 1.0
-    placement: Literal["whole", "sharded", "cached"] = "whole"
-    shard_over: Over = "world"  # node: sharded within a machine, replicated across machines
+    placement: Literal["replicated", "sharded", "cached"] = "replicated"
+    shard_over: ShardOver = "world"  # node: sharded within a machine, replicated across machines
     cache: str | None = None  # folder of the cached logits; None: RUN/logits, or FILE.logits
     model: ModelConfig | None = None  # of a file: how to build it
     logit_scale: Positive | None = None  # of a file with a cosine head: its loss's scale
@@ -76,7 +76,7 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TeacherWeights:
     """A trained model on disk; who calls has looked it up."""
 
     model: ModelConfig
@@ -86,50 +86,50 @@ class Trained:
 
 
 class Teacher(Protocol):
-    parameters_here: int  # that this rank holds
-    recordable: bool  # whether a CUDA graph can hold a call: it has no collective
+    local_num_params: int  # that this rank holds
+    capturable: bool  # whether a CUDA graph can hold a call: it has no collective
 
-    def __call__(self, view: View, batch: Batch) -> Tensor:
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
         """f32 [B, C], without a gradient."""
         ...
 
 
-class Live:
+class OnlineTeacher:
     """A model that looks at each view anew, under the autocast that it is called in."""
 
     def __init__(self, model: nn.Module, logit_scale: float, *, sharded: bool = False) -> None:
-        self.model, self.logit_scale, self.recordable = model, logit_scale, not sharded
-        self.parameters_here = local_parameters(model)
+        self.model, self.logit_scale, self.capturable = model, logit_scale, not sharded
+        self.local_num_params = local_parameters(model)
 
     @torch.no_grad()
-    def __call__(self, view: View, batch: Batch) -> Tensor:
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
         return self.model(view.images).logits * self.logit_scale
 
 
-class Cached:
+class CachedTeacher:
     """What a live teacher said about each view of each row, rounded to float16: [V, N, C]."""
 
-    parameters_here = 0
-    recordable = True
+    local_num_params = 0
+    capturable = True
 
     def __init__(self, logits: Tensor) -> None:
         self.rows = logits.shape[1]
         self.logits = logits.flatten(0, 1)
 
-    def __call__(self, view: View, batch: Batch) -> Tensor:
-        return self.logits.index_select(0, view.numbers * self.rows + batch.rows).float()
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
+        return self.logits.index_select(0, view.view_ids * self.rows + batch.rows).float()
 
 
-class Mean:
+class TeacherEnsemble:
     """The weighted mean of several teachers' logits."""
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.teachers = teachers
         self.shares = [weight / sum(weights) for weight in weights]
-        self.parameters_here = sum(teacher.parameters_here for teacher in teachers)
-        self.recordable = all(teacher.recordable for teacher in teachers)
+        self.local_num_params = sum(teacher.local_num_params for teacher in teachers)
+        self.capturable = all(teacher.capturable for teacher in teachers)
 
-    def __call__(self, view: View, batch: Batch) -> Tensor:
+    def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
         guides = [
             share * teacher(view, batch)
             for teacher, share in zip(self.teachers, self.shares, strict=True)
@@ -139,11 +139,11 @@ class Mean:
 
 def build_teacher(
     configs: Sequence[TeacherConfig],
-    trained: Sequence[Trained],
+    trained: Sequence[TeacherWeights],
     *,
     num_classes: int,
     device: torch.device,
-    mesh: Callable[[Over], DeviceMesh | None],
+    mesh: Callable[[ShardOver], DeviceMesh | None],
 ) -> Teacher | None:
     """What the recipe's teachers say together; None where it has none.
 
@@ -157,29 +157,31 @@ def build_teacher(
                 logits = open_logits(asked.cache_folder).to(device)
                 views, rows, _ = logits.shape
                 log.info(f"teacher {asked.run}: its logits for {views} views of {rows:,} rows")
-                teachers.append(Cached(logits))
-            case "whole":
-                teachers.append(live_teacher(asked, found, num_classes, device, None))
+                teachers.append(CachedTeacher(logits))
+            case "replicated":
+                teachers.append(build_online_teacher(asked, found, num_classes, device, None))
             case "sharded":
-                ranks = mesh(asked.shard_over)
-                teachers.append(live_teacher(asked, found, num_classes, device, ranks))
-    return Mean(teachers, [config.weight for config in configs]) if teachers else None
+                device_mesh = mesh(asked.shard_over)
+                teachers.append(
+                    build_online_teacher(asked, found, num_classes, device, device_mesh)
+                )
+    return TeacherEnsemble(teachers, [config.weight for config in configs]) if teachers else None
 
 
-def live_teacher(
+def build_online_teacher(
     asked: TeacherConfig,
-    found: Trained,
+    found: TeacherWeights,
     num_classes: int,
     device: torch.device,
     mesh: DeviceMesh | None,
-) -> Live:
+) -> OnlineTeacher:
     """The trained model on this rank, or its share of it where there is a mesh."""
     try:
         if mesh is None:
             model = build_model(found.model, num_classes, load_file(found.weights))
-            freeze(model).to(device)
+            eval_frozen(model).to(device)
         else:
-            model = shard_by_shard(found, num_classes, mesh)
+            model = load_sharded(found, num_classes, mesh)
     except UserError as error:
         raise UserError(f"the teacher {asked.run}: {error}") from None
     except SafetensorError as error:
@@ -188,10 +190,10 @@ def live_teacher(
         f"teacher {asked.run}: {found.model.backbone} at {found.model.image_size} px, "
         f"{num_parameters(model):,} parameters"
     )
-    return Live(model.train(asked.train_mode), found.logit_scale, sharded=mesh is not None)
+    return OnlineTeacher(model.train(asked.train_mode), found.logit_scale, sharded=mesh is not None)
 
 
-def freeze(model: Classifier) -> Classifier:
+def eval_frozen(model: Classifier) -> Classifier:
     """Evaluation mode for good; weights stay contiguous, as sharding needs it."""
     return model.eval().requires_grad_(False)
 
@@ -205,7 +207,7 @@ def local_parameters(model: nn.Module) -> int:
 # ----------------------------------------------------------------------------- sharded
 
 
-def shard_by_shard(trained: Trained, num_classes: int, mesh: DeviceMesh) -> Classifier:
+def load_sharded(trained: TeacherWeights, num_classes: int, mesh: DeviceMesh) -> Classifier:
     """The model with each parameter's rows dealt over the mesh; each rank reads its rows alone.
 
     Parameters are built without numbers. Buffers are built with theirs and kept on every rank: there
@@ -217,26 +219,26 @@ def shard_by_shard(trained: Trained, num_classes: int, mesh: DeviceMesh) -> Clas
             name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names
         }
         try:
-            with parameters_without_numbers():
-                model = freeze(build_model(trained.model, num_classes, shapes))
+            with init_params_on_meta():
+                model = eval_frozen(build_model(trained.model, num_classes, shapes))
         except NotImplementedError:  # buffers that are filled from what has no numbers yet
-            raise UserError("its buffers cannot be rebuilt; use placement: whole") from None
+            raise UserError("its buffers cannot be rebuilt; use placement: replicated") from None
         shard_frozen(model, mesh)
         state = model.state_dict()
         model.load_state_dict(
-            {name: rows_of(file, name, state[name], mesh) for name in names}, assign=True
+            {name: local_shard(file, name, state[name], mesh) for name in names}, assign=True
         )
     for module in model.modules():  # buffers that were built where the parameters were
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             rebuild = getattr(module, "init_non_persistent_buffers", None)  # timm's own name for it
             if rebuild is None:
-                raise UserError("its buffers cannot be rebuilt; use placement: whole")
+                raise UserError("its buffers cannot be rebuilt; use placement: replicated")
             rebuild()
     return model
 
 
 @contextmanager
-def parameters_without_numbers() -> Iterator[None]:
+def init_params_on_meta() -> Iterator[None]:
     """Let modules that are built meanwhile have their parameters, not their buffers, on meta."""
 
     def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
@@ -267,7 +269,7 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
 
 
-def rows_of(file: Any, name: str, place: Tensor, mesh: DeviceMesh) -> Tensor:
+def local_shard(file: Any, name: str, place: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's ceil(rows / ranks) rows of a sharded tensor of the file, or all of another one."""
     device = torch.device(mesh.device_type)
     if not isinstance(place, DTensor):

@@ -52,27 +52,27 @@ def rank_mesh(
     return init_device_mesh(device.type, (world_size // local, local), mesh_dim_names=names)
 
 
-class Pulse:
+class Heartbeat:
     """Counts what shows that a rank does not hang while its step stays the same."""
 
     def __init__(self) -> None:
-        self.beats = 0
+        self.count = 0
 
     def beat(self) -> None:
-        self.beats += 1
+        self.count += 1
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistContext:
     """How ranks agree: over a group of their own on the CPU, so that no vote waits for a device."""
 
     rank: int
     world_size: int
     group: dist.ProcessGroup | None
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @classmethod
-    def of(cls, accelerator: Accelerator, *, timeout: timedelta = AGREEMENT_TIMEOUT) -> Ranks:
+    def of(cls, accelerator: Accelerator, *, timeout: timedelta = AGREEMENT_TIMEOUT) -> DistContext:
         """The ranks of a launch. `timeout`: how long one may keep the others waiting.
 
         Before and after the watchdog's time rank 0 may download weights and upload results.
@@ -87,7 +87,7 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def largest(self, values: list[float]) -> list[float]:
+    def all_reduce_max(self, values: list[float]) -> list[float]:
         """Each value's maximum over the ranks; all ranks get the same numbers."""
         if self.world_size == 1:
             return values
@@ -95,7 +95,7 @@ class Ranks:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
         return numbers.tolist()
 
-    def each(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in their order."""
         if self.world_size == 1:
             return [value]
@@ -103,7 +103,7 @@ class Ranks:
         dist.all_gather_object(seen, value, group=self.group)
         return seen
 
-    def main_does(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    def run_on_main(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Call `act(*arguments, **options)` on rank 0; all ranks get its result or raise its UserError."""
         if self.world_size == 1:
             return act(*arguments, **options)
@@ -118,7 +118,7 @@ class Ranks:
             raise box[1]
         return box[0]
 
-    def together(self, act: Callable[[], T]) -> list[T]:
+    def run_on_all(self, act: Callable[[], T]) -> list[T]:
         """Every rank acts; all get all results in their order, or all raise the first UserError."""
         if self.world_size == 1:
             return [act()]
@@ -126,15 +126,15 @@ class Ranks:
             mine: tuple[Any, Any] = (act(), None)
         except (UserError, OSError) as error:
             mine = (None, error)
-        seen = self.each(mine)
+        seen = self.all_gather_object(mine)
         errors = [error for _, error in seen if error is not None]
         if errors:
             raise errors[0]
         return [result for result, _ in seen]
 
-    def same(self, what: str, value: str) -> None:
+    def require_equal(self, what: str, value: str) -> None:
         """Stop with one sentence where ranks see different things (code, recipe, data)."""
-        seen = self.each(value)
+        seen = self.all_gather_object(value)
         other = next((rank for rank in range(self.world_size) if seen[rank] != seen[0]), None)
         if other is not None:
             raise UserError(

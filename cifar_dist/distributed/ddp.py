@@ -11,60 +11,60 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.context import DistContext
 
-ReducePrecision = Literal["fp32", "bf16"]  # in which ranks send each other gradients
+GradReduceDtype = Literal["fp32", "bf16"]  # in which ranks send each other gradients
 
 
-def wrap(
+def wrap_ddp(
     accelerator: Accelerator,
     model: nn.Module,
     *,
-    shards: int,
-    reduce_precision: ReducePrecision = "fp32",
+    micro_batches: int,
+    grad_reduce_dtype: GradReduceDtype = "fp32",
 ) -> nn.Module:
     """The model under DDP, or itself where there is one process; call it anew when other parameters learn.
 
     Accelerate lets go of an earlier one here, and with it of its hooks and its buckets of gradients.
-    The graph is static only where each rank runs one shard: together with `no_sync` a static graph
+    The graph is static only where each rank runs one micro-batch: together with `no_sync` a static graph
     crashes on the first backward or stops reducing.
     """
     accelerator.free_memory()
     if accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.static_graph = shards == accelerator.num_processes
+        accelerator.ddp_handler.static_graph = micro_batches == accelerator.num_processes
     with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
         warnings.filterwarnings("ignore", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)
-    if reduce_precision == "bf16" and accelerator.num_processes > 1:
+    if grad_reduce_dtype == "bf16" and accelerator.num_processes > 1:
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return wrapped
 
 
-def reduce_gradients(flat: Tensor, world_size: int, *, precision: ReducePrecision) -> None:
+def all_reduce_gradients(flat: Tensor, world_size: int, *, dtype: GradReduceDtype) -> None:
     """Make f32 gradients, in place, their mean over all ranks, as DDP does: divided, then added up."""
-    sent = flat.bfloat16() if precision == "bf16" else flat
+    sent = flat.bfloat16() if dtype == "bf16" else flat
     dist.all_reduce(sent.div_(world_size))
     if sent is not flat:
         flat.copy_(sent)
 
 
-def share_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Give all ranks rank 0's buffers (BatchNorm's running statistics are shard 0's)."""
-    if ranks.world_size > 1:
+def broadcast_buffers(model: nn.Module, context: DistContext) -> None:
+    """Give all ranks rank 0's buffers (BatchNorm's running statistics are micro-batch 0's)."""
+    if context.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def share_weights(model: nn.Module) -> None:
+def broadcast_weights(model: nn.Module) -> None:
     """Give all ranks rank 0's parameters and buffers, as DDP does when it is made; all call it together."""
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, src=0)
 
 
-def gather_blocks(local: Tensor, ranks: Ranks) -> Tensor:
+def gather_blocks(local: Tensor, context: DistContext) -> Tensor:
     """[blocks, ...] of each rank, dealt block by block, back in one row: [blocks * W, ...]."""
-    if ranks.world_size == 1:
+    if context.world_size == 1:
         return local
-    parts = [torch.empty_like(local) for _ in range(ranks.world_size)]
+    parts = [torch.empty_like(local) for _ in range(context.world_size)]
     dist.all_gather(parts, local.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)

@@ -15,37 +15,37 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cifar_dist.distributed.launch import end_processes
-from cifar_dist.utils.errors import USER_ERROR, UserError, say, sentence_of
+from cifar_dist.distributed.launch import destroy_distributed
+from cifar_dist.utils.errors import USER_ERROR, UserError, print_error, user_message
 
-TICK_SECONDS, LOOK_SECONDS = 1.0, 0.05
+TICK_SECONDS, POLL_SECONDS = 1.0, 0.05
 SAME_SECONDS = 2.0  # in which ranks that make the same mistake make it
-LEAVE_SECONDS = 3.0  # a rank that hangs lets no more than this pass
+EXIT_SECONDS = 3.0  # a rank that hangs lets no more than this pass
 
 
 @contextmanager
-def ending_together(accelerator: Accelerator) -> Iterator[None]:
+def propagate_errors(accelerator: Accelerator) -> Iterator[None]:
     """All ranks leave together, at the end or with the sentence of a UserError or an error of the storage.
 
     One that all meet is rank 0's to say. One that a rank meets alone it says itself, with its name, and
     the others, which would wait for it, end too.
     """
     if accelerator.num_processes == 1:
-        with memory_in_words():
+        with translate_oom():
             yield
-        end_processes(accelerator)
+        destroy_distributed(accelerator)
         return
-    ending = Ending(accelerator.process_index, accelerator.num_processes)
+    ending = ErrorChannel(accelerator.process_index, accelerator.num_processes)
     try:
-        with memory_in_words():
+        with translate_oom():
             yield
-        end_processes(accelerator)
+        destroy_distributed(accelerator)
     except (UserError, OSError) as error:
-        sentence = sentence_of(error)
+        sentence = user_message(error)
         if sentence is None:
             raise
         ending.over.set()
-        ending.tell(sentence)
+        ending.report(sentence)
         if "--traceback" in sys.argv:
             raise
         # Not by sys.exit: NCCL's destructors may wait for a collective that the others have left.
@@ -54,14 +54,14 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
                 stream.flush()
         os._exit(USER_ERROR)
     except RuntimeError:  # of a collective that another rank has left
-        ending.leave_if_told()
+        ending.exit_if_reported()
         raise
     finally:
         ending.over.set()
 
 
 @contextmanager
-def memory_in_words() -> Iterator[None]:
+def translate_oom() -> Iterator[None]:
     """The sentence for who needs more memory than there is, where nobody nearer by has a better one."""
     try:
         yield
@@ -83,7 +83,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-class Ending:
+class ErrorChannel:
     """Ranks meet where they met at the start, in the store that rank 0 or the launcher keeps."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -100,13 +100,13 @@ class Ending:
                     self._leave(heard)
                     os._exit(USER_ERROR)
 
-    def leave_if_told(self) -> None:
+    def exit_if_reported(self) -> None:
         """End like the others where one of them has said why before this rank could listen."""
         with suppress(RuntimeError):
             if self.store.check(["ending/said"]):
                 os._exit(USER_ERROR)
 
-    def tell(self, sentence: str) -> None:
+    def report(self, sentence: str) -> None:
         """Say it, if no other rank does, and wait until the others know."""
         me = f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
         try:
@@ -119,7 +119,7 @@ class Ending:
         except RuntimeError:
             speaks = True
         if speaks:
-            say(sentence)
+            print_error(sentence)
         with suppress(RuntimeError):
             if speaks:
                 self.store.set("ending/said", "")
@@ -130,11 +130,11 @@ class Ending:
         with suppress(RuntimeError):
             if self.rank:
                 store.set(_left(self.rank), "")
-                _until(store, [_left(0)], LEAVE_SECONDS)
+                _until(store, [_left(0)], EXIT_SECONDS)
             else:
-                _until(store, [_left(rank) for rank in range(1, self.world_size)], LEAVE_SECONDS)
+                _until(store, [_left(rank) for rank in range(1, self.world_size)], EXIT_SECONDS)
                 store.set(_left(0), "")
-                time.sleep(4 * LOOK_SECONDS)  # a store that goes while it is asked makes torch warn
+                time.sleep(4 * POLL_SECONDS)  # a store that goes while it is asked makes torch warn
 
 
 def _failed(rank: int) -> str:
@@ -151,5 +151,5 @@ def _until(store: dist.Store, keys: list[str], seconds: float) -> bool:
     while not store.check(keys):
         if time.monotonic() > deadline:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return True

@@ -15,30 +15,32 @@ from cifar_dist.distributed.context import local_world_size
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
-LATER_SECONDS = 10  # collectives give up later than the watchdog, which knows rank and step
+COLLECTIVE_GRACE_SECONDS = (
+    10  # collectives give up later than the watchdog, which knows rank and step
+)
 
 
 # What launchers put into the environment and the recipe decides: variable -> (neutral, remedy).
-OVERRIDDEN = {
+OVERRIDDEN_VARIABLES = {
     "ACCELERATE_MIXED_PRECISION": ("no", "run.precision"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "run.shards"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "run.micro_batches"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "run.compile"),
 }
 
 
-REFUSED = {
+UNSUPPORTED_BACKENDS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 
 
-def adopt_slurm_ranks() -> None:
+def set_slurm_env() -> None:
     """Under plain srun, tell torch what Slurm knows."""
-    os.environ.update(slurm.torch_variables(os.environ, visible_devices=torch.cuda.device_count()))
+    os.environ.update(slurm.torch_env(os.environ, visible_devices=torch.cuda.device_count()))
 
 
-def start_processes(
+def init_distributed(
     *, timeout_seconds: int, threads: int | None, deterministic: bool = False
 ) -> Accelerator:
     """Join the process group that the launcher prepared (or be alone) and check that it is whole.
@@ -49,13 +51,13 @@ def start_processes(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic  # shapes stay, so the fastest pays
-    for name, what in REFUSED.items():
+    for name, what in UNSUPPORTED_BACKENDS.items():
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise UserError(
                 f"the launcher's configuration asks for {what}, but recipes train with DDP; "
                 "use one of accelerate_configs/"
             )
-    for name, (neutral, remedy) in OVERRIDDEN.items():
+    for name, (neutral, remedy) in OVERRIDDEN_VARIABLES.items():
         said = os.environ.get(name, neutral).lower()
         if said != neutral:
             log.info(f"the launcher's {name}={said} is overridden: the recipe decides ({remedy})")
@@ -66,9 +68,11 @@ def start_processes(
         mixed_precision="no",  # autocast and scaler are the step's, one mechanism on all devices
         cpu=on_cpu or not torch.accelerator.is_available(),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds + LATER_SECONDS)),
+            InitProcessGroupKwargs(
+                timeout=timedelta(seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
+            ),
             DistributedDataParallelKwargs(
-                broadcast_buffers=False,  # statistics are shard 0's, shared before an evaluation
+                broadcast_buffers=False,  # statistics are micro-batch 0's, shared before an evaluation
                 gradient_as_bucket_view=True,
             ),
         ],
@@ -94,7 +98,7 @@ def threads_per_process(world_size: int) -> int:
     return max(1, cpus // local_world_size(world_size))
 
 
-def end_processes(accelerator: Accelerator) -> None:
+def destroy_distributed(accelerator: Accelerator) -> None:
     """Leave the process group together; without this some runs exit non-zero."""
     if dist.is_initialized():
         accelerator.wait_for_everyone()

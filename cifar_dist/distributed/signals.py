@@ -11,7 +11,7 @@ import time
 from types import FrameType
 
 STOPPED = 75  # exit code of a command that a signal stopped and that was saved: start it again
-AGAIN_SECONDS = 5  # launchers pass a terminal's Ctrl-C on, so it arrives twice within moments
+DUPLICATE_SECONDS = 5  # launchers pass a terminal's Ctrl-C on, so it arrives twice within moments
 
 _received: list[tuple[int, float]] = []  # (number, when): a process has one set of handlers
 
@@ -26,11 +26,11 @@ def install() -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    if number == signal.SIGINT and _received and now - _received[0][1] > AGAIN_SECONDS:
+    if number == signal.SIGINT and _received and now - _received[0][1] > DUPLICATE_SECONDS:
         raise KeyboardInterrupt
     _received.append((number, now))
 
 
-def received() -> int:
+def stop_signal() -> int:
     """The number of the first stop signal that this process got, or 0."""
     return _received[0][0] if _received else 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 FIRST_PORT, PORTS = 15000, 17000  # below 32768, where Linux begins to give out ports by itself
 
 
-def torch_variables(environment: Mapping[str, str], *, visible_devices: int) -> dict[str, str]:
+def torch_env(environment: Mapping[str, str], *, visible_devices: int) -> dict[str, str]:
     """RANK, WORLD_SIZE, ... of one of several tasks that srun started; {} for any other process.
 
     A device is the local rank modulo the devices that the task sees: `--gpus-per-task=1` shows each

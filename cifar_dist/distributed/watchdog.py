@@ -16,28 +16,32 @@ from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from cifar_dist.distributed.context import Ranks
+from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.error_propagation import is_out_of_memory
-from cifar_dist.utils.errors import UserError, sentence_of
-from cifar_dist.utils.host import machine, process_start
+from cifar_dist.utils.errors import UserError, user_message
+from cifar_dist.utils.host import host_id, process_start_time
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
-END_SECONDS = 2  # the longest end of an interpreter whose collectives failed
+CHECK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
+GRACE_SECONDS = 2  # the longest end of an interpreter whose collectives failed
 
 
 class HasStep(Protocol):
     step: int  # updates done
 
 
-class Register:
+class HeartbeatTable:
     """What ranks say of themselves every second, kept where they met at the start (rank 0's host)."""
 
-    def __init__(self, ranks: Ranks, state: HasStep) -> None:
-        self.ranks, self.state = ranks, state
-        self.me = {"machine": machine(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    def __init__(self, context: DistContext, state: HasStep) -> None:
+        self.context, self.state = context, state
+        self.me = {
+            "machine": host_id(),
+            "pid": os.getpid(),
+            "start": process_start_time(os.getpid()),
+        }
         self.stop = threading.Event()
-        if ranks.world_size > 1:
+        if context.world_size > 1:
             # A connection of its own for each thread: a rank that is stopped answers nobody.
             self.mine, self.others = _get_default_store().clone(), _get_default_store().clone()
             threading.Thread(target=self._write, daemon=True, name="register").start()
@@ -48,25 +52,25 @@ class Register:
             while not self.stop.wait(TICK_SECONDS if tick else 0):
                 tick += 1
                 said = {**self.me, "tick": tick, "step": self.state.step}
-                self.mine.set(f"register/{self.ranks.rank}", json.dumps(said))
+                self.mine.set(f"register/{self.context.rank}", json.dumps(said))
 
     def _read(self) -> dict[int, dict[str, Any]]:
         """What each rank said last; ranks that never said anything are missing."""
         found: dict[int, dict[str, Any]] = {}
         with suppress(RuntimeError):
-            for rank in range(self.ranks.world_size):
+            for rank in range(self.context.world_size):
                 if self.others.check([f"register/{rank}"]):
                     found[rank] = json.loads(self.others.get(f"register/{rank}"))
         return found
 
-    def missing(self) -> str:
+    def describe_missing_ranks(self) -> str:
         """Which other ranks are gone or silent, in words; looks for at most 3 seconds."""
-        if self.ranks.world_size == 1:
+        if self.context.world_size == 1:
             return "it is alone"
         answer: list[str] = []
         thread = threading.Thread(target=lambda: answer.append(self._missing()), daemon=True)
         thread.start()
-        thread.join(LOOK_SECONDS + 1)
+        thread.join(CHECK_SECONDS + 1)
         return answer[0] if answer else "rank 0 does not answer"
 
     def _missing(self) -> str:
@@ -76,11 +80,12 @@ class Register:
         gone = [
             f"rank {rank} is gone, last heard of after step {said['step']}"
             for rank, said in before.items()
-            if said["machine"] == self.me["machine"] and process_start(said["pid"]) != said["start"]
+            if said["machine"] == self.me["machine"]
+            and process_start_time(said["pid"]) != said["start"]
         ]
         if gone:
             return "; ".join(gone)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
         now = self._read()
         silent = [
             f"rank {rank} does not answer, last heard of after step {said['step']}"
@@ -92,8 +97,8 @@ class Register:
 
 
 @contextmanager
-def watched(
-    ranks: Ranks, state: HasStep, *, seconds: int, shards: int
+def watchdog(
+    context: DistContext, state: HasStep, *, seconds: int, micro_batches: int
 ) -> Iterator[Callable[[], None]]:
     """End this process when it makes no progress for so long; say rank and step of what goes wrong.
 
@@ -103,11 +108,11 @@ def watched(
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
-    register, over = Register(ranks, state), threading.Event()
-    me = f"rank {ranks.rank} ({socket.gethostname()}, process {os.getpid()})"
+    register, over = HeartbeatTable(context, state), threading.Event()
+    me = f"rank {context.rank} ({socket.gethostname()}, process {os.getpid()})"
 
     def now() -> tuple[int, int]:
-        return state.step, ranks.pulse.beats
+        return state.step, context.heartbeat.count
 
     def watch() -> None:
         seen, ticks = now(), 0
@@ -115,9 +120,9 @@ def watched(
             before, seen = seen, now()
             # Ticks, not the clock: a job that was suspended as a whole goes on.
             ticks = ticks + 1 if seen == before else 0
-            if ticks * TICK_SECONDS < seconds - LOOK_SECONDS:
+            if ticks * TICK_SECONDS < seconds - CHECK_SECONDS:
                 continue
-            missing = register.missing()
+            missing = register.describe_missing_ranks()
             if now() != seen:
                 continue
             print(
@@ -135,20 +140,20 @@ def watched(
     except Exception as error:
         over.set()
         if is_out_of_memory(error):
-            remedy = f"cut the batch finer: run.shards={2 * shards} --force"
+            remedy = f"cut the batch finer: run.micro_batches={2 * micro_batches} --force"
             raise UserError(f"out of memory after step {state.step}; {remedy}") from error
         if "more than 1 value per channel" in str(error):  # BatchNorm's
             raise UserError(
-                f"a shard of the batch is too small: BatchNorm needs two rows to compare; lower "
-                f"run.shards ({shards}) or raise run.batch_size"
+                f"a micro-batch of the batch is too small: BatchNorm needs two rows to compare; lower "
+                f"run.micro_batches ({micro_batches}) or raise run.batch_size"
             ) from error
-        if isinstance(error, UserError | OSError) and sentence_of(error):
+        if isinstance(error, UserError | OSError) and user_message(error):
             raise
         error.add_note(f"This is {me}, after step {state.step}.")
-        if ranks.world_size > 1:
+        if context.world_size > 1:
             if isinstance(error, RuntimeError):  # a collective that another rank has left
-                error.add_note(f"The others: {register.missing()}.")
-            faulthandler.dump_traceback_later(END_SECONDS, exit=True)
+                error.add_note(f"The others: {register.describe_missing_ranks()}.")
+            faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True)
         raise
     finally:
         over.set()

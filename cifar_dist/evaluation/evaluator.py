@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import epoch_order, eval_blocks
 from cifar_dist.data.dataset import Split
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.distributed.ddp import gather_blocks, share_buffers
-from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.ddp import broadcast_buffers, gather_blocks
+from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.models.heads import Outputs
 from cifar_dist.utils.log import progress_bar
 from cifar_dist.utils.precision import Precision, autocast
@@ -25,13 +25,13 @@ SMALL_BLOCK_SIZE, SMALL = 1000, 64  # up to so many pixels a side, where a GPU w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class EvalResult:
     metrics: dict[str, float]  # loss, top1 and top5 in percent
     logits: Tensor  # f32 [N, C] on the CPU, in the order of the rows, times the recipe's scale
     labels: Tensor  # int64 [N] on the CPU
 
 
-class WithFlips(nn.Module):
+class FlipTTA(nn.Module):
     """A model that looks at each picture and at its mirror image, and gives the mean logits."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class WithFlips(nn.Module):
 
 
 @torch.no_grad()
-def refresh_statistics(
+def update_bn(
     model: nn.Module,
     augment: Augment,
     split: Split,
@@ -53,7 +53,7 @@ def refresh_statistics(
     seed: int,
     epoch: int,
     precision: Precision,
-    ranks: Ranks,
+    context: DistContext,
     frozen: Collection[str] = (),
 ) -> None:
     """Give BatchNorm the statistics of these very weights: means over blocks of an epoch's pictures.
@@ -83,14 +83,16 @@ def refresh_statistics(
         buffer for module in norms for buffer in (module.running_mean, module.running_var)
     ]
     widths = [len(buffer) for buffer in statistics]
-    seen = torch.zeros(-(-blocks // ranks.world_size), sum(widths), device=device)
-    dealt = eval_blocks(split, order, block_size=size, rank=ranks.rank, world_size=ranks.world_size)
+    seen = torch.zeros(-(-blocks // context.world_size), sum(widths), device=device)
+    dealt = eval_blocks(
+        split, order, block_size=size, rank=context.rank, world_size=context.world_size
+    )
     for place, batch in enumerate(dealt):
         with autocast(precision, device):
             model(augment(replace(batch, epoch=epoch)).images)
         seen[place] = torch.cat(statistics)
-        ranks.pulse.beat()
-    means = gather_blocks(seen, ranks).flatten(0, -2)[:blocks].mean(0)
+        context.heartbeat.beat()
+    means = gather_blocks(seen, context).flatten(0, -2)[:blocks].mean(0)
     for buffer, mean in zip(statistics, means.split(widths), strict=True):
         buffer.copy_(mean)
     for module, (training, momentum) in zip(norms, kept, strict=True):
@@ -108,45 +110,45 @@ def evaluate(
     *,
     precision: Precision,
     logit_scale: float,
-    ranks: Ranks,
-    shown: bool = False,
-) -> Evaluation:
+    context: DistContext,
+    show_progress: bool = False,
+) -> EvalResult:
     """Run the bare model (no DDP) over `rows` (int64, ascending); all ranks get the same result.
 
     `logit_scale` is what the loss multiplies cosines with; without it their softmax says nothing.
     `shown`: with a progress bar of its own.
     """
     device = split.labels.device
-    share_buffers(model, ranks)
+    broadcast_buffers(model, context)
     was_training = [
         (module, module.training) for module in model.modules()
     ]  # not all: frozen norms
     model.eval()
     size = block_size(model)
     blocks = -(-len(rows) // size)
-    mine = -(-blocks // ranks.world_size)  # as many places on each rank; the last may stay empty
+    mine = -(-blocks // context.world_size)  # as many places on each rank; the last may stay empty
     logits: Tensor | None = None
-    bar = progress_bar(0, mine, shown=shown and ranks.is_main, unit="block")
+    bar = progress_bar(0, mine, shown=show_progress and context.is_main, unit="block")
     for place, batch in enumerate(
-        eval_blocks(split, rows, block_size=size, rank=ranks.rank, world_size=ranks.world_size)
+        eval_blocks(split, rows, block_size=size, rank=context.rank, world_size=context.world_size)
     ):
         with autocast(precision, device):
             outputs = model(batch.images)
         if logits is None:
             logits = torch.zeros(mine, size, outputs.logits.shape[1], device=device)
         logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
-        ranks.pulse.beat()
+        context.heartbeat.beat()
         bar.update()
     bar.close()
     for module, training in was_training:
         module.training = training
-    classes = ranks.largest([0.0 if logits is None else float(logits.shape[2])])[0]
+    classes = context.all_reduce_max([0.0 if logits is None else float(logits.shape[2])])[0]
     if logits is None:  # fewer blocks than ranks
         logits = torch.zeros(mine, size, int(classes), device=device)
-    gathered = gather_blocks(logits, ranks).flatten(0, 1)[: len(rows)]
+    gathered = gather_blocks(logits, context).flatten(0, 1)[: len(rows)]
     labels = split.labels.index_select(0, rows.to(device))
-    metrics = accuracy(gathered, labels)
-    return Evaluation(metrics=metrics, logits=gathered.cpu(), labels=labels.cpu())
+    metrics = classification_metrics(gathered, labels)
+    return EvalResult(metrics=metrics, logits=gathered.cpu(), labels=labels.cpu())
 
 
 def block_size(model: nn.Module) -> int:

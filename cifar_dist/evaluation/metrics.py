@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return loss, top1 and top5 (percent) of f32 [N, C] logits and int64 [N] labels, on their device.
 
     In float64. Of equal logits the first counts as larger, as `argmax` has it, on any device.

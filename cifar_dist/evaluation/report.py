@@ -14,21 +14,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cifar_dist.data.dataset import Hierarchy
-from cifar_dist.evaluation.metrics import accuracy
+from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
     class_scores,
     confusion,
     fit_temperature,
-    fold,
+    merge_classes,
     percent,
     reliability,
     superclass_scores,
 )
-from cifar_dist.utils.files import write_file, write_json
+from cifar_dist.utils.files import atomic_write, write_json
 
 
-def numbers(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, Any]:
+def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, Any]:
     """Every number about predictions: f32 [N, C] logits, int64 [N] labels; accuracies in percent."""
     predicted = logits.argmax(1)
     right = predicted == labels
@@ -36,7 +36,7 @@ def numbers(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, A
     table = confusion(labels, predicted, logits.shape[1])
     calibration = reliability(logits, labels)
     return {
-        **accuracy(logits, labels),
+        **classification_metrics(logits, labels),
         "top1_interval": {
             "low": 100 * low,
             "high": 100 * high,
@@ -51,7 +51,7 @@ def numbers(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, A
                 "class": name,
                 "superclass": name_of(hierarchy.coarse, int(coarse)),
                 **asdict(scores),
-                "mistaken_for": name_of(hierarchy.fine, scores.mistaken_for),
+                "most_confused_with": name_of(hierarchy.fine, scores.most_confused_with),
             }
             for name, coarse, scores in zip(
                 hierarchy.fine, hierarchy.coarse_of_fine, class_scores(table), strict=True
@@ -64,48 +64,50 @@ def name_of(names: Sequence[str], place: int | None) -> str | None:
     return None if place is None or place < 0 else names[place]
 
 
-def tempered(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
+def after_temperature(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
     """How calibrated the same predictions are after a division by the temperature."""
     calibration = reliability(logits / temperature, labels)
     return {
-        "loss": accuracy(logits / temperature, labels)["loss"],
+        "loss": classification_metrics(logits / temperature, labels)["loss"],
         "ece": calibration.ece,
         **asdict(calibration),
     }
 
 
-def fitted_temperature(held_logits: Tensor, held_labels: Tensor) -> dict[str, Any]:
+def fitted_temperature(val_logits: Tensor, val_labels: Tensor) -> dict[str, Any]:
     """The temperature that fits held-out rows best, and how many there were."""
-    value = fit_temperature(held_logits, held_labels)
-    return {"value": value, "fitted_on": "held-out rows", "rows": len(held_labels)}
+    value = fit_temperature(val_logits, val_labels)
+    return {"value": value, "fitted_on": "validation rows", "rows": len(val_labels)}
 
 
-def without_rows(logits: Tensor, labels: Tensor, rows: Iterable[int]) -> dict[str, Any]:
+def excluding_rows(logits: Tensor, labels: Tensor, rows: Iterable[int]) -> dict[str, Any]:
     """Accuracy on all rows but these, and on these alone; None for one that has no rows."""
     left_out = torch.zeros(len(labels), dtype=torch.bool)
     left_out[list(rows)] = True
     right = logits.argmax(1) == labels
     return {
         "top1": percent(right[~left_out]) if (~left_out).any() else None,
-        "rows_left_out": int(left_out.sum()),
-        "top1_of_those": percent(right[left_out]) if left_out.any() else None,
+        "num_excluded": int(left_out.sum()),
+        "top1_excluded": percent(right[left_out]) if left_out.any() else None,
     }
 
 
 # ----------------------------------------------------------------------------- files
 
 
-def write_findings(
-    folder: Path, found: dict[str, Any], logits: Tensor, labels: Tensor, hierarchy: Hierarchy
+def write_evaluation(
+    folder: Path, report: dict[str, Any], logits: Tensor, labels: Tensor, hierarchy: Hierarchy
 ) -> None:
     """evaluation.json, classes.csv, confusion.csv and superclass_confusion.csv in `folder`."""
     table = confusion(labels, logits.argmax(1), logits.shape[1])
-    coarse = fold(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
-    rows = found["classes"]
-    write_file(folder / "classes.csv", to_csv(list(rows[0]), [list(row.values()) for row in rows]))
-    write_file(folder / "confusion.csv", confusion_csv(table, hierarchy.fine))
-    write_file(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
-    write_json(folder / "evaluation.json", found)
+    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+    rows = report["classes"]
+    atomic_write(
+        folder / "classes.csv", to_csv(list(rows[0]), [list(row.values()) for row in rows])
+    )
+    atomic_write(folder / "confusion.csv", confusion_csv(table, hierarchy.fine))
+    atomic_write(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
+    write_json(folder / "evaluation.json", report)
 
 
 def confusion_csv(table: Tensor, names: Sequence[str]) -> str:
@@ -122,9 +124,9 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-HELD_OUT = "held_out.safetensors"
+VAL_PREDICTIONS = "held_out.safetensors"
 
 
-def write_held_out(folder: Path, logits: Tensor, labels: Tensor) -> None:
+def write_val_predictions(folder: Path, logits: Tensor, labels: Tensor) -> None:
     """What the run says about its held-out rows, for those who choose by them (`ensemble`)."""
-    write_file(folder / HELD_OUT, save({"logits": logits.contiguous(), "labels": labels}))
+    atomic_write(folder / VAL_PREDICTIONS, save({"logits": logits.contiguous(), "labels": labels}))

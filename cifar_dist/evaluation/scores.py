@@ -27,7 +27,7 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
-def fold(table: Tensor, group_of: Tensor, groups: int) -> Tensor:
+def merge_classes(table: Tensor, group_of: Tensor, groups: int) -> Tensor:
     """A confusion of classes as one of their groups, int64 [G, G]; -1 in `group_of`: in no group."""
     member = F.one_hot(group_of + 1, groups + 1)[:, 1:]  # [C, G]
     return member.T @ table @ member
@@ -53,12 +53,12 @@ def superclass_scores(
 class ClassScores:
     """One class; None where nothing would be divided by nothing."""
 
-    pictures: int
+    count: int
     recall: float | None  # percent of its pictures that were recognised: the class's top-1
     precision: float | None  # percent of what was called so that is so
     f1: float | None
-    mistaken_for: int | None  # the class that its pictures were most often taken for
-    mistaken: int  # how often
+    most_confused_with: int | None  # the class that its pictures were most often taken for
+    confused_count: int  # how often
 
 
 def class_scores(table: Tensor) -> list[ClassScores]:
@@ -71,12 +71,12 @@ def class_scores(table: Tensor) -> list[ClassScores]:
         mistaken = int(wrong[place].max())
         scores.append(
             ClassScores(
-                pictures=shown,
+                count=shown,
                 recall=100 * hits / shown if shown else None,
                 precision=100 * hits / said if said else None,
                 f1=200 * hits / (shown + said) if shown + said else None,
-                mistaken_for=int(wrong[place].argmax()) if mistaken else None,
-                mistaken=mistaken,
+                most_confused_with=int(wrong[place].argmax()) if mistaken else None,
+                confused_count=mistaken,
             )
         )
     return scores
@@ -89,7 +89,7 @@ def class_scores(table: Tensor) -> list[ClassScores]:
 class Reliability:
     """Bins of equal width over the confidence 0 ... 1; means are None in a bin without a picture."""
 
-    pictures: list[int]
+    counts: list[int]
     confidence: list[float | None]  # mean probability of the predicted class, percent
     top1: list[float | None]
 
@@ -98,10 +98,10 @@ class Reliability:
         """Expected calibration error, percent (Guo et al. 2017, arXiv 1706.04599)."""
         gaps = [
             count * abs(said - right)
-            for count, said, right in zip(self.pictures, self.confidence, self.top1, strict=True)
+            for count, said, right in zip(self.counts, self.confidence, self.top1, strict=True)
             if said is not None and right is not None
         ]
-        return math.fsum(gaps) / sum(self.pictures)
+        return math.fsum(gaps) / sum(self.counts)
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = RELIABILITY_BINS) -> Reliability:
@@ -120,7 +120,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = RELIABILITY_BINS) ->
         ]
         for totals in (sums(sure), sums((predicted == labels).double()))
     ]
-    return Reliability(pictures=[int(n) for n in counts], confidence=means[0], top1=means[1])
+    return Reliability(counts=[int(n) for n in counts], confidence=means[0], top1=means[1])
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -142,12 +142,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 # ----------------------------------------------------------------------------- how sure we are
 
 
-def bootstrap_interval(right: Tensor, confidence: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(correct: Tensor, confidence: float = 0.95) -> tuple[float, float]:
     """The percentile bootstrap's interval of the share of True in bool [N], in the limit of many resamples.
 
     The number of True in a resample of the rows is binomial, so nothing needs to be drawn.
     """
-    rows, share = len(right), float(right.double().mean())
+    rows, share = len(correct), float(correct.double().mean())
     if share in (0, 1):
         return share, share
     count = torch.arange(rows + 1, dtype=torch.float64)
@@ -167,13 +167,13 @@ class McNemar:
     p: float  # two-sided, exact
 
 
-def mcnemar(first_right: Tensor, second_right: Tensor) -> McNemar:
+def mcnemar(first_correct: Tensor, second_correct: Tensor) -> McNemar:
     """Whether two models, on the same pictures (bool [N]), differ beyond chance (McNemar 1947).
 
     Exact: under the hypothesis the pictures on which they disagree are fair coins.
     """
-    first = int((first_right & ~second_right).sum())
-    second = int((second_right & ~first_right).sum())
+    first = int((first_correct & ~second_correct).sum())
+    second = int((second_correct & ~first_correct).sum())
     flips, tail = first + second, min(first, second)
     ways, total = 1, 0  # of choosing k of the flips; their sum up to the tail
     for k in range(tail + 1):

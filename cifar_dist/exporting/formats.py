@@ -16,30 +16,30 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cifar_dist.exporting.model_card import model_card
-from cifar_dist.inference.trained_model import Usable
+from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.models.backbones import build_model
 from cifar_dist.models.timm_folder import (
     pixel_statistics,
-    rebuilt_logits,
+    reload_logits,
+    timm_blocker,
     timm_config,
     timm_state,
-    why_timm_cannot,
 )
-from cifar_dist.recipe.schema import resolved
-from cifar_dist.recipe.teachers import OWN_EXPORT
+from cifar_dist.recipe.schema import to_dict
+from cifar_dist.recipe.teachers import TEACHER_EXPORT
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import folder_aside, write_file, write_json
+from cifar_dist.utils.files import atomic_folder, atomic_write, write_json
 from cifar_dist.utils.random import generator
 
 TOLERANCE = 1e-4  # of a logit, relative to the largest of them
 CHECKED_BATCHES = (1, 2, 7)
-OURS = {OWN_EXPORT, "config.json", "README.md", "model.safetensors", "model.onnx", "model.pt2"}
+OURS = {TEACHER_EXPORT, "config.json", "README.md", "model.safetensors", "model.onnx", "model.pt2"}
 
 
-class FromBytes(nn.Module):
+class FromUint8(nn.Module):
     """uint8 [N, 3, 32, 32] -> f32 [N, C]: the whole model, resizing and normalisation inside."""
 
-    def __init__(self, usable: Usable) -> None:
+    def __init__(self, usable: TrainedModel) -> None:
         super().__init__()
         self.model, self.logit_scale = usable.model, usable.logit_scale
 
@@ -47,10 +47,10 @@ class FromBytes(nn.Module):
         return self.model(images).logits * self.logit_scale
 
 
-class FromPixels(nn.Module):
+class FromFloat(nn.Module):
     """Resized and normalised f32 [N, 3, S, S] -> f32 [N, C]: the network without its first layer."""
 
-    def __init__(self, usable: Usable) -> None:
+    def __init__(self, usable: TrainedModel) -> None:
         super().__init__()
         self.backbone, self.head = usable.model.backbone, usable.model.head
         self.logit_scale = usable.logit_scale
@@ -66,11 +66,13 @@ def pictures(count: int) -> Tensor:
     )
 
 
-def network(usable: Usable, *, from_bytes: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def network(
+    usable: TrainedModel, *, from_bytes: bool
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """What is exported, and what makes its input of uint8 pictures."""
     if from_bytes:
-        return FromBytes(usable).eval(), lambda images: images
-    return FromPixels(usable).eval(), lambda images: usable.model.pixels(images).contiguous()
+        return FromUint8(usable).eval(), lambda images: images
+    return FromFloat(usable).eval(), lambda images: usable.model.preprocess(images).contiguous()
 
 
 @contextlib.contextmanager
@@ -104,7 +106,7 @@ def compare(
     return largest
 
 
-def to_pt2(usable: Usable, folder: Path, *, from_bytes: bool) -> str:
+def to_pt2(usable: TrainedModel, folder: Path, *, from_bytes: bool) -> str:
     net, inputs_of = network(usable, from_bytes=from_bytes)
     with quietly():
         program = torch.export.export(
@@ -118,7 +120,7 @@ def to_pt2(usable: Usable, folder: Path, *, from_bytes: bool) -> str:
     return f"loaded again by torch.export, its logits differ by at most {apart:.1e}"
 
 
-def to_onnx(usable: Usable, folder: Path, *, from_bytes: bool) -> str:
+def to_onnx(usable: TrainedModel, folder: Path, *, from_bytes: bool) -> str:
     missing = [name for name in ("onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing:
         raise UserError(f"{missing[0]} is not installed; pip install 'cifar-dist[export]'")
@@ -148,21 +150,21 @@ def to_onnx(usable: Usable, folder: Path, *, from_bytes: bool) -> str:
 
 
 @torch.no_grad()
-def to_timm(usable: Usable, folder: Path) -> str:
+def to_timm(usable: TrainedModel, folder: Path) -> str:
     config, model = usable.recipe.model, usable.model
-    reason = why_timm_cannot(config)
+    reason = timm_blocker(config)
     if reason:
         raise UserError(
             f"timm cannot rebuild this network: {reason}; use --to onnx, pt2 or teacher"
         )
-    write_file(folder / "model.safetensors", save(timm_state(model, config)))
+    atomic_write(folder / "model.safetensors", save(timm_state(model, config)))
     write_json(folder / "config.json", timm_config(model, config, usable.fine))
     images = pictures(32)
-    pixels = model.pixels(images).contiguous()
-    found, wanted = rebuilt_logits(folder, pixels), model(images).logits
+    pixels = model.preprocess(images).contiguous()
+    found, wanted = reload_logits(folder, pixels), model(images).logits
     if config.head == "linear":
         apart = compare(
-            lambda inputs: rebuilt_logits(folder, inputs), *network(usable, from_bytes=False)
+            lambda inputs: reload_logits(folder, inputs), *network(usable, from_bytes=False)
         )
         return f"loaded again by timm, its logits differ by at most {apart:.1e}"
     # For each picture all cosines are the linear outputs over one and the same length.
@@ -177,11 +179,11 @@ def to_timm(usable: Usable, folder: Path) -> str:
 
 
 @torch.no_grad()
-def to_teacher(usable: Usable, folder: Path) -> str:
+def to_teacher(usable: TrainedModel, folder: Path) -> str:
     state = {name: value.contiguous() for name, value in usable.model.state_dict().items()}
-    write_file(folder / "model.safetensors", save(state))
-    model, scale = resolved(usable.recipe)["model"], usable.logit_scale
-    write_json(folder / OWN_EXPORT, {"model": model, "logit_scale": scale})
+    atomic_write(folder / "model.safetensors", save(state))
+    model, scale = to_dict(usable.recipe)["model"], usable.logit_scale
+    write_json(folder / TEACHER_EXPORT, {"model": model, "logit_scale": scale})
     again = build_model(
         usable.recipe.model, len(usable.fine), load_file(folder / "model.safetensors")
     )
@@ -191,7 +193,7 @@ def to_teacher(usable: Usable, folder: Path) -> str:
     return "loaded again by cifar_dist, its logits are the same bits"
 
 
-def describe(usable: Usable, *, from_bytes: bool) -> dict[str, Any]:
+def describe(usable: TrainedModel, *, from_bytes: bool) -> dict[str, Any]:
     """config.json of onnx and pt2: what goes in, what comes out."""
     mean, std = pixel_statistics(usable.model)
     side = usable.recipe.model.image_size
@@ -206,10 +208,10 @@ def describe(usable: Usable, *, from_bytes: bool) -> dict[str, Any]:
     }
 
 
-def export(usable: Usable, run: Path, output: Path, *, to: str, from_bytes: bool) -> str:
+def export(usable: TrainedModel, run: Path, output: Path, *, to: str, from_bytes: bool) -> str:
     """Write the folder, checked, in one step; returns what is to be said about it."""
     usable.model.cpu().to(memory_format=torch.contiguous_format)
-    with folder_aside(output) as folder:
+    with atomic_folder(output) as folder:
         match to:
             case "timm":
                 said = to_timm(usable, folder)
@@ -219,7 +221,7 @@ def export(usable: Usable, run: Path, output: Path, *, to: str, from_bytes: bool
                 make = to_onnx if to == "onnx" else to_pt2
                 said = make(usable, folder, from_bytes=from_bytes)
                 write_json(folder / "config.json", describe(usable, from_bytes=from_bytes))
-        write_file(
+        atomic_write(
             folder / "README.md",
             model_card(usable, run, to=to, from_bytes=from_bytes, said=said),
         )

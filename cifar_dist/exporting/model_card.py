@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.data.ingest.near_duplicates import OFFICIAL_LIST
-from cifar_dist.inference.trained_model import Usable
+from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.recipe.schema import to_yaml
 from cifar_dist.run_folder import results
 from cifar_dist.utils.files import read_json
@@ -30,9 +30,9 @@ teacher: {{run: THIS_FOLDER}}""",
 }
 
 
-def model_card(usable: Usable, run: Path, *, to: str, from_bytes: bool, said: str) -> str:
+def model_card(usable: TrainedModel, run: Path, *, to: str, from_bytes: bool, said: str) -> str:
     """Markdown with the Hub's YAML header; numbers come from the run's files."""
-    summary, found = results.read_facts(run, "summary.json"), usable.findings or {}
+    summary, found = results.read_facts(run, "summary.json"), usable.evaluation or {}
     surroundings = results.read_facts(run, "environment.json")
     official = read_json(OFFICIAL_LIST)["data"]
     is_official = surroundings.get("data") == official
@@ -45,7 +45,7 @@ def model_card(usable: Usable, run: Path, *, to: str, from_bytes: bool, said: st
         else f"float32 [N, 3, {side}, {side}], resized and normalised as config.json says"
     )
     code = LOAD[to].format(input=shape) if "{" in LOAD[to] else LOAD[to]
-    weights = "the moving average of the weights" if recipe.ema else "the last weights"
+    weights = "the moving average of the weights" if recipe.averaging else "the last weights"
     temperature = (
         f"Divide the logits by {usable.temperature:.4f}, fitted on held-out rows, for calibrated probabilities."
         if usable.temperature and not (to == "timm" and recipe.model.head == "cosine")
@@ -77,7 +77,7 @@ no anti-aliasing). {temperature}
 
 Data digest (SHA-256 over both splits) `{surroundings.get("data", "unknown")}`; commit
 `{surroundings.get("commit") or "unknown"}`; {surroundings.get("hardware", "unknown hardware")},
-{summary.get("world_size", "?")} process(es), {summary.get("shards", "?")} shard(s).
+{summary.get("world_size", "?")} process(es), {summary.get("micro_batches", "?")} micro-batch(s).
 
 ```yaml
 {to_yaml(recipe).strip()}
@@ -95,7 +95,7 @@ def metrics_table(summary: dict[str, Any], found: dict[str, Any]) -> str:
         ("expected calibration error, %", (found.get("calibration") or {}).get("ece")),
         ("top-1 without near-duplicates of training pictures, %",
          (found.get("without_near_duplicates") or {}).get("top1")),
-        ("held-out top-1, %", summary.get("val_top1")),
+        ("val top-1, %", summary.get("val_top1")),
     ]  # fmt: skip
     lines = [f"| {name} | {value:.4g} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines]) if lines else "The run has no numbers yet."

@@ -15,14 +15,14 @@ from cifar_dist.losses.classification import logit_scale
 from cifar_dist.models.backbones import Classifier
 from cifar_dist.recipe.runs import load_model, load_run
 from cifar_dist.recipe.schema import Recipe
-from cifar_dist.run_folder.evaluations import read_evaluation, read_findings, trained_on
+from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
 from cifar_dist.run_folder.results import read_facts
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Usable:
+class TrainedModel:
     """A model in evaluation mode, and what its outputs mean."""
 
     recipe: Recipe
@@ -30,7 +30,7 @@ class Usable:
     model: Classifier
     fine: tuple[str, ...]
     superclass: tuple[str, ...]  # of each fine class; "" where the data do not say
-    findings: dict[str, Any] | None  # what `evaluate` wrote about this very checkpoint
+    evaluation: dict[str, Any] | None  # what `evaluate` wrote about this very checkpoint
     temperature: float | None  # fitted on held-out rows by `evaluate`; None where it was not
 
     @property
@@ -53,21 +53,23 @@ class Usable:
         return (logits.double() / (self.temperature or 1.0)).softmax(1)
 
 
-def load_usable(run: Path, checkpoint: str | None = None, data: Path | None = None) -> Usable:
+def load_trained_model(
+    run: Path, checkpoint: str | None = None, data: Path | None = None
+) -> TrainedModel:
     """A run's newest checkpoint, or one by name, on this machine's accelerator where it has one."""
     recipe, saved = load_run(run, checkpoint)
     fine, superclass = class_names_of(run, data or Path(recipe.data.path))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, saved, len(fine)).eval().requires_grad_(False)
-    found = read_findings(run, saved.name)
+    found = read_matching_evaluation(run, saved.name)
     fitted = (found or {}).get("temperature")
-    return Usable(
+    return TrainedModel(
         recipe=recipe,
         checkpoint=saved,
         model=model.to(device).to(memory_format=torch.channels_last),
         fine=fine,
         superclass=superclass,
-        findings=found,
+        evaluation=found,
         temperature=fitted["value"] if fitted else None,
     )
 
@@ -76,7 +78,7 @@ def class_names_of(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, .
     """Fine classes and the superclass of each: from the run's data, or else from its evaluation."""
     environment = read_facts(run, "environment.json")
     if (data / "digest.json").exists():
-        if not trained_on(environment, data):
+        if not same_data(environment, data):
             raise UserError(
                 f"{data} holds other data than {run} was trained on; give the place of those with --data"
             )

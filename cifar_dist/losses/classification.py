@@ -26,7 +26,9 @@ class CrossEntropy(Loss):
 
     label_smoothing: Share = 0.0
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         smoothing = self.label_smoothing
         return F.cross_entropy(
             outputs.logits.float(), labels, reduction="none", label_smoothing=smoothing
@@ -47,7 +49,9 @@ class BinaryCrossEntropy(Loss):
 
     label_smoothing: Share = 0.0
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             logits = outputs.logits.float()
             low = self.label_smoothing / logits.shape[1]

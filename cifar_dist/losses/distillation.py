@@ -17,30 +17,30 @@ from cifar_dist.models.heads import HeadName, Outputs
 from cifar_dist.utils.config import Angle, Index, NonNegative, Positive, config
 
 
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) of logits over the last dimension, [..., C] -> [...]."""
     wanted, found = teacher.log_softmax(-1), student.log_softmax(-1)
     return (wanted.exp() * (wanted - found)).sum(-1)
 
 
 @config
-class TaughtLoss(Loss):
+class DistillationLoss(Loss):
     """A loss of this file. The n epochs of a warm-up have 1/n, 2/n, ... of its weight.
 
     As in the code of Zhao et al. 2022 (megvii-research/mdistiller), which counts epochs from 1.
     """
 
-    taught: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = True
     warmup_epochs: Index = 0
 
-    def weight_in(self, epoch: int) -> float:
+    def weight_at(self, epoch: int) -> float:
         if epoch >= self.warmup_epochs:
             return self.weight
         return self.weight * (epoch + 1) / self.warmup_epochs
 
 
 @config
-class Distill(TaughtLoss):
+class Distill(DistillationLoss):
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)). Hinton et al. 2015, arXiv 1503.02531.
 
     T^2 keeps the gradient's size when T changes. `standardize` first gives each sample's logits mean
@@ -52,19 +52,21 @@ class Distill(TaughtLoss):
     temperature: Positive = 4.0
     standardize: bool = False
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
+        assert teacher_logits is not None
         with torch.autocast(labels.device.type, enabled=False):
-            student, teacher = outputs.logits.float(), guide.float()
+            student, teacher = outputs.logits.float(), teacher_logits.float()
             if self.standardize:
                 classes = student.shape[-1:]
                 student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
             temperature = self.temperature
-            return temperature**2 * divergence(teacher / temperature, student / temperature)
+            return temperature**2 * kl_divergence(teacher / temperature, student / temperature)
 
 
 @config
-class MarginDistill(TaughtLoss):
+class MarginDistill(DistillationLoss):
     """`Distill` of logits into which ArcFace's margin has been put on both sides, at the true class.
 
     As the tutorial's code has it, for its own row alone: the margin makes the teacher less sure of
@@ -73,27 +75,29 @@ class MarginDistill(TaughtLoss):
     """
 
     head: ClassVar[HeadName | None] = "cosine"
-    mixes: ClassVar[bool] = False
+    supports_mixup: ClassVar[bool] = False
     temperature: Positive = 4.0
     scale: Positive = 8.0
     margin: Angle = 0.35  # radians
     straight_through: bool = True
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
+        assert teacher_logits is not None
         with torch.autocast(labels.device.type, enabled=False):
             arcface = ArcFace(
                 scale=self.scale, margin=self.margin, straight_through=self.straight_through
             )
             student, teacher = (
                 arcface.logits(logits.float() / self.scale, labels) / self.temperature
-                for logits in (outputs.logits, guide)
+                for logits in (outputs.logits, teacher_logits)
             )
-            return self.temperature**2 * divergence(teacher, student)
+            return self.temperature**2 * kl_divergence(teacher, student)
 
 
 @config
-class DecoupledDistill(TaughtLoss):
+class DecoupledDistill(DistillationLoss):
     """T^2 * (target * KL(true class or not) + others * KL(among the other classes)).
 
     Zhao et al. 2022, arXiv 2203.08679. With others = 1 - the teacher's probability of the
@@ -101,13 +105,15 @@ class DecoupledDistill(TaughtLoss):
     """
 
     temperature: Positive = 4.0
-    target: NonNegative = 1.0  # alpha in the paper
-    others: NonNegative = 8.0  # beta
+    alpha: NonNegative = 1.0  # alpha in the paper
+    beta: NonNegative = 8.0  # beta
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
+        assert teacher_logits is not None
         with torch.autocast(labels.device.type, enabled=False):
-            classes = torch.arange(guide.shape[1], device=labels.device)
+            classes = torch.arange(teacher_logits.shape[1], device=labels.device)
             is_true = classes == labels[:, None]
             lowest = torch.finfo(torch.float32).min / 4  # -inf would give 0 * inf
 
@@ -118,17 +124,17 @@ class DecoupledDistill(TaughtLoss):
                 true = scaled.gather(1, labels[:, None])
                 return torch.cat([true, others.logsumexp(1, keepdim=True)], 1), others
 
-            student, teacher = parts(outputs.logits), parts(guide)
-            target, others = (divergence(t, s) for t, s in zip(teacher, student, strict=True))
-            return self.temperature**2 * (self.target * target + self.others * others)
+            student, teacher = parts(outputs.logits), parts(teacher_logits)
+            target, others = (kl_divergence(t, s) for t, s in zip(teacher, student, strict=True))
+            return self.temperature**2 * (self.alpha * target + self.beta * others)
 
 
 @config
-class Dist(TaughtLoss):
+class Dist(DistillationLoss):
     """T^2 * (inter * (1 - correlation over classes) + intra * (1 - correlation over samples)).
 
     Pearson's correlation of the teacher's and the student's softmax(logits / T): for each sample over
-    the classes, and for each class over the samples of the shard, whose mean over the classes is
+    the classes, and for each class over the samples of the micro-batch, whose mean over the classes is
     spread over [B]. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
     """
 
@@ -136,11 +142,13 @@ class Dist(TaughtLoss):
     inter: NonNegative = 1.0
     intra: NonNegative = 1.0
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
+        assert teacher_logits is not None
         with torch.autocast(labels.device.type, enabled=False):
             student = (outputs.logits.float() / self.temperature).softmax(1)
-            teacher = (guide.float() / self.temperature).softmax(1)
+            teacher = (teacher_logits.float() / self.temperature).softmax(1)
 
             def distance(dimension: int) -> Tensor:
                 one, other = (x - x.mean(dimension, keepdim=True) for x in (student, teacher))
@@ -151,13 +159,15 @@ class Dist(TaughtLoss):
 
 
 @config
-class LogitMse(TaughtLoss):
+class LogitMse(DistillationLoss):
     """The mean over the classes of (student - teacher)^2, of the logits themselves.
 
     Ba and Caruana 2014, arXiv 1312.6184, but for a constant; Kim et al. 2021, arXiv 2105.08919.
     """
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
-        assert guide is not None
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
+        assert teacher_logits is not None
         with torch.autocast(labels.device.type, enabled=False):
-            return (outputs.logits.float() - guide.float()).square().mean(1)
+            return (outputs.logits.float() - teacher_logits.float()).square().mean(1)

@@ -37,7 +37,9 @@ class ArcFace(Loss):
     margin: Angle = 0.35  # radians
     straight_through: bool = False
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.logits(outputs.logits.float(), labels)
             return F.cross_entropy(logits, labels, reduction="none")
@@ -68,7 +70,9 @@ class CosFace(Loss):
     scale: Positive = 16.0
     margin: NonNegative = 0.35
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.logits(outputs.logits.float(), labels)
             return F.cross_entropy(logits, labels, reduction="none")
@@ -102,7 +106,7 @@ class SphereFace(Loss):
     Liu et al. 2017, arXiv 1704.08063, eq. 7: the class weights have length 1, an embedding keeps its
     own, and the true class has psi in the place of its cosine (see there).
 
-    `softness` is the paper's lambda: the true class has (softness * cos + psi) / (1 + softness). Its
+    `lambda_` is the paper's lambda: the true class has (lambda_ * cos + psi) / (1 + lambda_). Its
     authors let it fall from 1000 to 5 in the course of the training. A loss here does not know the
     step, so it is constant; 5 is where theirs ends.
 
@@ -115,10 +119,12 @@ class SphereFace(Loss):
 
     head: ClassVar[HeadName | None] = "cosine"
     margin: Count = 4
-    softness: NonNegative = 5.0
+    lambda_: NonNegative = 5.0
     scale: Positive | None = None
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.logits(outputs.logits.float(), outputs.embedding.float(), labels)
             return F.cross_entropy(logits, labels, reduction="none")
@@ -126,7 +132,7 @@ class SphereFace(Loss):
     def logits(self, cosines: Tensor, embedding: Tensor, labels: Tensor) -> Tensor:
         """Cosines [B, C], embedding [B, D] -> what the softmax is taken of [B, C]."""
         true = cosines.gather(1, labels[:, None])  # [B, 1]
-        moved = (self.softness * true + psi(true, self.margin)) / (1 + self.softness)
+        moved = (self.lambda_ * true + psi(true, self.margin)) / (1 + self.lambda_)
         moved = cosines.scatter(1, labels[:, None], moved)
         if self.scale is not None:
             return self.scale * moved
@@ -140,15 +146,17 @@ class LargeMarginSoftmax(Loss):
     L-Softmax, Liu et al. 2016, arXiv 1612.02295, eq. 4: x . w = |x| |w| cos(theta) of the true class
     becomes |x| |w| psi(theta). The paper leaves the bias out. Here the head's bias stays in the
     loss as it is in the logits, so that their argmax is what was trained, and margin 1 is
-    cross-entropy. `softness` is as with `SphereFace`; the authors' README advises 5 or 10 for
+    cross-entropy. `lambda_` is as with `SphereFace`; the authors' README advises 5 or 10 for
     difficult data, and 0 for easy ones.
     """
 
     head: ClassVar[HeadName | None] = "linear"
     margin: Count = 2
-    softness: NonNegative = 5.0
+    lambda_: NonNegative = 5.0
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             logits = self.logits(Outputs(*(part.float() for part in outputs)), labels)
             return F.cross_entropy(logits, labels, reduction="none")
@@ -159,6 +167,6 @@ class LargeMarginSoftmax(Loss):
         true_weight = class_weight[labels]  # [B, D]
         lengths = [torch.linalg.vector_norm(x, dim=1) for x in (embedding, true_weight)]
         cosine = (F.normalize(embedding) * F.normalize(true_weight)).sum(1)
-        change = lengths[0] * lengths[1] * (psi(cosine, self.margin) - cosine) / (1 + self.softness)
+        change = lengths[0] * lengths[1] * (psi(cosine, self.margin) - cosine) / (1 + self.lambda_)
         true = logits.gather(1, labels[:, None])
         return logits.scatter(1, labels[:, None], true + change[:, None])

@@ -1,11 +1,11 @@
-"""Floor 2. Losses that compare the samples of a shard: near where the labels agree, far where not.
+"""Floor 2. Losses that compare the samples of a micro-batch: near where the labels agree, far where not.
 
 They shape the embedding, the classifier learns nothing from them, so they stand beside a loss that
-teaches it. Each row of the shard is an anchor in turn, and its partners are the other rows: the
-shard, not the global batch, is what they see, hence `run.shards` is part of the mathematics, as it is
+teaches it. Each row of the micro-batch is an anchor in turn, and its partners are the other rows: the
+micro-batch, not the global batch, is what they see, hence `run.micro_batches` is part of the mathematics, as it is
 with BatchNorm. Element [i] of a result is what row i is charged as an anchor. An anchor for which
-the shard has no other row of its class is charged 0 and still counts as a row: nothing is divided by
-how many anchors have partners, so a loss grows with the shard. Of 100 equally frequent classes,
+the micro-batch has no other row of its class is charged 0 and still counts as a row: nothing is divided by
+how many anchors have partners, so a loss grows with the micro-batch. Of 100 equally frequent classes,
 21 % of the anchors have one among 25 rows, 71 % among 125, and 98 % among 400.
 
 Computed in float32 with autocast disabled. A distance of 0 has the gradient 0.
@@ -24,14 +24,14 @@ from cifar_dist.models.heads import Outputs
 from cifar_dist.utils.config import NonNegative, Positive, config
 
 
-def partners(labels: Tensor) -> tuple[Tensor, Tensor]:
+def positive_negative_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
     """int64 [B] -> bool [B, B], [B, B]: which other rows have anchor i's label, which have not."""
     same = labels[:, None] == labels
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return same & ~itself, ~same
 
 
-def directions(embedding: Tensor) -> Tensor:
+def l2_normalize(embedding: Tensor) -> Tensor:
     """[B, D] -> [B, D] of length 1; a row of zeros has no direction and stays, with a tame slope."""
     return F.normalize(embedding, eps=1e-3)
 
@@ -42,17 +42,17 @@ def squared_distances(embedding: Tensor) -> Tensor:
     return (squares[:, None] + squares - 2 * embedding @ embedding.T).clamp(min=0)
 
 
-def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of each line's chosen values, [B, B] -> [B]; 0 where none is chosen."""
-    return (values * chosen).sum(1) / chosen.sum(1).clamp(min=1)
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 @config
 class PairLoss(Loss):
     """A loss of this file: it needs another one beside it, and pictures of one label each."""
 
-    classifies: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = False
+    supports_mixup: ClassVar[bool] = False
 
 
 @config
@@ -70,15 +70,17 @@ class Triplet(PairLoss):
     margin: NonNegative | None = 0.2
     normalize: bool = True
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             return self.per_anchor(outputs.embedding.float(), labels)
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """Embedding [B, D] -> [B]."""
         if self.normalize:
-            embedding = directions(embedding)
-        same, other = partners(labels)
+            embedding = l2_normalize(embedding)
+        same, other = positive_negative_masks(labels)
         with torch.no_grad():
             distances = squared_distances(embedding)
             farthest = distances.masked_fill(~same, -1).argmax(1)  # [B]
@@ -108,19 +110,21 @@ class Contrastive(PairLoss):
     margin: Positive = 1.0
     normalize: bool = True
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             return self.per_anchor(outputs.embedding.float(), labels)
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """Embedding [B, D] -> [B]."""
         if self.normalize:
-            embedding = directions(embedding)
-        same, other = partners(labels)
+            embedding = l2_normalize(embedding)
+        same, other = positive_negative_masks(labels)
         squares = squared_distances(embedding)
         distances = squares.clamp(min=1e-12).sqrt()  # the slope of the root is infinite at 0
-        pull = mean_over(squares / 2, same)
-        push = mean_over(F.relu(self.margin - distances).square() / 2, other)
+        pull = masked_mean(squares / 2, same)
+        push = masked_mean(F.relu(self.margin - distances).square() / 2, other)
         return (pull + push).masked_fill(~same.any(1), 0.0)
 
 
@@ -131,20 +135,22 @@ class SupCon(PairLoss):
     Khosla et al. 2020, arXiv 2004.11362, eq. 2 (L_out): minus the mean over the partners p of the
     anchor's class of log(exp(cos(i, p) / temperature) / sum over all other rows a of
     exp(cos(i, a) / temperature)). 0.1 is the paper's temperature. There a batch has two views of
-    each picture and hence a partner for every anchor; here it has one view, so take large shards.
+    each picture and hence a partner for every anchor; here it has one view, so take large micro-batches.
     """
 
     temperature: Positive = 0.1
 
-    def __call__(self, outputs: Outputs, labels: Tensor, guide: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(labels.device.type, enabled=False):
             return self.per_anchor(outputs.embedding.float(), labels)
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         """Embedding [B, D] -> [B]."""
-        embedding = directions(embedding)
-        same, other = partners(labels)
+        embedding = l2_normalize(embedding)
+        same, other = positive_negative_masks(labels)
         cosines = embedding @ embedding.T / self.temperature
-        lowest = torch.finfo(cosines.dtype).min / 4  # -inf would be NaN in a shard of one row
+        lowest = torch.finfo(cosines.dtype).min / 4  # -inf would be NaN in a micro-batch of one row
         others = cosines.masked_fill(~(same | other), lowest)
-        return mean_over(others.logsumexp(1, keepdim=True) - cosines, same)
+        return masked_mean(others.logsumexp(1, keepdim=True) - cosines, same)

@@ -21,14 +21,14 @@ from cifar_dist.models.cifar_resnet import PUBLISHED, find_cifar_resnet
 from cifar_dist.models.freeze import FreezeConfig
 from cifar_dist.models.heads import CosineHead, LinearHead, Outputs
 from cifar_dist.models.hub import fetch_weights
-from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, WHITENED, PixelInput
+from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, WHITENED, Preprocess
 from cifar_dist.models.resnet9 import resnet9
-from cifar_dist.models.small_maps import use_taps
+from cifar_dist.models.small_maps import replace_small_map_convs
 from cifar_dist.models.weights import (
     State,
     load_backbone,
     load_state,
-    pixels_beside,
+    normalization_from_config,
     read_weights,
     shapes,
     split_state,
@@ -36,11 +36,11 @@ from cifar_dist.models.weights import (
 from cifar_dist.utils.config import Count, Share, config
 from cifar_dist.utils.errors import UserError
 
-Colour = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
+Color = tuple[float, float, float]  # red, green, blue of pixels in 0 ... 1
 
 
 @config
-class Growing:
+class ProgressiveResize:
     """Train on smaller pictures first: `start` px, growing to image_size at epoch `epochs`."""
 
     start: Count
@@ -63,8 +63,8 @@ class ModelConfig:
     image_size: Count = 32
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     normalize: bool = True
-    mean: Colour | None = None  # None: timm's for its weights, CIFAR-100's from scratch
-    std: Colour | None = None
+    mean: Color | None = None  # None: timm's for its weights, CIFAR-100's from scratch
+    std: Color | None = None
     whiten: bool = (
         False  # a fixed first layer that decorrelates 3x3 patches; for training from scratch
     )
@@ -76,18 +76,29 @@ class ModelConfig:
     drop_path_rate: Share = 0.0
     freeze: tuple[FreezeConfig, ...] | None = None
     grad_checkpointing: bool = False  # compute blocks twice rather than keep what is in them
-    growing: Growing | None = None  # another size in the first epochs of training
-    second_size: Count | None = None  # of one half of each shard in training, chosen anew
+    progressive_resize: ProgressiveResize | None = (
+        None  # another size in the first epochs of training
+    )
+    mixed_resolution: Count | None = (
+        None  # of one half of each micro-batch in training, chosen anew
+    )
 
     def __post_init__(self) -> None:
-        if self.growing and self.second_size:
-            raise ValueError("growing and second_size both set the size to train at: remove one")
-        if self.growing and self.growing.start > self.image_size:
-            raise ValueError(f"growing.start is above image_size={self.image_size}: lower it")
-        if self.growing and self.growing.start % self.growing.multiple:
+        if self.progressive_resize and self.mixed_resolution:
             raise ValueError(
-                f"growing.start={self.growing.start} is no multiple of growing.multiple="
-                f"{self.growing.multiple}, as all sizes are: change one of them"
+                "progressive_resize and mixed_resolution both set the size to train at: remove one"
+            )
+        if self.progressive_resize and self.progressive_resize.start > self.image_size:
+            raise ValueError(
+                f"progressive_resize.start is above image_size={self.image_size}: lower it"
+            )
+        if (
+            self.progressive_resize
+            and self.progressive_resize.start % self.progressive_resize.multiple
+        ):
+            raise ValueError(
+                f"progressive_resize.start={self.progressive_resize.start} is no multiple of progressive_resize.multiple="
+                f"{self.progressive_resize.multiple}, as all sizes are: change one of them"
             )
         if self.pretrained and self.weights is not None:
             raise ValueError(
@@ -109,14 +120,14 @@ class ModelConfig:
 
     def train_size(self, epoch: int) -> int:
         """The pictures' side in pixels in an epoch of training; an evaluation has image_size."""
-        growing = self.growing
-        return growing.size_in(epoch, self.image_size) if growing else self.image_size
+        resize = self.progressive_resize
+        return resize.size_in(epoch, self.image_size) if resize else self.image_size
 
     @property
     def other_sizes(self) -> list[int]:
         """At which it is trained beside image_size, ascending."""
-        epochs = self.growing.epochs if self.growing else 0
-        sizes = {self.train_size(epoch) for epoch in range(epochs)} | {self.second_size}
+        epochs = self.progressive_resize.epochs if self.progressive_resize else 0
+        sizes = {self.train_size(epoch) for epoch in range(epochs)} | {self.mixed_resolution}
         return sorted(size for size in sizes - {self.image_size} if size)
 
 
@@ -125,31 +136,31 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        pixels: PixelInput,
+        preprocess: Preprocess,
         backbone: nn.Module,
         head: nn.Module,
-        second_size: int | None = None,
+        mixed_resolution: int | None = None,
     ) -> None:
         super().__init__()
-        self.pixels, self.backbone, self.head = pixels, backbone, head
+        self.preprocess, self.backbone, self.head = preprocess, backbone, head
         self.train_size: int | None = None  # set by who trains; an evaluation has the pixels' own
-        self.second_size = second_size
+        self.mixed_resolution = mixed_resolution
 
     def forward(self, images: Tensor) -> Outputs:
-        if self.training and self.second_size:
-            features = self.features_at_two_sizes(images, self.second_size)
+        if self.training and self.mixed_resolution:
+            features = self.features_at_two_sizes(images, self.mixed_resolution)
         else:
             size = self.train_size if self.training else None
-            features = self.backbone(self.pixels(images, size))  # [B, F]
+            features = self.backbone(self.preprocess(images, size))  # [B, F]
         return self.head(features)
 
-    def features_at_two_sizes(self, images: Tensor, second_size: int) -> Tensor:
+    def features_at_two_sizes(self, images: Tensor, mixed_resolution: int) -> Tensor:
         """Half of the pictures, by lot, at the second size; BatchNorm sees each half by itself."""
         order = torch.randperm(len(images), device=images.device)
         second, first = order.tensor_split([len(images) // 2])
         features = [
-            self.backbone(self.pixels(images.index_select(0, second), second_size)),
-            self.backbone(self.pixels(images.index_select(0, first))),
+            self.backbone(self.preprocess(images.index_select(0, second), mixed_resolution)),
+            self.backbone(self.preprocess(images.index_select(0, first))),
         ]
         return torch.cat(features).index_select(0, order.argsort())
 
@@ -192,7 +203,7 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         file = read_weights(Path(config.weights))
         body, head_state = split_state(file)
         if config.normalize and not (config.mean and config.std):
-            refuse_other_pixels(Path(config.weights), cfg, source, is_own=body is not file)
+            check_normalization(Path(config.weights), cfg, source, is_own=body is not file)
     else:
         source, body, head_state = "", None, {}
 
@@ -204,14 +215,14 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
 
     if config.grad_checkpointing:
         checkpoint_blocks(backbone, config)
-    use_taps(backbone)
+    replace_small_map_convs(backbone)
 
     from_weights = config.pretrained or config.weights is not None
     mean = config.mean or (cfg.mean if from_weights else CIFAR_MEAN)
     std = config.std or (cfg.std if from_weights else CIFAR_STD)
     if not config.normalize:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    pixels = PixelInput(config.image_size, config.interpolation, mean, std, config.whiten)
+    pixels = Preprocess(config.image_size, config.interpolation, mean, std, config.whiten)
     if config.whiten and state is not None and not state["pixels.filters"].is_meta:
         pixels.filters.copy_(state["pixels.filters"])
 
@@ -219,9 +230,9 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
     if matrix is not None and matrix.is_meta:  # a backbone without numbers cannot be asked
         in_features = matrix.shape[1]
     else:
-        in_features = count_features(backbone, config)
+        in_features = feature_dim(backbone, config)
         for other in config.other_sizes:
-            count_features(backbone, replace(config, image_size=other))
+            feature_dim(backbone, replace(config, image_size=other))
     head: nn.Module
     match config.head:
         case "linear":
@@ -232,12 +243,12 @@ def build_model(config: ModelConfig, num_classes: int, state: State | None = Non
         load_state(head, head_state)
     elif state is not None:
         raise UserError(f"{source} has another head; check model.head and the number of classes")
-    return Classifier(pixels, backbone, head, config.second_size)
+    return Classifier(pixels, backbone, head, config.mixed_resolution)
 
 
-def refuse_other_pixels(path: Path, cfg: Any, source: str, *, is_own: bool) -> None:
+def check_normalization(path: Path, cfg: Any, source: str, *, is_own: bool) -> None:
     """UserError where a file's network saw pixels otherwise than timm's weights for it, and nobody says how."""
-    beside = pixels_beside(path)
+    beside = normalization_from_config(path)
     if is_own and cfg.mean != CIFAR_MEAN:
         raise UserError(
             f"{source} is a run's own model, whose pixels timm does not know; give model.mean and "
@@ -257,7 +268,7 @@ def refuse_other_pixels(path: Path, cfg: Any, source: str, *, is_own: bool) -> N
 def pretrained_cfg(name: str) -> Any:
     """timm's description of a backbone and its weights; UserError for a name that nobody has."""
     if not timm.is_model(name):
-        if find_own(name):
+        if find_custom(name):
             return timm.models.PretrainedCfg(architecture=name, mean=CIFAR_MEAN, std=CIFAR_STD)
         close = difflib.get_close_matches(
             name.lower(), ["resnet9", *PUBLISHED, *timm.list_models()], n=3
@@ -273,7 +284,7 @@ def pretrained_cfg(name: str) -> Any:
     return cfg or timm.models.PretrainedCfg()
 
 
-def find_own(name: str) -> Callable[..., nn.Module] | None:
+def find_custom(name: str) -> Callable[..., nn.Module] | None:
     """What builds a network that timm lacks, or None for a name of another kind."""
     return resnet9 if name == "resnet9" else find_cifar_resnet(name)
 
@@ -294,7 +305,7 @@ def create_backbone(config: ModelConfig, *, pretrained: bool) -> nn.Module:
     try:
         if timm.is_model(config.backbone):
             return timm.create_model(config.backbone, pretrained, num_classes=0, **options)
-        build = find_own(config.backbone)
+        build = find_custom(config.backbone)
         assert build is not None, "pretrained_cfg has refused other names"
         return build(**options)
     except TypeError as error:
@@ -346,17 +357,17 @@ def checkpoint_blocks(backbone: nn.Module, config: ModelConfig) -> None:
     if switch is None:
         raise UserError(
             f"model.grad_checkpointing: {config.backbone} has no blocks to checkpoint; remove it, or "
-            "cut the batch into more shards (run.shards)"
+            "cut the batch into more micro-batches (run.micro_batches)"
         )
     if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         raise UserError(
             f"model.grad_checkpointing: the BatchNorm of {config.backbone} would count each picture "
-            "twice; remove it, or cut the batch into more shards (run.shards)"
+            "twice; remove it, or cut the batch into more micro-batches (run.micro_batches)"
         )
     switch(True)
 
 
-def count_features(backbone: nn.Module, config: ModelConfig) -> int:
+def feature_dim(backbone: nn.Module, config: ModelConfig) -> int:
     """The width of the backbone's output, by asking it: timm's attributes tell it not for all."""
     training = backbone.training
     size = config.image_size

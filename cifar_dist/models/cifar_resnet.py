@@ -57,7 +57,7 @@ def resnet(blocks: int, width: int, in_chans: int = 3) -> nn.Module:
     He et al. pad with zeros.
     """
     stem = max(16, 8 * width)
-    return drawn(
+    return init_weights(
         stem=conv(3, in_chans, stem),
         norm=nn.BatchNorm2d(stem),
         relu=nn.ReLU(),
@@ -67,7 +67,7 @@ def resnet(blocks: int, width: int, in_chans: int = 3) -> nn.Module:
 
 def wide_resnet(blocks: int, width: int, drop_rate: float = 0.0, in_chans: int = 3) -> nn.Module:
     """6 * blocks + 4 layers; a stem of 16 channels, stages of 16, 32 and 64, times `width`."""
-    return drawn(
+    return init_weights(
         stem=conv(3, in_chans, 16),
         stages=three_stages(partial(WideBlock, drop_rate=drop_rate), 16, blocks, width),
         norm=nn.BatchNorm2d(64 * width),
@@ -129,7 +129,7 @@ def conv(kernel: int, before: int, after: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def drawn(**layers: nn.Module) -> nn.Sequential:
+def init_weights(**layers: nn.Module) -> nn.Sequential:
     """The layers in their order, then the mean over the pixels; weights drawn as in He et al. 2015.
 
     arXiv 1502.01852, by the fan-out, as both papers' code has it. Norms begin at 1 and 0.

@@ -31,10 +31,10 @@ def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: i
         if not any(fnmatchcase(name, each.pattern) for name in names):
             some = ", ".join(sorted({".".join(name.split(".")[:2]) + ".*" for name in names})[:6])
             raise UserError(f"model.freeze: nothing is called {each.pattern!r}; there are {some}")
-    begins = first_epochs(model, freezes)
+    begins = find_unfreeze_epochs(model, freezes)
     changed = False
     for name, parameter in model.named_parameters():
-        now = learns(begins[name], epoch)
+        now = is_trainable(begins[name], epoch)
         changed |= parameter.requires_grad != now
         parameter.requires_grad_(now)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -49,17 +49,19 @@ def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: i
     return changed
 
 
-def learns(begin: int | None, epoch: int | None) -> bool:
+def is_trainable(begin: int | None, epoch: int | None) -> bool:
     """Whether what begins to learn in epoch `begin` (None: in none) does so in `epoch` (None: in any)."""
     return begin is not None and (epoch is None or begin <= epoch)
 
 
-def frozen(begins: Mapping[str, int | None], epoch: int) -> set[str]:
+def frozen_parameters(begins: Mapping[str, int | None], epoch: int) -> set[str]:
     """Names of the parameters that do not learn in `epoch`."""
-    return {name for name, begin in begins.items() if not learns(begin, epoch)}
+    return {name for name, begin in begins.items() if not is_trainable(begin, epoch)}
 
 
-def first_epochs(model: nn.Module, freezes: Sequence[FreezeConfig] | None) -> dict[str, int | None]:
+def find_unfreeze_epochs(
+    model: nn.Module, freezes: Sequence[FreezeConfig] | None
+) -> dict[str, int | None]:
     """The epoch (from 0) in which each parameter begins to learn, by its name; None: in none."""
     begins: dict[str, int | None] = {}
     for name, _ in model.named_parameters():

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import make_folder
-from cifar_dist.utils.network import ANSWER_SECONDS, answers
+from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 
 def fetch_weights(cfg: Any, backbone: str) -> Path:
@@ -70,9 +70,9 @@ def is_reachable(address: str) -> bool:
 
     def ask() -> None:
         with suppress(HTTPError):  # a refusal is an answer
-            urlopen(Request(address, method="HEAD"), timeout=ANSWER_SECONDS).close()
+            urlopen(Request(address, method="HEAD"), timeout=RESPONSE_SECONDS).close()
 
-    return answers(ask)
+    return responds(ask)
 
 
 def weight_names(name: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ CIFAR_STD: RGB = (0.2673, 0.2564, 0.2762)
 WHITENED = 27  # the numbers of a 3x3 patch
 
 
-class PixelInput(nn.Module):
+class Preprocess(nn.Module):
     """uint8 [B,3,H,W] -> [B,3,S,S], channels_last: (x / 255 - mean) / std, then resized.
 
     Float32, or what autocast would have the backbone compute in: at 224 px half the memory to write
@@ -70,13 +70,13 @@ class PixelInput(nn.Module):
 
 
 @torch.no_grad()
-def patch_filters(pixels: PixelInput, images: Tensor, epsilon: float = 0.01) -> Tensor:
+def whitening_filters(preprocess: Preprocess, images: Tensor, epsilon: float = 0.01) -> Tensor:
     """Filters, f32 [27, 3, 3, 3], whose answers to 3x3 patches of `images` have unit variance, uncorrelated.
 
     Eigenvectors of the patches' covariance over the root of their eigenvalues + `epsilon`, which keeps
     the weakest from being mostly noise.
     """
-    plain = torch.addcmul(pixels.shift, images.float(), pixels.scale)
+    plain = torch.addcmul(preprocess.shift, images.float(), preprocess.scale)
     patches = F.unfold(plain, 3).transpose(0, 1).flatten(1)  # [27, patches]
     values, vectors = torch.linalg.eigh(patches.double().cov())
     whitened = vectors.T / (values.clamp(min=0) + epsilon).sqrt()[:, None]

@@ -20,8 +20,8 @@ def resnet9(in_chans: int = 3) -> nn.Module:
             stage1=nn.Sequential(conv_norm(64, 128), nn.MaxPool2d(2), Residual(128)),
             stage2=nn.Sequential(conv_norm(128, 256), nn.MaxPool2d(2)),
             stage3=nn.Sequential(conv_norm(256, 512), nn.MaxPool2d(2), Residual(512)),
-            pool=Maximum(),
-            scale=Scaled(0.125),
+            pool=GlobalMaxPool(),
+            scale=Scale(0.125),
         )
     )
 
@@ -37,14 +37,14 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
-class Maximum(nn.Module):
+class GlobalMaxPool(nn.Module):
     """[B, C, H, W] -> [B, C]; on a GPU AdaptiveMaxPool2d has no deterministic gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).max(2).values
 
 
-class Scaled(nn.Module):
+class Scale(nn.Module):
     """factor * x. A head's steps are as long as its input squared: maxima would make them diverge."""
 
     def __init__(self, factor: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class TapConv2d(nn.Conv2d):
+class SmallMapConv2d(nn.Conv2d):
     """A 3x3 convolution with a border of one; looks at the taps alone that meet a pixel of a 1x1 map,
     or of a 2x2 one at stride 2.
     """
@@ -31,7 +31,7 @@ class TapConv2d(nn.Conv2d):
         return F.linear(pixels, taps, self.bias)[:, :, None, None]
 
 
-def use_taps(backbone: nn.Module) -> None:
+def replace_small_map_convs(backbone: nn.Module) -> None:
     """Turn the convolutions that could be a TapConv2d into one, in place; names and numbers stay."""
     for module in backbone.modules():
         if (
@@ -42,4 +42,4 @@ def use_taps(backbone: nn.Module) -> None:
             and module.groups == 1
             and module.padding_mode == "zeros"
         ):
-            module.__class__ = TapConv2d
+            module.__class__ = SmallMapConv2d

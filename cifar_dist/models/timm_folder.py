@@ -14,7 +14,7 @@ from cifar_dist.models.backbones import Classifier, ModelConfig, pretrained_cfg
 from cifar_dist.models.heads import CosineHead, LinearHead
 
 
-def why_timm_cannot(config: ModelConfig) -> str | None:
+def timm_blocker(config: ModelConfig) -> str | None:
     """Why timm has no name for this network, or None where it may have one."""
     if not timm.is_model(config.backbone):
         return f"{config.backbone} is cifar_dist's own"
@@ -60,8 +60,8 @@ def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
 
 def pixel_statistics(model: Classifier) -> tuple[list[float], list[float]]:
     """Mean and deviation that the first layer takes pixels of 0 ... 1 apart with."""
-    std = 1 / (255 * model.pixels.scale.double())
-    mean = -model.pixels.shift.double() * std
+    std = 1 / (255 * model.preprocess.scale.double())
+    mean = -model.preprocess.shift.double() * std
     return [[round(value, 6) for value in one.flatten().tolist()] for one in (mean, std)]  # type: ignore[return-value]
 
 
@@ -90,7 +90,7 @@ def timm_config(model: Classifier, config: ModelConfig, names: tuple[str, ...]) 
 
 
 @torch.no_grad()
-def rebuilt_logits(folder: Path, pixels: Tensor) -> Tensor:
+def reload_logits(folder: Path, images: Tensor) -> Tensor:
     """What timm's own loading of the folder says about normalised pixels, f32 [N, 3, S, S]."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return model(pixels)
+    return model(images)

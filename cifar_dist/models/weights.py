@@ -49,7 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def pixels_beside(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def normalization_from_config(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation of the pixels that a file's network takes, where timm's config.json lies beside it."""
     try:
         found = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]
@@ -97,7 +97,9 @@ def load_backbone(backbone: nn.Module, state: State, cfg: Any, source: str) -> N
         log.info("%s: no name fits, every shape does; loaded in order", source)
         found = in_order
 
-    problems = [f"{name} is missing" for name in wanted if name not in found and counts(name)]
+    problems = [
+        f"{name} is missing" for name in wanted if name not in found and affects_output(name)
+    ]
     problems += [f"{name} is unknown" for name in found if name not in wanted]
     problems += [
         f"{name} is {list(value.shape)}, not {list(wanted[name].shape)}"
@@ -121,8 +123,8 @@ def load_state(module: nn.Module, state: State) -> None:
 
 def match_in_order(state: State, wanted: State) -> dict[str, Tensor] | None:
     """`state` under the names of `wanted` if the shapes agree one to one, but for a last layer."""
-    theirs = [item for item in state.items() if counts(item[0])]
-    ours = [item for item in wanted.items() if counts(item[0])]
+    theirs = [item for item in state.items() if affects_output(item[0])]
+    ours = [item for item in wanted.items() if affects_output(item[0])]
     if not len(ours) <= len(theirs) <= len(ours) + 2:  # a classifier's weight and bias may follow
         return None
     kinds = ("weight", "bias", "running_mean", "running_var")
@@ -136,7 +138,7 @@ def match_in_order(state: State, wanted: State) -> dict[str, Tensor] | None:
     return {ours[index][0]: theirs[index][1] for index in range(len(ours))}
 
 
-def counts(name: str) -> bool:
+def affects_output(name: str) -> bool:
     """Whether a tensor says anything about the function: BatchNorm's step counter does not."""
     return not name.endswith("num_batches_tracked")
 

@@ -13,7 +13,7 @@ from cifar_dist.utils.errors import UserError
 
 
 @config
-class EmaConfig:
+class AveragingConfig:
     """`ema`: average <- decay * average + (1 - decay) * parameters, after every `every_steps` updates.
 
     `swa`: the equal average of the parameters at the end of each epoch from `start_epoch` on.
@@ -68,7 +68,7 @@ class Ema:
     All its state is `model`: `update` depends on nothing but that, the other model and the step.
     """
 
-    def __init__(self, config: EmaConfig, model: nn.Module) -> None:
+    def __init__(self, config: AveragingConfig, model: nn.Module) -> None:
         self.config = config
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.pairs = Pairs(self.model, model)
@@ -85,7 +85,7 @@ class Ema:
         self.pairs = self.pairs.of(model)
         self.pairs.average(1 - decay)
 
-    def mixes_statistics(self, step: int) -> bool:
+    def needs_bn_update(self, step: int) -> bool:
         """Whether the model's buffers are not those of its parameters: never so few steps apart."""
         return False
 
@@ -96,7 +96,7 @@ class Swa:
     Before the first averaging it is the model of the last epoch's end. All its state is `model`.
     """
 
-    def __init__(self, config: EmaConfig, model: nn.Module, *, steps_per_epoch: int) -> None:
+    def __init__(self, config: AveragingConfig, model: nn.Module, *, steps_per_epoch: int) -> None:
         assert config.start_epoch is not None, "EmaConfig has refused it"
         self.start_epoch, self.steps_per_epoch = config.start_epoch, steps_per_epoch
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -114,24 +114,24 @@ class Swa:
         self.pairs = self.pairs.of(model)
         self.pairs.average(1 / (1 + self.averaged(step)))
 
-    def mixes_statistics(self, step: int) -> bool:
+    def needs_bn_update(self, step: int) -> bool:
         """Whether the parameters are an average already, for which BatchNorm has no statistics."""
         return self.averaged(step) > 0
 
 
-Average = Ema | Swa
+WeightAverage = Ema | Swa
 
 
 def build_average(
-    config: EmaConfig | None, model: nn.Module, *, steps_per_epoch: int, total_steps: int
-) -> Average | None:
+    config: AveragingConfig | None, model: nn.Module, *, steps_per_epoch: int, total_steps: int
+) -> WeightAverage | None:
     """UserError where the run would end before the first averaging."""
     if config is None:
         return None
     if config.every_steps > total_steps:
         raise UserError(
-            f"ema.every_steps={config.every_steps} is more than all {total_steps} steps, so the "
-            "average would stay the first weights; lower it, or remove ema"
+            f"averaging.every_steps={config.every_steps} is more than all {total_steps} steps, so the "
+            "average would stay the first weights; lower it, or remove averaging"
         )
     if config.kind == "swa":
         return Swa(config, model, steps_per_epoch=steps_per_epoch)

@@ -51,7 +51,7 @@ class OptimConfig:
 
 
 # What the step cannot keep its promises with, by the beginning of the name.
-REFUSED = {
+UNSUPPORTED = {
     "adahessian": "needs second derivatives, which the step does not take",
     "kron": "draws random numbers of its own, so a run would not resume to the same bits",
     "bnb": "is bitsandbytes', which is not installed",
@@ -60,7 +60,7 @@ REFUSED = {
 
 
 def build_optimizer(
-    config: OptimConfig, model: nn.Module, begins: Mapping[str, int | None] | None = None
+    config: OptimConfig, model: nn.Module, unfreeze_epochs: Mapping[str, int | None] | None = None
 ) -> torch.optim.Optimizer:
     """timm's optimizer over the parameters of `model` that learn; fused where torch has it so.
 
@@ -75,7 +75,7 @@ def build_optimizer(
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3) or names
         raise UserError(f"optim.name: timm has no {config.name!r}; choose {', '.join(close)}")
-    for start, reason in REFUSED.items():
+    for start, reason in UNSUPPORTED.items():
         if name.startswith(start):
             raise UserError(
                 f"optim.name: {name} {reason}; choose adamw, sgd, lamb, muon or another"
@@ -109,8 +109,10 @@ def build_optimizer(
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    if begins:
-        split_groups(optimizer, {id(p): begins[name] for name, p in model.named_parameters()})
+    if unfreeze_epochs:
+        split_groups(
+            optimizer, {id(p): unfreeze_epochs[name] for name, p in model.named_parameters()}
+        )
     return optimizer
 
 
@@ -140,7 +142,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = value
 
 
-def keep_scalars_on_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Let what changes from step to step be tensors there, which a captured graph reads."""
     # torch warns of the eager steps before the recording
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
@@ -150,13 +152,13 @@ def keep_scalars_on_device(optimizer: torch.optim.Optimizer, device: torch.devic
             group["capturable"] = True
 
 
-NUMBERS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")  # a recipe's
+HYPERPARAMS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")  # a recipe's
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_portable_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Go on from a `saved_state`, with the recipe's numbers; UserError for another optimizer's state."""
     groups = optimizer.param_groups
-    numbers = [{name: group[name] for name in NUMBERS if name in group} for group in groups]
+    numbers = [{name: group[name] for name in HYPERPARAMS if name in group} for group in groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, LookupError) as error:
@@ -168,7 +170,7 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         group |= own
 
 
-def saved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def portable_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Its state dict, the same wherever it keeps its scalars."""
     state = optimizer.state_dict()
     for group in state["param_groups"]:  # copies of the optimizer's own

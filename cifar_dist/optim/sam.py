@@ -27,7 +27,7 @@ class SamConfig:
     eta: Positive = 0.01  # of `adaptive`: weights near zero move too
 
     @contextmanager
-    def uphill(
+    def perturbed_weights(
         self, parameters: Sequence[tuple[str, nn.Parameter]], gradients: Sequence[Tensor]
     ) -> Iterator[Tensor]:
         """Within, the weights are those uphill; afterwards, the very bits from before.

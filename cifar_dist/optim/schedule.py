@@ -23,9 +23,9 @@ def learning_rate(
     if config.schedule == "one_cycle":
         peak = max((warmup_steps or 0.3 * total_steps) - 1, 0)
         if step < peak:
-            return ease(config.lr / 25, config.lr, step / peak)
+            return cosine_interpolate(config.lr / 25, config.lr, step / peak)
         last = config.lr * max(config.final_lr_fraction, 1 / 250_000)
-        return ease(config.lr, last, (step - peak) / max(total_steps - 1 - peak, 1))
+        return cosine_interpolate(config.lr, last, (step - peak) / max(total_steps - 1 - peak, 1))
 
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
@@ -37,9 +37,9 @@ def learning_rate(
             return config.lr * config.gamma**passed
         case "cosine":
             share = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-            return ease(config.lr, config.lr * config.final_lr_fraction, share)
+            return cosine_interpolate(config.lr, config.lr * config.final_lr_fraction, share)
 
 
-def ease(start: float, end: float, share: float) -> float:
+def cosine_interpolate(start: float, end: float, share: float) -> float:
     """Half a cosine from `start` at share 0 to `end` at share 1 and beyond."""
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1))) / 2

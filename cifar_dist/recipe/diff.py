@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from cifar_dist.recipe.load import read_plain, validate
-from cifar_dist.recipe.schema import Recipe, resolved
+from cifar_dist.recipe.load import read_yaml, validate
+from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.utils.errors import UserError
 
 # Where it is written, how often it reports, where the data lie: never "a changed recipe".
-NOT_THE_RECIPE = (
-    "run.output",
+NON_SEMANTIC_KEYS = (
+    "run.output_dir",
     "run.threads",
     "run.eval_every_epochs",
     "run.save_every_minutes",
-    "run.report_every_steps",
+    "run.log_every_steps",
     "run.keep_checkpoints",
     "run.compile",
     "run.cuda_graphs",
@@ -23,15 +23,19 @@ NOT_THE_RECIPE = (
     "data.path",
     "data.source",
     "data.place",
-    "augment.host_workers",
+    "augment.workers",
     "tracking",
 )
 
 
-PLACEMENT = (".placement", ".shard_over", ".cache")  # of a teacher: other costs, the same numbers
+TEACHER_PLACEMENT_KEYS = (
+    ".placement",
+    ".shard_over",
+    ".cache",
+)  # of a teacher: other costs, the same numbers
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as {"run.epochs": 200, ...}; lists of numbers are values, others are numbered."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {str(place): inner for place, inner in enumerate(value)}
@@ -39,39 +43,40 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     pairs: dict[str, Any] = {}
     for name, inner in value.items():
-        pairs |= flat(inner, f"{prefix}.{name}".lstrip("."))
+        pairs |= flatten(inner, f"{prefix}.{name}".lstrip("."))
     return pairs
 
 
-def not_of(recipe: Recipe) -> tuple[str, ...]:
+def non_semantic_keys(recipe: Recipe) -> tuple[str, ...]:
     """NOT_THE_RECIPE, but for how often it looks, where that decides when it ends."""
-    looks = "run.eval_every_epochs" if recipe.run.stop_after_epochs_without_gain else None
-    return tuple(name for name in NOT_THE_RECIPE if name != looks)
+    looks = "run.eval_every_epochs" if recipe.run.early_stopping_patience else None
+    return tuple(name for name in NON_SEMANTIC_KEYS if name != looks)
 
 
-def recipe_changes(recipe: Recipe) -> list[str]:
+def recipe_diff(recipe: Recipe) -> list[str]:
     """How it differs from the one that its run folder was trained with: `run.epochs: 200 -> 300`."""
     path = recipe.folder / "recipe.yaml"
     if not path.exists():
         return []
-    raw = read_plain(path)
+    raw = read_yaml(path)
     try:
-        before = flat(resolved(validate(raw, where=str(path))))  # with today's defaults
+        before = flatten(to_dict(validate(raw, where=str(path))))  # with today's defaults
     except UserError:
-        before = flat(raw)  # of a version that had other keys or allowed more
+        before = flatten(raw)  # of a version that had other keys or allowed more
     return [
         f"{name}: {old} -> {new}"
-        for name, old, new in changes(before, flat(resolved(recipe)))
-        if not name.startswith(not_of(recipe)) and not name.endswith(PLACEMENT)
+        for name, old, new in config_diff(before, flatten(to_dict(recipe)))
+        if not name.startswith(non_semantic_keys(recipe))
+        and not name.endswith(TEACHER_PLACEMENT_KEYS)
     ]
 
 
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def config_diff(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, old, new) wherever two flat recipes differ.
 
     What one of them does not name, since it is older or a section is not there, has its default.
     """
-    default = flat(resolved(Recipe(name="default")))
+    default = flatten(to_dict(Recipe(name="default")))
     for name in [name for name in default if name.startswith("losses.")]:
         del default[name]  # a loss that is not named is none
     return [
@@ -82,13 +87,14 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, An
     ]
 
 
-SEEDS = ("name", "run.seed", "run.shards", "augment.seed")
+SEED_KEYS = ("name", "run.seed", "run.micro_batches", "augment.seed")
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """What two runs have in common that differ in their seeds alone; `run.shards` is the run's to say."""
+def seed_free_config(recipe: Recipe) -> dict[str, Any]:
+    """What two runs have in common that differ in their seeds alone; `run.micro_batches` is the run's to say."""
     return {
         name: value
-        for name, value in flat(resolved(recipe)).items()
-        if not name.startswith((*not_of(recipe), *SEEDS)) and not name.endswith(PLACEMENT)
+        for name, value in flatten(to_dict(recipe)).items()
+        if not name.startswith((*non_semantic_keys(recipe), *SEED_KEYS))
+        and not name.endswith(TEACHER_PLACEMENT_KEYS)
     }

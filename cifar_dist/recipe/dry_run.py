@@ -1,113 +1,153 @@
-"""Floor 5. What `train --dry-run` prints: a recipe with its defaults, and what it will cost."""
+"""Estimate what a recipe costs without running it: `train --dry-run`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
-from cifar_dist.data.augment.padded_images import canvas_bytes
-from cifar_dist.data.batches import check_holdout, count_steps
-from cifar_dist.data.dataset import class_names, read_digest
+from cifar_dist.data.augment.padded_images import padded_bytes
+from cifar_dist.data.batches import check_val_size, num_steps_per_epoch
+from cifar_dist.data.dataset import Place, class_names, read_digest
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.models.backbones import Classifier, ModelConfig, build_model, num_parameters
-from cifar_dist.models.freeze import first_epochs, freeze
+from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.optimizer import build_optimizer
-from cifar_dist.recipe.estimate import activation_bytes, estimate, optimizer_states, readable
+from cifar_dist.recipe.estimate import activation_bytes, estimate, human_readable, optimizer_states
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.schema import Recipe, to_yaml
+from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 
 
-def plan(recipe: Recipe) -> str:
-    """The resolved recipe, parameters, FLOPs, steps, memory, run folder; computes nothing.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe with its defaults, and what it will cost."""
 
-    UserError where not a step could be made.
-    """
+    recipe: dict[str, Any]
+    run_folder: str
+    parameters: int
+    forward_flops_per_image: int
+    teacher_flops_per_image: int
+    training_flops: int
+    unknown_teachers: list[str]  # run folders that do not exist yet: their cost is not included
+    steps_per_epoch: int
+    total_steps: int
+    rows_per_micro_batch: int
+    memory_bytes: int  # of one process, a lower bound
+    data_bytes: int
+    data_place: Place
+
+    def __str__(self) -> str:
+        teacher = ""
+        if self.teacher_flops_per_image:
+            teacher = f" and {human_readable(self.teacher_flops_per_image)} for the teacher"
+        if self.unknown_teachers:
+            names = ", ".join(self.unknown_teachers)
+            teacher += f" (without {names}: not there yet)"
+        place = " on the host" if self.data_place == "host" else ""
+        return (
+            f"{to_yaml(self.recipe)}\n"
+            f"parameters        {self.parameters:,}\n"
+            f"FLOPs per image   {human_readable(self.forward_flops_per_image)} forward{teacher}, "
+            f"{human_readable(self.training_flops)} for the whole training\n"
+            f"steps             {self.total_steps // self.steps_per_epoch} epochs x "
+            f"{self.steps_per_epoch} = {self.total_steps:,}\n"
+            f"memory            at least {self.memory_bytes / 2**30:.2f} GiB per process "
+            f"({self.rows_per_micro_batch} rows per micro-batch), and "
+            f"{self.data_bytes / 2**30:.2f} GiB of data{place}\n"
+            f"run folder        {self.run_folder}"
+        )
+
+
+def describe(recipe: Recipe) -> Plan:
+    """Return the cost of a recipe without computing anything; UserError if it cannot take a step."""
     run, data = recipe.run, Path(recipe.data.path)
-    is_there = (data / "digest.json").exists()
-    rows = read_digest(data)["train"]["rows"] if is_there else 50_000
-    check_holdout(
-        recipe.data.holdout, classes=len(class_names(data)) if is_there else 100, rows=rows
-    )
-    steps = count_steps(rows - recipe.data.holdout, run.batch_size)
-    shards = run.shards or 1
+    has_data = (data / "digest.json").exists()
+    rows = read_digest(data)["train"]["rows"] if has_data else 50_000
+    classes = len(class_names(data)) if has_data else 100
+    check_val_size(recipe.data.val_size, classes=classes, rows=rows)
+    steps = num_steps_per_epoch(rows - recipe.data.val_size, run.batch_size)
+    micro_batches = run.micro_batches or 1
+    # SAM takes two passes, and keeps the weights and the first gradient besides the second one.
     passes = 2 if recipe.optim.sam else 1
-    # SAM keeps the weights, and has its first gradient beside the second's.
     states = optimizer_states(recipe.optim) + 2 * (passes - 1)
-    epochs_at = Counter(recipe.model.train_size(epoch) for epoch in range(run.epochs))
-    teachers, unknown = live_teachers(recipe)
-    model = unfilled(recipe.model)
+    configs, unknown = online_teachers(recipe)
+    model = meta_model(recipe.model)
     freeze(model, recipe.model.freeze, epoch=None)
-    build_optimizer(recipe.optim, model, first_epochs(model, recipe.model.freeze))
-    if recipe.augment.host:
-        Pipeline(recipe.augment.host)
-    guides = [unfilled(teacher) for teacher in teachers]
+    build_optimizer(recipe.optim, model, find_unfreeze_epochs(model, recipe.model.freeze))
+    if recipe.augment.albumentations:
+        Pipeline(recipe.augment.albumentations)
+    teachers = [meta_model(config) for config in configs]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        numbers = estimate(
+        cost = estimate(
             model.to_empty(device="cpu"),
             batch_size=run.batch_size,
-            shards=shards,
+            micro_batches=micro_batches,
             states=states,
-            ema=recipe.ema is not None,
+            averaging=recipe.averaging is not None,
             half=run.precision != "fp32",
         )
-        whole = numbers["forward_flops_per_image"]
-        forward = epochs_at.pop(recipe.model.image_size, 0) * whole  # summed over the epochs
-        for size, epochs in epochs_at.items():
-            model.train_size = size
-            forward += epochs * activation_bytes(model)[1]
-        guiding = sum(activation_bytes(guide.to_empty(device="cpu"))[1] for guide in guides)
-    # The backward costs two forwards; a teacher has none, and is asked once.
-    training = steps * run.batch_size * (3 * passes * forward + run.epochs * guiding)
-    held = 4 * sum(num_parameters(guide) for guide in guides)
-    taught = f" and {readable(guiding)} of the teacher's" if guides else ""
-    if unknown:
-        taught += f", without what {unknown} costs, which is not there yet"
-    place, pictures = " on the host", rows * 3092
-    if recipe.data.place == "device":
-        place, augment = "", recipe.augment
-        moved = augment.moves and not augment.host
-        pictures += (
-            canvas_bytes(rows, padding=augment.crop_padding, mirrored=bool(augment.flip))
-            if moved
-            else 0
-        )
-    return (
-        f"{to_yaml(recipe)}\n"
-        f"parameters        {numbers['parameters']:,}\n"
-        f"FLOPs an image    {readable(whole)} forward{taught}, "
-        f"{readable(training)} in the whole training\n"
-        f"steps             {run.epochs} epochs of {steps} = {run.epochs * steps:,}\n"
-        f"memory a process  at least {(numbers['memory_bytes'] + held) / 2**30:.2f} GiB "
-        f"({-(-run.batch_size // shards)} rows a shard), and {pictures / 2**30:.2f} GiB of data{place}\n"
-        f"run folder        {recipe.folder}"
+        forward = forward_flops(recipe, model, cost["forward_flops_per_image"])
+        teacher_flops = sum(activation_bytes(one.to_empty(device="cpu"))[1] for one in teachers)
+    return Plan(
+        recipe=to_dict(recipe),
+        run_folder=str(recipe.folder),
+        parameters=cost["parameters"],
+        forward_flops_per_image=cost["forward_flops_per_image"],
+        teacher_flops_per_image=teacher_flops,
+        # The backward costs two forwards; a teacher has none and runs once per step.
+        training_flops=steps * run.batch_size * (3 * passes * forward + run.epochs * teacher_flops),
+        unknown_teachers=unknown,
+        steps_per_epoch=steps,
+        total_steps=run.epochs * steps,
+        rows_per_micro_batch=-(-run.batch_size // micro_batches),
+        memory_bytes=cost["memory_bytes"] + 4 * sum(num_parameters(one) for one in teachers),
+        data_bytes=data_bytes(recipe, rows),
+        data_place=recipe.data.place,
     )
 
 
-def unfilled(config: ModelConfig) -> Classifier:
+def forward_flops(recipe: Recipe, model: Classifier, at_full_size: int) -> int:
+    """Return the forward FLOPs of one image, summed over all epochs with their image sizes."""
+    epochs_at = Counter(recipe.model.train_size(epoch) for epoch in range(recipe.run.epochs))
+    total = epochs_at.pop(recipe.model.image_size, 0) * at_full_size
+    for size, epochs in epochs_at.items():
+        model.train_size = size
+        total += epochs * activation_bytes(model)[1]
+    return total
+
+
+def data_bytes(recipe: Recipe, rows: int) -> int:
+    """Return the size of images and labels, with the padded copies that crops are cut from."""
+    size, augment = rows * 3092, recipe.augment
+    if recipe.data.place == "device" and augment.crops_or_flips and not augment.albumentations:
+        size += padded_bytes(rows, padding=augment.crop_padding, mirrored=bool(augment.hflip))
+    return size
+
+
+def meta_model(config: ModelConfig) -> Classifier:
     """The model on the meta device: shapes only, so the largest costs nothing.
 
-    There timm may read the few numbers that it needs; later it pretends to be on the CPU, where autocast
-    works.
+    timm may read a few numbers while it builds; FakeTensorMode then stands in for a CPU.
     """
     with torch.device("meta"):
         return build_model(replace(config, pretrained=False, weights=None), 100)
 
 
-def live_teachers(recipe: Recipe) -> tuple[list[ModelConfig], str]:
-    """The models that are asked in each step, as far as they are known; who is not there yet, in words."""
-    live = [teacher for teacher in recipe.taught_by if teacher.placement != "cached"]
-    found = [(teacher, teacher_model(teacher)) for teacher in live]
-    unknown = ", ".join(teacher.run for teacher, model in found if model is None)
-    return [model for _, model in found if model is not None], unknown
+def online_teachers(recipe: Recipe) -> tuple[list[ModelConfig], list[str]]:
+    """Return the models that run in each step, and the run folders that do not exist yet."""
+    online = [teacher for teacher in recipe.all_teachers if teacher.placement != "cached"]
+    models = [(teacher.run, teacher_model(teacher)) for teacher in online]
+    known = [model for _, model in models if model is not None]
+    return known, [run for run, model in models if model is None]
 
 
-def teacher_model(asked: TeacherConfig) -> ModelConfig | None:
-    recipe = Path(asked.run) / "recipe.yaml"
-    if asked.model is None and recipe.is_file():
+def teacher_model(config: TeacherConfig) -> ModelConfig | None:
+    recipe = Path(config.run) / "recipe.yaml"
+    if config.model is None and recipe.is_file():
         return load_recipe(recipe).model
-    return asked.model
+    return config.model

@@ -52,26 +52,32 @@ def optimizer_states(config: OptimConfig) -> int:
 
 
 def estimate(
-    model: nn.Module, *, batch_size: int, shards: int, states: int, ema: bool, half: bool
+    model: nn.Module,
+    *,
+    batch_size: int,
+    micro_batches: int,
+    states: int,
+    averaging: bool,
+    half: bool,
 ) -> dict[str, Any]:
     """Numbers about a model in training; `states` float32 values an optimizer keeps a parameter.
 
-    Memory is one process's: weights, gradients, optimizer, average, and one shard's activations
+    Memory is one process's: weights, gradients, optimizer, average, and one micro-batch's activations
     (half as large under autocast). A lower bound: workspaces and fragmentation come on top.
     """
     parameters = num_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     activations, flops = activation_bytes(model)
-    shard = -(-batch_size // shards)
-    fixed = 4 * (parameters + trained * (1 + states) + (parameters if ema else 0))
+    micro_batch = -(-batch_size // micro_batches)
+    fixed = 4 * (parameters + trained * (1 + states) + (parameters if averaging else 0))
     return {
         "parameters": parameters,
         "forward_flops_per_image": flops,
-        "memory_bytes": fixed + shard * activations // (2 if half else 1),
+        "memory_bytes": fixed + micro_batch * activations // (2 if half else 1),
     }
 
 
-def readable(number: float, unit: str = "") -> str:
+def human_readable(number: float, unit: str = "") -> str:
     """1234567 -> '1.23 M'."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(number) < 999.5:

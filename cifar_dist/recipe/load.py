@@ -18,9 +18,10 @@ MAX_BYTES = 1 << 16  # a recipe is a page, not a program
 
 
 # What people write from habit, and where it lives here.
-HABITS = {
-    "gradient_accumulation_steps": "run.shards (a global batch is cut into shards)",
-    "accumulate_grad_batches": "run.shards (a global batch is cut into shards)",
+ALIASES = {
+    "gradient_accumulation_steps": "run.micro_batches (parts of the global batch)",
+    "accumulate_grad_batches": "run.micro_batches (parts of the global batch)",
+    "shards": "run.micro_batches",
     "mixed_precision": "run.precision",
     "amp": "run.precision",
     "num_epochs": "run.epochs",
@@ -33,19 +34,35 @@ HABITS = {
     "per_device_train_batch_size": "run.batch_size (the global batch)",
     "wandb": "tracking.mode",
     "graph": "run.cuda_graphs",
-    "albumentations": "augment.host (a list of {Name: {arguments}})",
+    "output": "run.output_dir",
+    "report_every_steps": "run.log_every_steps",
+    "stop_after_epochs_without_gain": "run.early_stopping_patience",
+    "reduce_precision": "run.grad_reduce_dtype",
+    "holdout": "data.val_size",
+    "ema": "averaging",
+    "growing": "model.progressive_resize",
+    "second_size": "model.mixed_resolution",
+    "host": "augment.albumentations (a list of {Name: {arguments}})",
+    "host_workers": "augment.workers",
+    "repeats": "augment.repeated",
+    "flip": "augment.hflip",
+    "vertical_flip": "augment.vflip",
+    "probability": "p",
+    "target": "alpha",
+    "others": "beta",
+    "softness": "lambda_",
 }
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy."""
-    raw = read_plain(path)
+    raw = read_yaml(path)
     for override in overrides or []:
         apply_override(raw, override)
     return validate(raw, where=str(path))
 
 
-def read_plain(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A recipe's file as plain data, of which nothing is checked yet."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -65,7 +82,7 @@ def read_plain(path: Path) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """Check plain data against the config classes; types are exact, unknown keys are refused."""
-    refuse_unknown_keys(raw, Recipe, where=where, habits=HABITS)
+    refuse_unknown_keys(raw, Recipe, where=where, habits=ALIASES)
     try:
         text = json.dumps(raw, allow_nan=False)
     except ValueError:

@@ -9,9 +9,9 @@ from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.checkpoint import (
     checkpoints,
-    damage,
+    find_corruption,
+    latest_valid,
     load_tensors,
-    newest_valid,
 )
 from cifar_dist.utils.errors import UserError
 
@@ -24,7 +24,7 @@ def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]
         )
     recipe = load_recipe(folder / "recipe.yaml")
     if checkpoint is None:
-        saved = newest_valid(folder / "checkpoints")
+        saved = latest_valid(folder / "checkpoints")
         if saved is None:
             raise UserError(f"{folder} has no checkpoint yet; train it first")
         return recipe, saved
@@ -32,23 +32,23 @@ def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]
     if not saved.is_dir():
         there = ", ".join(path.name for path in checkpoints(folder / "checkpoints")) or "none"
         raise UserError(f"{folder} has no checkpoint {checkpoint}; those it has: {there}")
-    reason = damage(saved)
+    reason = find_corruption(saved)
     if reason is not None:
         raise UserError(f"{saved}: {reason}; choose another with --checkpoint")
     return recipe, saved
 
 
-def judged_file(recipe: Recipe, saved: Path) -> str:
+def eval_weights_file(recipe: Recipe, saved: Path) -> str:
     """The file of the weights that a checkpoint is judged by: the average's where the recipe has one."""
-    name = "ema.safetensors" if recipe.ema else "model.safetensors"
+    name = "average.safetensors" if recipe.averaging else "model.safetensors"
     if not (saved / name).exists():  # checked as a whole: it never was there
         raise UserError(
-            f"{saved} has no average yet, as the run was forced on with `ema` since; let it save once more"
+            f"{saved} has no average yet, as the run was forced on with `averaging` since; let it save once more"
         )
     return name
 
 
 def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:
     """The model that a checkpoint is judged by."""
-    name = judged_file(recipe, saved).removesuffix(".safetensors")
+    name = eval_weights_file(recipe, saved).removesuffix(".safetensors")
     return build_model(recipe.model, num_classes, load_tensors(saved, name))

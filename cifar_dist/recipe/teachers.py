@@ -10,10 +10,10 @@ from typing import Any
 
 from cifar_dist.data.dataset import class_names, data_digest, read_digest
 from cifar_dist.distill.logit_cache import check_cache
-from cifar_dist.distill.teacher import TeacherConfig, Trained
+from cifar_dist.distill.teacher import TeacherConfig, TeacherWeights
 from cifar_dist.losses.classification import logit_scale
 from cifar_dist.recipe.load import validate
-from cifar_dist.recipe.runs import judged_file, load_run
+from cifar_dist.recipe.runs import eval_weights_file, load_run
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.checkpoint import (
     digest_of,
@@ -21,12 +21,12 @@ from cifar_dist.run_folder.checkpoint import (
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import read_json, sha256
 
-OWN_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how to build the model
+TEACHER_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how to build the model
 
 
-def exported_teacher(folder: Path) -> Trained:
+def exported_teacher(folder: Path) -> TeacherWeights:
     """What `export --to teacher` wrote."""
-    said, weights = read_json(folder / OWN_EXPORT), folder / "model.safetensors"
+    said, weights = read_json(folder / TEACHER_EXPORT), folder / "model.safetensors"
     if (
         not isinstance(said, dict)
         or said.keys() != {"model", "logit_scale"}
@@ -34,8 +34,10 @@ def exported_teacher(folder: Path) -> Trained:
         or not weights.is_file()
     ):
         raise UserError(f"{folder} is damaged; export the teacher again")
-    recipe = validate({"name": "teacher", "model": said["model"]}, where=str(folder / OWN_EXPORT))
-    return Trained(
+    recipe = validate(
+        {"name": "teacher", "model": said["model"]}, where=str(folder / TEACHER_EXPORT)
+    )
+    return TeacherWeights(
         model=recipe.model,
         weights=weights,
         digest=sha256(weights),
@@ -43,19 +45,21 @@ def exported_teacher(folder: Path) -> Trained:
     )
 
 
-def find_teacher(asked: TeacherConfig) -> Trained:
+def find_teacher(asked: TeacherConfig) -> TeacherWeights:
     """The weights that a run is judged by, at its newest checkpoint, or those of an export or a file."""
     path = Path(asked.run)
     if asked.model is not None:
         if not path.is_file():
             raise UserError(f"teacher.run: there is no file {path}")
         scale = asked.logit_scale or 1.0
-        return Trained(model=asked.model, weights=path, digest=sha256(path), logit_scale=scale)
-    if (path / OWN_EXPORT).exists():
+        return TeacherWeights(
+            model=asked.model, weights=path, digest=sha256(path), logit_scale=scale
+        )
+    if (path / TEACHER_EXPORT).exists():
         return exported_teacher(path)
     recipe, saved = load_run(path)
-    name = judged_file(recipe, saved)
-    return Trained(
+    name = eval_weights_file(recipe, saved)
+    return TeacherWeights(
         model=recipe.model,
         weights=saved / name,
         digest=digest_of(saved, name),
@@ -63,16 +67,16 @@ def find_teacher(asked: TeacherConfig) -> Trained:
     )
 
 
-def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
+def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]:
     """All that decides a teacher's logits for the recipe's views; `run.seed` does not."""
     data, augment = Path(recipe.data.path), asdict(recipe.augment)
     rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
-    del augment["repeats"]  # copies are views like any other
-    del augment["host_workers"]  # whoever makes a picture, it is the same
+    del augment["repeated"]  # copies are views like any other
+    del augment["workers"]  # whoever makes a picture, it is the same
     if recipe.augment.views == "all":
         del augment["seed"]  # whatever is drawn, it is one of them
-    if recipe.augment.mixes:  # partners are rows that are trained on
-        augment["holdout"] = recipe.data.holdout
+    if recipe.augment.uses_mixing:  # partners are rows that are trained on
+        augment["val_size"] = recipe.data.val_size
     model = asdict(teacher.model)
     del model["freeze"]  # what it says was frozen is no part of a trained model
     made_of = {
@@ -87,8 +91,8 @@ def cache_origin(recipe: Recipe, teacher: Trained) -> dict[str, Any]:
     return json.loads(json.dumps(made_of))  # as a manifest has it
 
 
-def check_caches(recipe: Recipe, teachers: Sequence[Trained]) -> None:
+def check_caches(recipe: Recipe, teachers: Sequence[TeacherWeights]) -> None:
     """Refuse a cache of logits that is not exactly that of this recipe and this teacher."""
-    for asked, found in zip(recipe.taught_by, teachers, strict=True):
+    for asked, found in zip(recipe.all_teachers, teachers, strict=True):
         if asked.placement == "cached":
-            check_cache(asked.cache_folder, cache_origin(recipe, found))
+            check_cache(asked.cache_folder, cache_fingerprint(recipe, found))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 WIDTH, HEIGHT = 460, 270
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 30, 42
-COLOURS = 8  # classes c0 ... c7 of the page; more series get another dash
-MOST_POINTS = 120  # of a line; more are thinned out evenly
+COLORS = 8  # classes c0 ... c7 of the page; more series get another dash
+MAX_POINTS = 120  # of a line; more are thinned out evenly
 HEAT_LEVELS = 6
 
 Point = tuple[float, float]
@@ -32,8 +32,8 @@ class Series:
 
     @property
     def style(self) -> str:
-        dash = self.group // COLOURS % 3
-        return f"c{self.group % COLOURS}" + (f" dash{dash}" if dash else "")
+        dash = self.group // COLORS % 3
+        return f"c{self.group % COLORS}" + (f" dash{dash}" if dash else "")
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -55,10 +55,10 @@ def number(value: float) -> str:
 
 def thinned(points: Sequence[Point]) -> list[Point]:
     """At most MOST_POINTS of them, first and last included."""
-    if len(points) <= MOST_POINTS:
+    if len(points) <= MAX_POINTS:
         return list(points)
     last = len(points) - 1
-    return [points[round(place * last / (MOST_POINTS - 1))] for place in range(MOST_POINTS)]
+    return [points[round(place * last / (MAX_POINTS - 1))] for place in range(MAX_POINTS)]
 
 
 def svg(body: Iterable[str], *, width: float, height: float, label: str, style: str = "") -> Markup:
@@ -131,15 +131,15 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> Marku
     return svg(parts, width=WIDTH, height=HEIGHT, label=f"{y_label} over {x_label}", style="chart")
 
 
-def reliability_chart(pictures: Sequence[int], top1: Sequence[float | None], label: str) -> Markup:
+def reliability_chart(counts: Sequence[int], top1: Sequence[float | None], label: str) -> Markup:
     """Bars of how right a model is where it is how sure; on the diagonal it is calibrated.
 
     The fuller a bar's colour, the more pictures are in its bin.
     """
     axes = Axes(x=[0, 20, 40, 60, 80, 100], y=[0, 20, 40, 60, 80, 100])
     parts = axes.draw(x_label="confidence, %", y_label="right, %")
-    width, most = 100 / len(pictures), max(pictures)
-    for place, (count, right) in enumerate(zip(pictures, top1, strict=True)):
+    width, most = 100 / len(counts), max(counts)
+    for place, (count, right) in enumerate(zip(counts, top1, strict=True)):
         if right is None:
             continue
         x, y = axes.place((place * width, right))
@@ -155,9 +155,9 @@ def reliability_chart(pictures: Sequence[int], top1: Sequence[float | None], lab
     return svg(parts, width=WIDTH, height=HEIGHT, label=label, style="chart")
 
 
-def cell_style(count: int, most: int, *, right: bool) -> str:
+def cell_style(count: int, most: int, *, correct: bool) -> str:
     """The classes of a cell; by the root, so that rare mistakes are seen beside frequent ones."""
-    return f"{'right' if right else 'heat'} h{math.ceil(HEAT_LEVELS * math.sqrt(count / most))}"
+    return f"{'right' if correct else 'heat'} h{math.ceil(HEAT_LEVELS * math.sqrt(count / most))}"
 
 
 def small_heat_map(table: Tensor, names: Sequence[str], label: str) -> Markup:
@@ -177,7 +177,7 @@ def small_heat_map(table: Tensor, names: Sequence[str], label: str) -> Markup:
         for j, count in enumerate(rows[i]):
             if not count:
                 continue
-            style = cell_style(count, sum(rows[i]) if i == j else most, right=i == j)
+            style = cell_style(count, sum(rows[i]) if i == j else most, correct=i == j)
             tip = f"{count:,} of {escape(name)} taken for {escape(names[j])}"
             parts.append(
                 f'<rect class="{style}" x="{margin + j * cell}" y="{y}" width="{cell - 1}" '
@@ -201,7 +201,7 @@ def large_heat_map(table: Tensor, groups: Sequence[int], label: str) -> Markup:
         for j, count in enumerate(rows[i]):
             if not count:
                 continue
-            style = cell_style(count, sum(rows[i]) if i == j else most, right=i == j)
+            style = cell_style(count, sum(rows[i]) if i == j else most, correct=i == j)
             paths.setdefault(style, []).append(f"M{j * cell} {i * cell}h{cell}v{cell}h-{cell}z")
     side = size * cell
     parts = [f'<rect class="sheet" width="{side}" height="{side}"/>']

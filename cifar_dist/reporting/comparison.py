@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cifar_dist.evaluation.scores import holm, mcnemar
-from cifar_dist.recipe.diff import identity
+from cifar_dist.recipe.diff import seed_free_config
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder import results
-from cifar_dist.run_folder.evaluations import read_findings
-from cifar_dist.run_folder.records import Line, MetricsFile
+from cifar_dist.run_folder.evaluations import read_matching_evaluation
+from cifar_dist.run_folder.records import MetricsFile, Record
 from cifar_dist.tracking.tracker import SEED_IN_NAME
 from cifar_dist.utils.errors import UserError
 
@@ -33,7 +33,7 @@ class Run:
     folder: Path
     recipe: Recipe
     summary: dict[str, Any]
-    lines: list[Line]
+    records: list[Record]
     environment: dict[str, Any]
     evaluation: dict[str, Any] | None
     predictions: tuple[Tensor, Tensor] | None  # logits f32 [N, C], labels int64 [N]
@@ -48,7 +48,7 @@ class Run:
         return self.summary.get("seconds", 0.0) * self.summary.get("world_size", 1) / 3600
 
     @property
-    def right(self) -> Tensor | None:
+    def correct(self) -> Tensor | None:
         """bool [N]: which test pictures it has right."""
         if self.predictions is None:
             return None
@@ -68,9 +68,9 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         recipe=load_recipe(folder / "recipe.yaml"),
         summary=summary,
-        lines=MetricsFile(folder / "metrics.jsonl").read(),
+        records=MetricsFile(folder / "metrics.jsonl").read(),
         environment=results.read_facts(folder, "environment.json"),
-        evaluation=read_findings(folder, last) if summary.get("finished") else None,
+        evaluation=read_matching_evaluation(folder, last) if summary.get("finished") else None,
         predictions=read_logits(folder / "predictions.safetensors"),
     )
 
@@ -96,11 +96,11 @@ def read_logits(path: Path) -> tuple[Tensor, Tensor] | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """Finished runs of one recipe, one number of shards and one data set: they differ in seeds."""
+    """Finished runs of one recipe, one number of micro-batches and one data set: they differ in seeds."""
 
     label: str
     runs: tuple[Run, ...]
-    differs: tuple[str, ...]  # from the first group: "optim.lr: 0.3 → 0.1"
+    config_diff: tuple[str, ...]  # from the first group: "optim.lr: 0.3 → 0.1"
 
     def values(self, name: str) -> list[float]:
         return [run.summary[name] for run in self.runs if run.summary.get(name) is not None]
@@ -109,7 +109,7 @@ class Group:
         values = self.values(name)
         return statistics.fmean(values) if values else None
 
-    def deviation(self, name: str) -> float | None:
+    def std(self, name: str) -> float | None:
         """The sample's standard deviation; None for fewer than two runs."""
         values = self.values(name)
         return statistics.stdev(values) if len(values) > 1 else None
@@ -133,11 +133,15 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """The finished runs by recipe (identity), shards and data, in the order of their first runs."""
+    """The finished runs by recipe (identity), micro-batches and data, in the order of their first runs."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if run.is_finished:
-            belongs = [identity(run.recipe), run.summary.get("shards"), run.environment.get("data")]
+            belongs = [
+                seed_free_config(run.recipe),
+                run.summary.get("micro_batches"),
+                run.environment.get("data"),
+            ]
             found.setdefault(json.dumps(belongs, sort_keys=True), []).append(run)
     groups: list[Group] = []
     labels: dict[str, int] = {}
@@ -152,14 +156,17 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         if labels[label] > 1:
             label = f"{label} #{labels[label]}"
         differs = differences(groups[0].runs[0], members[0]) if groups else ()
-        groups.append(Group(label=label, runs=tuple(members), differs=differs))
+        groups.append(Group(label=label, runs=tuple(members), config_diff=differs))
     return groups
 
 
 def differences(first: Run, other: Run) -> tuple[str, ...]:
     """How another run's recipe differs from the first's: `optim.lr: 0.3 → 0.1`."""
-    before, after = identity(first.recipe), identity(other.recipe)
-    before["shards"], after["shards"] = first.summary.get("shards"), other.summary.get("shards")
+    before, after = seed_free_config(first.recipe), seed_free_config(other.recipe)
+    before["micro_batches"], after["micro_batches"] = (
+        first.summary.get("micro_batches"),
+        other.summary.get("micro_batches"),
+    )
     before["data"], after["data"] = (str(r.environment.get("data"))[:12] for r in (first, other))
     return tuple(
         f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
@@ -195,16 +202,16 @@ def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
                 continue
             if not torch.equal(one.predictions[1], other.predictions[1]):
                 continue
-            assert one.right is not None
-            assert other.right is not None
-            found = mcnemar(one.right, other.right)
+            assert one.correct is not None
+            assert other.correct is not None
+            found = mcnemar(one.correct, other.correct)
             gained = found.only_second - found.only_first
             tests.append(
                 PairedTest(
                     first=first.label,
                     second=second.label,
                     seed=one.recipe.run.seed,
-                    difference=100 * gained / len(one.right),
+                    difference=100 * gained / len(one.correct),
                     only_first=found.only_first,
                     only_second=found.only_second,
                     p=found.p,
@@ -233,9 +240,9 @@ def latex_text(text: str) -> str:
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
-def mean_and_deviation(group: Group, name: str, digits: int = 2) -> str | None:
+def mean_std(group: Group, name: str, digits: int = 2) -> str | None:
     """`78.12 ± 0.20`, or one number without a deviation."""
-    mean, deviation = group.mean(name), group.deviation(name)
+    mean, deviation = group.mean(name), group.std(name)
     if mean is None:
         return None
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation is not None else "")
@@ -249,7 +256,7 @@ def latex_table(groups: Sequence[Group]) -> str:
                 latex_text(group.label),
                 str(len(group.runs)),
                 *(
-                    (mean_and_deviation(group, name) or "--").replace("±", r"$\pm$")
+                    (mean_std(group, name) or "--").replace("±", r"$\pm$")
                     for name in ("top1", "top5")
                 ),
                 f"{(group.mean('parameters') or 0) / 1e6:.2f}",

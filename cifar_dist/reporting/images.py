@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import take
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split
 from cifar_dist.evaluation.scores import confusion
 
@@ -30,7 +30,7 @@ def data_uri(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(png(image)).decode()
 
 
-def sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+def image_grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     """Rows of pictures, uint8 [3, S, S] each, as one picture with white gaps."""
     side, across = rows[0][0].shape[1] + GAP, max(len(row) for row in rows)
     canvas = torch.full((3, len(rows) * side - GAP, across * side - GAP), 255, dtype=torch.uint8)
@@ -48,11 +48,11 @@ def augmented_views(
     augment = Augment(config, split, rows)
     seen = []
     for epoch in range(epochs):
-        copies = torch.zeros(len(chosen), dtype=torch.int64) if config.repeats > 1 else None
-        batch = take(split, chosen, epoch=epoch, shard=0, copies=copies)
+        copies = torch.zeros(len(chosen), dtype=torch.int64) if config.repeated > 1 else None
+        batch = gather_batch(split, chosen, epoch=epoch, micro_batch=0, copies=copies)
         seen.append(augment(batch).images)
     plain = split.images[chosen]
-    return sheet([[plain[i], *(epoch[i] for epoch in seen)] for i in range(len(chosen))])
+    return image_grid([[plain[i], *(epoch[i] for epoch in seen)] for i in range(len(chosen))])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,14 @@ import jinja2
 import torch
 
 from cifar_dist import __version__
-from cifar_dist.data.batches import holdout_rows
+from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import load_split, read_digest, read_hierarchy
-from cifar_dist.evaluation.report import name_of, numbers
-from cifar_dist.evaluation.scores import class_scores, confusion, fold
-from cifar_dist.recipe.diff import flat
-from cifar_dist.recipe.schema import Recipe, resolved
+from cifar_dist.evaluation.report import compute_metrics, name_of
+from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
+from cifar_dist.recipe.diff import flatten
+from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.reporting.charts import (
-    COLOURS,
+    COLORS,
     Series,
     large_heat_map,
     line_chart,
@@ -29,7 +29,7 @@ from cifar_dist.reporting.comparison import (
     Group,
     Run,
     group_runs,
-    mean_and_deviation,
+    mean_std,
     paired_tests,
 )
 from cifar_dist.reporting.images import (
@@ -38,8 +38,8 @@ from cifar_dist.reporting.images import (
     data_uri,
     frequent_confusions,
 )
-from cifar_dist.reporting.tutorial import side_by_side
-from cifar_dist.run_folder.evaluations import trained_on
+from cifar_dist.reporting.tutorial import compare_with_published
+from cifar_dist.run_folder.evaluations import same_data
 from cifar_dist.utils.log import progress_bar
 
 CURVES = (  # kind of line, its value, and the axis's name
@@ -47,7 +47,7 @@ CURVES = (  # kind of line, its value, and the axis's name
     ("train", "loss", "training loss"),
     ("eval", "loss", "test loss"),
     ("train", "top1", "training top-1, %"),
-    ("eval", "val_top1", "held-out top-1, %"),
+    ("eval", "val_top1", "val top-1, %"),
     ("train", "lr", "learning rate"),
 )
 
@@ -62,7 +62,7 @@ def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
                     group=group_of[run.folder],
                     points=[
                         (line["epoch"], line[value])
-                        for line in run.lines
+                        for line in run.records
                         if line["kind"] == kind and isinstance(line.get(value), int | float)
                     ],
                 )
@@ -82,7 +82,7 @@ def data_of(run: Run, asked: Path | None) -> tuple[Path | None, str]:
     remedy = "give its place with --data to see classes, confusions and pictures"
     if not (data / "digest.json").exists():
         return None, f"{run.recipe.name}: {data} has no data here; {remedy}"
-    if not trained_on(run.environment, data):
+    if not same_data(run.environment, data):
         return None, f"{run.recipe.name}: {data} holds other data than it was trained on; {remedy}"
     return data, ""
 
@@ -93,7 +93,7 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
     logits, labels = run.predictions
     hierarchy, test = read_hierarchy(data), load_split(data, "test")
     table = confusion(labels, logits.argmax(1), logits.shape[1])
-    found = run.evaluation or numbers(logits, labels, hierarchy)
+    found = run.evaluation or compute_metrics(logits, labels, hierarchy)
     scores = zip(class_scores(table), hierarchy.fine, strict=True)
     hardest = sorted(
         [(one.recall, name, one) for one, name in scores if one.recall is not None],
@@ -112,7 +112,7 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
     if without and without["top1"] is not None:
         facts.append(
             (
-                f"top-1 without {without['rows_left_out']} near-duplicates",
+                f"top-1 without {without['num_excluded']} near-duplicates",
                 f"{without['top1']:.2f} %",
             )
         )
@@ -120,11 +120,11 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
         facts.append(("ciFAIR-100", f"{found['cifair']['top1']:.2f} %"))
     train = load_split(data, "train")
     rows = torch.arange(len(train.labels))
-    if run.recipe.data.holdout:
-        rows, _ = holdout_rows(train.labels, run.recipe.data.holdout)
+    if run.recipe.data.val_size:
+        rows, _ = split_train_val(train.labels, run.recipe.data.val_size)
     views = data_uri(augmented_views(run.recipe.augment, train, rows))
     label = f"confusion of {run.recipe.name}"
-    coarse = fold(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     return {
         "label": group.label,
         "folder": run.folder,
@@ -142,17 +142,15 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
                 "name": name,
                 "recall": recall,
                 "precision": one.precision,
-                "mistaken_for": name_of(hierarchy.fine, one.mistaken_for),
+                "most_confused_with": name_of(hierarchy.fine, one.most_confused_with),
             }
             for recall, name, one in hardest[:12]
         ],
-        "reliability": reliability_chart(
-            calibration["pictures"], calibration["top1"], "reliability"
-        ),
+        "reliability": reliability_chart(calibration["counts"], calibration["top1"], "reliability"),
         "ece": calibration["ece"],
         "temperature": tempered["value"] if tempered else None,
         "tempered": tempered
-        and reliability_chart(tempered["pictures"], tempered["top1"], "reliability, tempered"),
+        and reliability_chart(tempered["counts"], tempered["top1"], "reliability, tempered"),
         "tempered_ece": tempered["ece"] if tempered else None,
         "mistakes": confident_mistakes(logits, labels, test.images, hierarchy.fine),
         "views": views,
@@ -161,10 +159,10 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
 
 def changed(recipe: Recipe) -> list[tuple[str, Any]]:
     """What a recipe says beside the defaults."""
-    defaults = flat(resolved(Recipe(name=recipe.name)))
+    defaults = flatten(to_dict(Recipe(name=recipe.name)))
     return [
         (name, value)
-        for name, value in flat(resolved(recipe)).items()
+        for name, value in flatten(to_dict(recipe)).items()
         if defaults.get(name) != value
     ]
 
@@ -216,13 +214,11 @@ def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) 
         runs=runs,
         groups=groups,
         tests=paired_tests(groups),
-        tutorial=side_by_side(groups) if tutorial else None,
-        legend=[
-            {"colour": place % COLOURS, "name": name} for place, name in sorted(legend.items())
-        ],
+        tutorial=compare_with_published(groups) if tutorial else None,
+        legend=[{"colour": place % COLORS, "name": name} for place, name in sorted(legend.items())],
         charts=curves(runs, group_of),
         closer=closer,
         notices=notices,
-        spread=mean_and_deviation,
+        spread=mean_std,
         changed=changed,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cifar_dist.reporting.comparison import Group, mean_and_deviation
+from cifar_dist.reporting.comparison import Group, mean_std
 from cifar_dist.tracking.tracker import SEED_IN_NAME
 
 
@@ -44,7 +44,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
+class PublishedRow:
     """A row with what we have measured; None where no run exists."""
 
     row: Row
@@ -53,13 +53,13 @@ class Beside:
     ours: Measured | None  # our recipe, last epoch
 
 
-def side_by_side(groups: Sequence[Group]) -> list[Beside]:
+def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
     """The published rows and the groups whose runs bear the names of the recipes."""
     by_name = {SEED_IN_NAME.sub("", group.runs[0].recipe.name): group for group in groups}
 
     def measured(name: str | None, value: str) -> Measured | None:
         group = by_name.get(name or "")
-        said = mean_and_deviation(group, value) if group else None
+        said = mean_std(group, value) if group else None
         if group is None or said is None:
             return None
         epochs = group.mean("epochs")
@@ -67,7 +67,7 @@ def side_by_side(groups: Sequence[Group]) -> list[Beside]:
         return Measured(said, of)
 
     return [
-        Beside(
+        PublishedRow(
             row=row,
             protocol_best=measured(row.config, "best_test_top1"),
             protocol_last=measured(row.config, "top1"),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import folder_aside, naming, remove_folder, sha256
+from cifar_dist.utils.files import atomic_folder, remove_folder, sha256, with_path
 from cifar_dist.utils.log import log
 
 Progress = dict[str, Any]
@@ -40,12 +40,12 @@ def save_checkpoint(
     All tensors on the CPU.
     """
     final = folder / f"step_{step:08d}"
-    with folder_aside(final) as aside:
+    with atomic_folder(final) as aside:
         digests = {}
 
         def write(name: str, content: bytes) -> None:
             # not by the libraries, whose errors hide that the disk is full, and whose modes differ
-            with naming(final / name):
+            with with_path(final / name):
                 (aside / name).write_bytes(content)
             digests[name] = hashlib.sha256(content).hexdigest()
 
@@ -59,20 +59,20 @@ def save_checkpoint(
     return final
 
 
-def on_host(value: Any) -> Any:
+def to_cpu(value: Any) -> Any:
     """Plain data and tensors, nested, with copies of all tensors on the CPU."""
     match value:
         case Tensor():
             return value.detach().to("cpu", copy=True)
         case dict():
-            return {key: on_host(inner) for key, inner in value.items()}
+            return {key: to_cpu(inner) for key, inner in value.items()}
         case list():
-            return [on_host(inner) for inner in value]
+            return [to_cpu(inner) for inner in value]
         case _:
             return value
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, as a short phrase, or None when every byte is right."""
     try:
         digests = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
@@ -107,7 +107,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(names, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
-def newest_valid(folder: Path) -> Path | None:
+def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint without damage; damaged ones are named in the log.
 
     None when there is none at all; UserError when there are some and all are damaged, since a run
@@ -116,7 +116,7 @@ def newest_valid(folder: Path) -> Path | None:
     found = checkpoints(folder)
     reasons = []
     for checkpoint in found:
-        reason = damage(checkpoint)
+        reason = find_corruption(checkpoint)
         if reason is None:
             return checkpoint
         reasons.append(f"{checkpoint.name} ({reason})")

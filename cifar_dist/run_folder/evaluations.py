@@ -8,20 +8,22 @@ from typing import Any
 from cifar_dist.data.dataset import data_digest
 from cifar_dist.run_folder.results import read_facts
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import read_object
+from cifar_dist.utils.files import read_json_object
 from cifar_dist.utils.log import log
 
 # What is shown of an evaluation; an older one may lack some.
-NEEDED = {
+REQUIRED_KEYS = {
     *("top1", "top5", "top1_interval", "superclass_top1", "errors_inside_superclass"),
     *("errors_outside_superclass", "calibration", "classes"),
 }
 
 
-FOLDER = "evaluation"  # in a run's folder: that of the test split at the newest checkpoint
+EVALUATION_FOLDER = (
+    "evaluation"  # in a run's folder: that of the test split at the newest checkpoint
+)
 
 
-def trained_on(environment: dict[str, Any], data: Path) -> bool:
+def same_data(environment: dict[str, Any], data: Path) -> bool:
     """Whether `data` are, by digest, those of a run's environment.json, as far as it says."""
     return environment.get("data") in (None, data_digest(data))
 
@@ -29,8 +31,8 @@ def trained_on(environment: dict[str, Any], data: Path) -> bool:
 def read_evaluation(run: Path) -> dict[str, Any] | None:
     """What lies in a run's folder of its evaluation, whenever it was made; None where there is none."""
     remedy = f"`python -m cifar_dist.evaluate {run}` writes it anew"
-    path = run / FOLDER / "evaluation.json"
-    found = read_object(path, remedy)
+    path = run / EVALUATION_FOLDER / "evaluation.json"
+    found = read_json_object(path, remedy)
     if found is not None and not (
         _are_rows(found.get("classes", [])) and _is_fit(found.get("temperature"))
     ):
@@ -52,7 +54,7 @@ def _is_fit(temperature: Any) -> bool:
     )
 
 
-def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:
+def read_matching_evaluation(run: Path, checkpoint: str) -> dict[str, Any] | None:
     """What `evaluate` wrote about a run's test split at this checkpoint.
 
     None where it has not run; with a warning, where what it wrote is of something else.
@@ -61,7 +63,7 @@ def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:
     if found is None:
         return None
     data = read_facts(run, "environment.json").get("data")
-    wanted = {"checkpoint": checkpoint, "split": "test", "test_time": "one view", "data": data}
+    wanted = {"checkpoint": checkpoint, "split": "test", "tta": "none", "data": data}
     others = [
         f"{name} {found.get(name)}, not {value}"
         for name, value in wanted.items()
@@ -69,13 +71,13 @@ def read_findings(run: Path, checkpoint: str) -> dict[str, Any] | None:
     ]
     if others:
         log.warning(
-            f"{run / FOLDER} is left out, as it is of another evaluation ({'; '.join(others)}); "
+            f"{run / EVALUATION_FOLDER} is left out, as it is of another evaluation ({'; '.join(others)}); "
             f"`python -m cifar_dist.evaluate {run}` makes that of the newest checkpoint"
         )
         return None
-    if missing := NEEDED - found.keys():
+    if missing := REQUIRED_KEYS - found.keys():
         raise UserError(
-            f"{run / FOLDER}/evaluation.json lacks {', '.join(sorted(missing))}; "
+            f"{run / EVALUATION_FOLDER}/evaluation.json lacks {', '.join(sorted(missing))}; "
             f"`python -m cifar_dist.evaluate {run}` writes it anew"
         )
     return found

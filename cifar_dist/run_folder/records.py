@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import naming, write_file
+from cifar_dist.utils.files import atomic_write, with_path
 
-Line = dict[str, Any]
+Record = dict[str, Any]
 
 
 class MetricsFile:
@@ -20,22 +20,22 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, line: Line) -> None:
+    def append(self, line: Record) -> None:
         """Add a line. It survives this process, and this machine after `sync`."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
-        with naming(self.path), self.path.open("a") as file:
+        with with_path(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Put all lines on the disk, before a checkpoint that has seen them: none may be missing then."""
         if self.path.exists():
-            with naming(self.path), self.path.open("a") as file:
+            with with_path(self.path), self.path.open("a") as file:
                 os.fsync(file.fileno())
 
-    def read(self) -> list[Line]:
+    def read(self) -> list[Record]:
         """The lines; a last one that a crash left unfinished, or as zeros, is left out.
 
         UserError for any other that cannot be read, since what is after it would be lost.
@@ -65,11 +65,11 @@ class MetricsFile:
             if line["step"] <= (evaluated if line["kind"] == "eval" else step)
         ]
         if self.path.exists():
-            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         return max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
 
 
-def _parsed(text: bytes) -> Line | None:
+def _parsed(text: bytes) -> Record | None:
     """A line of metrics.jsonl, or None for what `append` never wrote."""
     try:
         line = json.loads(text.decode())

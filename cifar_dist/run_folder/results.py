@@ -8,19 +8,19 @@ from typing import Any
 
 from safetensors.torch import save
 
-from cifar_dist.evaluation.evaluator import Evaluation
-from cifar_dist.run_folder.records import Line
+from cifar_dist.evaluation.evaluator import EvalResult
+from cifar_dist.run_folder.records import Record
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import read_json, read_object, write_file, write_json
+from cifar_dist.utils.files import atomic_write, read_json, read_json_object, write_json
 
 
-def write_predictions(folder: Path, evaluation: Evaluation) -> None:
+def write_predictions(folder: Path, evaluation: EvalResult) -> None:
     """logits f32 [N_test, C] and labels int64 [N_test], in the order of the test split."""
     tensors = {"logits": evaluation.logits.contiguous(), "labels": evaluation.labels}
-    write_file(folder / "predictions.safetensors", save(tensors))
+    atomic_write(folder / "predictions.safetensors", save(tensors))
 
 
-def summarize(facts: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
+def summarize(facts: dict[str, Any], lines: list[Record]) -> dict[str, Any]:
     """summary.json: the headline is the last evaluation; the best test epoch only bears that name.
 
     Before the first evaluation there is no accuracy in it.
@@ -57,7 +57,7 @@ def last_checkpoint(summary: dict[str, Any]) -> str:
 def read_facts(folder: Path, name: str) -> dict[str, Any]:
     """A run's summary.json or environment.json; empty where there is none, UserError for a damaged one."""
     remedy = "start the run's training again to write it anew"
-    facts = read_object(folder / name, remedy) or {}
+    facts = read_json_object(folder / name, remedy) or {}
     for key in ("steps", "world_size", "seconds", "epochs", "top1", "top5", "parameters"):
         if not isinstance(facts.get(key, 0), int | float):
             raise UserError(f"{folder / name} is damaged ({key} is no number); {remedy}")

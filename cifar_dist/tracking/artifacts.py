@@ -10,11 +10,11 @@ from typing import Any
 from cifar_dist.data.dataset import DIGEST, data_digest, read_digest
 from cifar_dist.distill.logit_cache import MANIFEST
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.run_folder.checkpoint import newest_valid
+from cifar_dist.run_folder.checkpoint import latest_valid
 from cifar_dist.utils.strict_yaml import parse_yaml
 
 
-def take_inputs(run: Any, artifacts: Sequence[Any]) -> None:
+def log_input_artifacts(run: Any, artifacts: Sequence[Any]) -> None:
     """Say what a W&B run was made of; those that are None are left out.
 
     An offline run has no inputs in W&B, so there they are logged like outputs and told by their types.
@@ -25,7 +25,7 @@ def take_inputs(run: Any, artifacts: Sequence[Any]) -> None:
             (run.log_artifact if run.offline else run.use_artifact)(artifact)
 
 
-def inputs_of(data: Path, teachers: Sequence[TeacherConfig]) -> list[Any]:
+def input_artifacts(data: Path, teachers: Sequence[TeacherConfig]) -> list[Any]:
     """The data set, and of each teacher its weights and, where it is cached, its logits."""
     found = [dataset_artifact(data)]
     for teacher in teachers:
@@ -64,7 +64,7 @@ def model_artifact(folder: Path) -> Any | None:
     import wandb
 
     identity = folder / "wandb_id"
-    saved = newest_valid(folder / "checkpoints") if identity.exists() else None
+    saved = latest_valid(folder / "checkpoints") if identity.exists() else None
     if saved is None:
         return None
     recipe = parse_yaml((folder / "recipe.yaml").read_text(), where=str(folder / "recipe.yaml"))

@@ -13,21 +13,21 @@ from typing import Any
 
 from cifar_dist.distill.logit_cache import MANIFEST
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.evaluation.evaluator import Evaluation
+from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.tracking.artifacts import (
     dataset_artifact,
+    log_input_artifacts,
     logits_artifact,
     model_artifact,
-    take_inputs,
 )
-from cifar_dist.tracking.media import reliability_table, show_predictions
+from cifar_dist.tracking.media import log_predictions, reliability_table
 from cifar_dist.tracking.tracker import (
     Tracker,
     TrackingConfig,
-    announced_mode,
-    identity_of,
+    init_run,
     offline_folders,
-    open_run,
+    resolve_mode,
+    wandb_run_id,
 )
 
 
@@ -35,7 +35,7 @@ def open_job(config: TrackingConfig, folder: Path, mode: Any, identity: str, **a
     """The W&B run of a job; it replaces what an earlier one of this id left in FOLDER/wandb."""
     for old in offline_folders(folder, identity):
         shutil.rmtree(old)
-    return open_run(config, folder, mode, identity=identity, resume=None, **about)
+    return init_run(config, folder, mode, identity=identity, resume=None, **about)
 
 
 def without_lists(found: dict[str, Any]) -> dict[str, Any]:
@@ -53,26 +53,26 @@ def track_evaluation(
     *,
     name: str,
     found: dict[str, Any],
-    evaluation: Evaluation,
+    evaluation: EvalResult,
     data: Path,
 ) -> None:
     """All of evaluation.json as a summary and tables, made of the data and the run's checkpoint."""
-    mode = announced_mode(config)
+    mode = resolve_mode(config)
     if mode == "off":
         return
-    with Tracker().never_fatal():
+    with Tracker().disable_on_error():
         run = open_job(
             config,
             folder,
             mode,
-            f"{identity_of(folder)}-evaluation",
+            f"{wandb_run_id(folder)}-evaluation",
             name=f"{name} evaluation",
             group=name,
             job_type="evaluate",
             said={"run": name, "checkpoint": found["checkpoint"], "data": found["data"]},
         )
-        take_inputs(run, [dataset_artifact(data), model_artifact(folder)])
-        show_predictions(run, evaluation, data)
+        log_input_artifacts(run, [dataset_artifact(data), model_artifact(folder)])
+        log_predictions(run, evaluation, data)
         run.log({"reliability": reliability_table(found["calibration"])})
         run.summary.update(without_lists(found))
         run.finish()
@@ -80,11 +80,11 @@ def track_evaluation(
 
 def track_cache(config: TrackingConfig, *, name: str, teacher: TeacherConfig, data: Path) -> None:
     """The finished cache of a teacher as an artifact, made of the data and the teacher's checkpoint."""
-    mode = announced_mode(config)
+    mode = resolve_mode(config)
     if mode == "off":
         return
     cache = teacher.cache_folder
-    with Tracker().never_fatal():
+    with Tracker().disable_on_error():
         said = json.loads((cache / MANIFEST).read_text())
         run = open_job(
             config,
@@ -96,6 +96,6 @@ def track_cache(config: TrackingConfig, *, name: str, teacher: TeacherConfig, da
             job_type="cache_logits",
             said=said,
         )
-        take_inputs(run, [dataset_artifact(data), model_artifact(Path(teacher.run))])
+        log_input_artifacts(run, [dataset_artifact(data), model_artifact(Path(teacher.run))])
         run.log_artifact(logits_artifact(cache))
         run.finish()

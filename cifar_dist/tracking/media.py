@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from cifar_dist.data.dataset import Hierarchy, Split, load_split, read_hierarchy
-from cifar_dist.evaluation.evaluator import Evaluation
-from cifar_dist.evaluation.scores import class_scores, confusion, fold
+from cifar_dist.evaluation.evaluator import EvalResult
+from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
 
-PICTURES = (
+NUM_IMAGES = (
     32  # of each kind in the table: the most certain mistakes, and rows of the split in order
 )
 
 
-def shown_rows(logits: Tensor, labels: Tensor) -> list[int]:
+def select_rows(logits: Tensor, labels: Tensor) -> list[int]:
     """The most certain mistakes first, then the first rows of the split, each once."""
     sure, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
-    worst = wrong[sure[wrong].argsort(descending=True, stable=True)][:PICTURES].tolist()
-    return list(dict.fromkeys(worst + list(range(min(PICTURES, len(labels))))))
+    worst = wrong[sure[wrong].argsort(descending=True, stable=True)][:NUM_IMAGES].tolist()
+    return list(dict.fromkeys(worst + list(range(min(NUM_IMAGES, len(labels))))))
 
 
-def show_predictions(run: Any, evaluation: Evaluation, data: Path) -> None:
+def log_predictions(run: Any, evaluation: EvalResult, data: Path) -> None:
     """Log tables of predictions with pictures, of classes, and confusions of both levels."""
     hierarchy, test = read_hierarchy(data), load_split(data, "test")
     if len(evaluation.labels) != len(test.labels):
         return
     table = confusion(evaluation.labels, evaluation.logits.argmax(1), len(hierarchy.fine))
-    coarse = fold(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     run.log(
         {
             "predictions": predictions_table(evaluation, test, hierarchy),
@@ -42,13 +42,13 @@ def show_predictions(run: Any, evaluation: Evaluation, data: Path) -> None:
     )
 
 
-def predictions_table(evaluation: Evaluation, test: Split, hierarchy: Hierarchy) -> Any:
+def predictions_table(evaluation: EvalResult, test: Split, hierarchy: Hierarchy) -> Any:
     import wandb
 
     probabilities = evaluation.logits.softmax(1)
     columns = ["test row", "picture", "true", "predicted", "confidence, %", "right"]
     rows = []
-    for row in shown_rows(evaluation.logits, evaluation.labels):
+    for row in select_rows(evaluation.logits, evaluation.labels):
         truth, said = int(evaluation.labels[row]), int(probabilities[row].argmax())
         picture = wandb.Image(test.images[row].permute(1, 2, 0).cpu().numpy())
         confidence = round(100 * float(probabilities[row, said]), 2)
@@ -63,8 +63,8 @@ def classes_table(table: Tensor, hierarchy: Hierarchy) -> Any:
     columns = ["class", "pictures", "top-1, %", "precision, %", "most often taken for", "times"]
     rows = []
     for name, one in zip(hierarchy.fine, class_scores(table), strict=True):
-        other = "" if one.mistaken_for is None else hierarchy.fine[one.mistaken_for]
-        rows.append([name, one.pictures, one.recall, one.precision, other, one.mistaken])
+        other = "" if one.most_confused_with is None else hierarchy.fine[one.most_confused_with]
+        rows.append([name, one.count, one.recall, one.precision, other, one.confused_count])
     return wandb.Table(columns=columns, data=rows)
 
 

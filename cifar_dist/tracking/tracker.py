@@ -23,15 +23,15 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.evaluation.evaluator import Evaluation
-from cifar_dist.run_folder.records import Line
-from cifar_dist.tracking.artifacts import inputs_of, model_artifact, take_inputs
-from cifar_dist.tracking.media import show_predictions
+from cifar_dist.evaluation.evaluator import EvalResult
+from cifar_dist.run_folder.records import Record
+from cifar_dist.tracking.artifacts import input_artifacts, log_input_artifacts, model_artifact
+from cifar_dist.tracking.media import log_predictions
 from cifar_dist.utils.config import config
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import write_file
+from cifar_dist.utils.files import atomic_write
 from cifar_dist.utils.log import log
-from cifar_dist.utils.network import ANSWER_SECONDS, answers
+from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 Mode = Literal["auto", "online", "offline", "off"]
 
@@ -69,7 +69,7 @@ def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
         if asked == "online":
             return "offline", "no API key; run `wandb login`"
         return "off", "no API key (`wandb login`, or tracking.mode=offline)"
-    if not speaks(server):
+    if not is_reachable(server):
         return "offline", f"{host.hostname} does not answer"
     return "online", "a key and a server"
 
@@ -78,18 +78,18 @@ def server_address() -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
-def speaks(server: str) -> bool:
+def is_reachable(server: str) -> bool:
     """Whether it answers a request within 3 seconds, on the path that a run's start will use."""
 
     def ask() -> None:
         try:
-            urlopen(f"{server}/graphql", timeout=ANSWER_SECONDS).close()
+            urlopen(f"{server}/graphql", timeout=RESPONSE_SECONDS).close()
         except HTTPError:
             pass  # it speaks, if only to refuse
         except (HTTPException, ValueError) as error:
             raise OSError(str(error)) from error
 
-    return answers(ask)
+    return responds(ask)
 
 
 def _has_key(host: str) -> bool:
@@ -108,7 +108,7 @@ WANDB_ID = re.compile(r"[A-Za-z0-9_-]+")
 SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
 
 # What W&B's summary keeps of each curve beside its last value; the headline is summary.json's.
-EXTREMES = {
+SUMMARY_AGGREGATES = {
     "eval/top1": "max",
     "eval/top5": "max",
     "eval/loss": "min",
@@ -119,11 +119,11 @@ EXTREMES = {
 }
 
 
-def identity_of(folder: Path) -> str:
+def wandb_run_id(folder: Path) -> str:
     """The W&B id of a run folder; the first call chooses it, unless the agent of a sweep already has."""
     path = folder / "wandb_id"
     if not path.exists():
-        write_file(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+        atomic_write(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
     identity = path.read_text().strip()
     if not WANDB_ID.fullmatch(identity):
         raise UserError(f"{path}: is no id of W&B; delete it, and a new one is made")
@@ -137,14 +137,14 @@ def offline_folders(folder: Path, identity: str) -> list[Path]:
     return sorted(folder.glob(f"wandb/offline-run-*-{identity}"))
 
 
-def announced_mode(config: TrackingConfig) -> Literal["online", "offline", "off"]:
+def resolve_mode(config: TrackingConfig) -> Literal["online", "offline", "off"]:
     """The mode, after a line in the log that says why."""
     mode, reason = decide_mode(config.mode)
     log.info(f"W&B: {mode} ({reason})")
     return mode
 
 
-def open_run(
+def init_run(
     config: TrackingConfig,
     folder: Path,
     mode: Literal["online", "offline"],
@@ -195,16 +195,16 @@ class Tracker:
     ) -> None:
         """Begin or go on; `recipe` (resolved) and `environment` (versions, commit, digests) are the config."""
         self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
-        mode = announced_mode(config)
+        mode = resolve_mode(config)
         self.online = mode == "online"
         if mode == "off":
             return
-        with self.never_fatal():
-            self.run = open_run(
+        with self.disable_on_error():
+            self.run = init_run(
                 config,
                 folder,
                 mode,
-                identity=identity_of(folder),
+                identity=wandb_run_id(folder),
                 name=recipe["name"],
                 group=recipe["name"],
                 job_type=config.job_type or ("student" if teachers else "train"),
@@ -213,34 +213,34 @@ class Tracker:
             )
             # rows below the last internal step would be dropped after a restart: the step is a value
             self.run.define_metric("*", step_metric="step")
-            for name, extreme in EXTREMES.items():
+            for name, extreme in SUMMARY_AGGREGATES.items():
                 self.run.define_metric(name, step_metric="step", summary=f"{extreme},last")
 
-    def log(self, line: Line) -> None:
+    def log(self, line: Record) -> None:
         """Copy one line of metrics.jsonl, its names led by its kind."""
         if self.run is not None:
-            with self.never_fatal():
+            with self.disable_on_error():
                 kind = line["kind"]
                 values = {f"{kind}/{k}": v for k, v in line.items() if k not in ("kind", "step")}
                 self.run.log({"step": line["step"], **values})
 
-    def finish(self, summary: dict[str, Any], evaluation: Evaluation | None = None) -> None:
+    def finish(self, summary: dict[str, Any], evaluation: EvalResult | None = None) -> None:
         """The headline, and at a run's end (with an evaluation) tables, pictures and artifacts."""
         if self.run is None:
             return
-        with self.never_fatal():
-            if self.online and not speaks(server_address()):
+        with self.disable_on_error():
+            if self.online and not is_reachable(server_address()):
                 raise ConnectionError(f"{server_address()} does not answer any more")
             self.run.summary.update(summary)
             if evaluation is not None:
                 self._show(evaluation)
             self.run.finish()
 
-    def _show(self, evaluation: Evaluation) -> None:
+    def _show(self, evaluation: EvalResult) -> None:
         """Tables, pictures and artifacts; without them the curves are uploaded all the same."""
         try:
-            show_predictions(self.run, evaluation, self.data)
-            take_inputs(self.run, inputs_of(self.data, self.teachers))
+            log_predictions(self.run, evaluation, self.data)
+            log_input_artifacts(self.run, input_artifacts(self.data, self.teachers))
             model = model_artifact(self.folder)
             if model is not None:
                 self.run.log_artifact(model, aliases=["final"])
@@ -248,7 +248,7 @@ class Tracker:
             log.warning(f"W&B has the curves, but not all tables and artifacts ({error!r})")
 
     @contextmanager
-    def never_fatal(self) -> Iterator[None]:
+    def disable_on_error(self) -> Iterator[None]:
         """Turn any failure of W&B into one warning, and W&B off."""
         try:
             yield

@@ -1,4 +1,4 @@
-"""The workers of `augment.host` under many processes: one buffer a machine, one word when one dies."""
+"""The workers of `augment.albumentations` under many processes: one buffer a machine, one word when one dies."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from contextlib import ExitStack, contextmanager
 import numpy
 from torch import Tensor
 
-from cifar_dist.data.augment.albumentations_buffer import Ahead
+from cifar_dist.data.augment.albumentations_buffer import BufferedImages
 from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.augment.shared_memory import Layout, allocate
 from cifar_dist.data.dataset import Split
 from cifar_dist.distributed import signals
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.utils.host import machine
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.utils.host import host_id
 
 
-class HostWorkers:
+class AlbumentationsWorkers:
     """Host pictures that all ranks show together, by calling `show`."""
 
-    def __init__(self, pictures: Ahead, ranks: Ranks) -> None:
-        self.pictures, self.ranks = pictures, ranks
+    def __init__(self, pictures: BufferedImages, context: DistContext) -> None:
+        self.images, self.context = pictures, context
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
-        return self.pictures(view, rows)
+        return self.images(view, rows)
 
-    def show(self, epoch: int) -> bool:
+    def wait_for_epoch(self, epoch: int) -> bool:
         """Wait for an epoch's pictures and see that all workers live; all look up once a second.
 
         False: some process is asked to stop, so vote first. UserError on all ranks for a dead worker.
         """
         while True:
-            self.ranks.pulse.beat()
-            seen = self.ranks.together(lambda: (self.pictures.show(epoch), signals.received()))
+            self.context.heartbeat.beat()
+            seen = self.context.run_on_all(
+                lambda: (self.images.wait_for_epoch(epoch), signals.stop_signal())
+            )
             if all(shown for shown, _ in seen):
                 return True
             if any(number for _, number in seen):
@@ -42,48 +44,48 @@ class HostWorkers:
 
 
 @contextmanager
-def host_workers(
-    config: AugmentConfig, split: Split, ranks: Ranks, epochs: int
-) -> Iterator[HostWorkers | None]:
+def albumentations_workers(
+    config: AugmentConfig, split: Split, context: DistContext, epochs: int
+) -> Iterator[AlbumentationsWorkers | None]:
     """The workers that the configuration asks for, ready to fill; None where it asks for none."""
-    if config.host is None or not config.host_workers:
+    if config.albumentations is None or not config.workers:
         yield None
         return
-    transforms, count = config.host, config.host_workers
-    machines = ranks.each(machine())
-    here = [rank for rank in range(ranks.world_size) if machines[rank] == machines[ranks.rank]]
+    transforms, count = config.albumentations, config.workers
+    machines = context.all_gather_object(host_id())
+    here = [rank for rank in range(context.world_size) if machines[rank] == machines[context.rank]]
     layout = Layout(rows=len(split.labels), workers=len(here) * count)
-    first = here.index(ranks.rank) * count
+    first = here.index(context.rank) * count
     with ExitStack() as stack:
         files: list[int] = []
-        started: list[Ahead] = []
+        started: list[BufferedImages] = []
 
         def make() -> str:
             """The first process of a machine makes the file, which others find among its open ones."""
-            if ranks.rank != here[0]:
+            if context.rank != here[0]:
                 return ""
             files.append(stack.enter_context(allocate(layout)).fileno())
             numpy.copyto(layout.pages(files[0])[0], split.images.cpu().numpy())
             return f"/proc/{os.getpid()}/fd/{files[0]}"
 
-        paths = ranks.together(make)
+        paths = context.run_on_all(make)
 
         def start() -> None:
             if not files:
                 file = open(paths[here[0]], "r+b", buffering=0)  # noqa: SIM115
                 files.append(stack.enter_context(file).fileno())
-            pictures = Ahead(
+            pictures = BufferedImages(
                 transforms,
                 file=files[0],
                 layout=layout,
                 mine=range(first, first + count),
                 seed=config.seed,
-                view_of=lambda epoch: config.shown(epoch)[0],
+                view_of=lambda epoch: config.views_in_epoch(epoch)[0],
                 epochs=epochs,
                 device=split.images.device,
             )
             stack.callback(pictures.close)
             started.append(pictures)
 
-        ranks.together(start)
-        yield HostWorkers(started[0], ranks)
+        context.run_on_all(start)
+        yield AlbumentationsWorkers(started[0], context)

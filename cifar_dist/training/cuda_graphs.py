@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from cifar_dist.training.step import generator_of
+from cifar_dist.training.step import device_generator
 from cifar_dist.utils.errors import UserError, first_line
 from cifar_dist.utils.log import log
 
@@ -142,7 +142,7 @@ class GraphedCallable(Generic[T]):
             leaves = tree_leaves(results if exact else compared(results))
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-        generator = generator_of(recorder.device)
+        generator = device_generator(recorder.device)
         before, random_state = copies(written), generator.get_state()
         with recorder.on_stream():
             results = work()

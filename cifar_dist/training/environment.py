@@ -16,7 +16,7 @@ import cifar_dist
 from cifar_dist.utils.host import processor_name
 
 
-def installed(name: str) -> str | None:
+def package_version(name: str) -> str | None:
     """Return the version of an installed package, or None."""
     try:
         return version(name)
@@ -24,7 +24,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-def environment(
+def describe_environment(
     *, world_size: int, device: torch.device, data: str, teachers: list[str]
 ) -> dict[str, Any]:
     """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
@@ -41,9 +41,9 @@ def environment(
     is_cuda = device.type == "cuda"
     return {
         "cifar_dist": cifar_dist.__version__,
-        "commit": commit(),
+        "commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in packages},
+        "packages": {name: package_version(name) for name in packages},
         "host": socket.gethostname(),
         "hardware": torch.cuda.get_device_name(device) if is_cuda else processor_name(),
         "device": device.type,
@@ -55,7 +55,7 @@ def environment(
     }
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that this package lies in, with '+' when files differ from it."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

@@ -16,10 +16,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cifar_dist.data.augment.augmentation import View
+from cifar_dist.data.augment.augmentation import AugmentedBatch
 from cifar_dist.data.batches import Batch, concatenate
-from cifar_dist.distributed.ddp import ReducePrecision, reduce_gradients, share_weights, wrap
-from cifar_dist.optim.optimizer import keep_scalars_on_device
+from cifar_dist.distributed.ddp import (
+    GradReduceDtype,
+    all_reduce_gradients,
+    broadcast_weights,
+    wrap_ddp,
+)
+from cifar_dist.optim.optimizer import make_capturable
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.recipe.schema import CudaGraphs
 from cifar_dist.training.cuda_graphs import WARM_UP, GraphedCallable, GraphRecorder, restore
@@ -27,11 +32,11 @@ from cifar_dist.training.objective import LossInputs, Objective, sum_terms
 from cifar_dist.training.step import (
     StepResult,
     backward,
-    leading,
-    seed_draws,
-    shards_of_rank,
+    bn_stats_enabled,
+    micro_batches_of_rank,
+    optimizer_step,
+    seed_dropout,
     train_step,
-    update,
 )
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
@@ -43,7 +48,7 @@ PARALLEL_PIXELS = 64  # side of the largest images whose micro-batches are repla
 
 
 class StepFn(Protocol):
-    """One update with a rank's shards of a global batch."""
+    """One update with a rank's micro-batches of a global batch."""
 
     def __call__(self, batches: list[Batch], /, *, step: int) -> StepResult: ...
 
@@ -77,7 +82,7 @@ class GraphedStep:
         seed: int,
         batch_size: int,
         max_grad_norm: float | None,
-        reduce_precision: ReducePrecision,
+        grad_reduce_dtype: GradReduceDtype,
         new_recorder: type[GraphRecorder] | None,
         required: bool = False,
     ) -> None:
@@ -85,93 +90,99 @@ class GraphedStep:
         self.device, self.world_size = device, world_size
         self.precision, self.seed = precision, seed
         self.scale, self.max_grad_norm = world_size / batch_size, max_grad_norm
-        self.reduce_precision, self.new_recorder = reduce_precision, new_recorder
+        self.grad_reduce_dtype, self.new_recorder = grad_reduce_dtype, new_recorder
         self.required = required  # a recording that fails is an error
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         if world_size > 1:
-            share_weights(model)
+            broadcast_weights(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.flat, self.flat_views = flat_gradients(self.parameters)
         self.in_use: list[int] = []  # the parameters that the loss depends on, by their number
         if new_recorder:
-            keep_scalars_on_device(optimizer, device)
+            make_capturable(optimizer, device)
         # The inputs of the recordings, at fixed addresses.
         self.rows: Batch | None = None
-        self.view: View | None = None
+        self.augmented: AugmentedBatch | None = None
         self.teacher_logits: Tensor | None = None
         self.captured_constants: object = None  # plain numbers that a recording holds
-        self.drop_recordings(0)
+        self.reset_graphs(0)
 
-    def drop_recordings(self, micro_batches: int) -> None:
+    def reset_graphs(self, micro_batches: int) -> None:
         """Start over with eager steps, and with a new memory pool: the old one is cut to other sizes."""
         new = self.new_recorder
         main = new(self.device) if new else None
         augment, teacher = self.objective.augment, self.objective.teacher
         image_size = getattr(getattr(self.model, "pixels", None), "image_size", PARALLEL_PIXELS + 1)
         self.parallel = 1 < micro_batches < MAX_STREAMS and image_size <= PARALLEL_PIXELS
-        self.augmenting: GraphedCallable[None] = GraphedCallable(
-            main if augment.recordable else None
+        self.augment_graph: GraphedCallable[None] = GraphedCallable(
+            main if augment.capturable else None
         )
-        self.teaching: list[GraphedCallable[None]] = []
-        self.learning: list[GraphedCallable[Gradients]] = []
+        self.teacher_graphs: list[GraphedCallable[None]] = []
+        self.learning_graphs: list[GraphedCallable[Gradients]] = []
         for _ in range(micro_batches):
-            can_teach = teacher is not None and teacher.recordable
-            self.teaching.append(GraphedCallable(main if can_teach else None))
+            can_teach = teacher is not None and teacher.capturable
+            self.teacher_graphs.append(GraphedCallable(main if can_teach else None))
             # In parallel each has a stream of its own, and with it a workspace of cuBLAS. One after
             # the other they share the stream, without which they could not share the pool's memory.
             own = new(self.device, main.pool) if new and main and self.parallel else main
-            self.learning.append(GraphedCallable(own, parallel=self.parallel))
-        self.summing: GraphedCallable[None] = GraphedCallable(main)
-        self.updating: GraphedCallable[tuple[Tensor, Tensor]] = GraphedCallable(main)
+            self.learning_graphs.append(GraphedCallable(own, parallel=self.parallel))
+        self.sum_graph: GraphedCallable[None] = GraphedCallable(main)
+        self.update_graph: GraphedCallable[tuple[Tensor, Tensor]] = GraphedCallable(main)
 
     def __call__(self, batches: list[Batch], *, step: int) -> StepResult:
-        self.drop_stale_recordings(batches[0].epoch, len(batches))
+        self.invalidate_stale_graphs(batches[0].epoch, len(batches))
         self.objective.augment.prepare(batches[0].epoch)
-        rows = self.at_fixed_address(concatenate(batches))
-        self.augmenting(partial(self.augment, rows), written=self.view_tensors)
+        rows = self.copy_inputs(concatenate(batches))
+        self.augment_graph(partial(self.augment, rows), written=self.view_tensors)
         learned = []
         start = 0
         for place, batch in enumerate(batches):
             part = slice(start, start := start + len(batch.rows))
-            seed_draws(self.device, seed=self.seed, step=step, shard=batch.shard)
+            seed_dropout(self.device, seed=self.seed, step=step, micro_batch=batch.micro_batch)
             if self.objective.teacher:
-                ask = partial(self.ask_teacher, batch, part)
-                self.teaching[place](ask, written=partial(self.teacher_tensors, part))
-            seed_draws(self.device, seed=self.seed, step=step, shard=batch.shard)
+                ask = partial(self.run_teacher, batch, part)
+                self.teacher_graphs[place](ask, written=partial(self.teacher_tensors, part))
+            seed_dropout(self.device, seed=self.seed, step=step, micro_batch=batch.micro_batch)
             learned.append(
-                self.learning[place](
+                self.learning_graphs[place](
                     partial(self.forward_backward, batch, part),
                     written=self.learned_tensors,
                     compared=gradients_of,
                 )
             )
-        for learning in self.learning:
+        for learning in self.learning_graphs:
             learning.join()
-        inputs: list[GraphedCallable[Any]] = [self.augmenting, *self.teaching, *self.learning]
+        inputs: list[GraphedCallable[Any]] = [
+            self.augment_graph,
+            *self.teacher_graphs,
+            *self.learning_graphs,
+        ]
         if any(recording.failed for recording in inputs) and not self.required:
             self.new_recorder = (
                 None  # the update must not read what is computed elsewhere each time
             )
-            self.drop_recordings(len(batches))
+            self.reset_graphs(len(batches))
         if self.world_size > 1 and self.parallel:
-            self.summing(partial(self.sum_gradients, learned), written=self.flat_tensor)
+            self.sum_graph(partial(self.sum_gradients, learned), written=self.flat_tensor)
         if self.world_size > 1:
-            reduce_gradients(self.flat, self.world_size, precision=self.reduce_precision)
-        skipped, sums = self.updating(
+            all_reduce_gradients(self.flat, self.world_size, dtype=self.grad_reduce_dtype)
+        skipped, sums = self.update_graph(
             partial(self.update_weights, learned), written=self.updated_tensors
         )
-        if self.required and any(one.failed for one in (*inputs, self.summing, self.updating)):
+        if self.required and any(
+            one.failed for one in (*inputs, self.sum_graph, self.update_graph)
+        ):
             raise UserError("run.cuda_graphs=on: recording the step failed (see above); write auto")
-        return StepResult(shards_of_rank(batches, self.world_size), sums, skipped)
+        return StepResult(micro_batches_of_rank(batches, self.world_size), sums, skipped)
 
-    def drop_stale_recordings(self, epoch: int, micro_batches: int) -> None:
+    def invalidate_stale_graphs(self, epoch: int, micro_batches: int) -> None:
         """Record again where an epoch has another image size or other weights of the losses."""
         constants = (getattr(self.model, "train_size", None), self.objective.weights(epoch))
         if constants != self.captured_constants:
             self.captured_constants = constants
-            self.drop_recordings(micro_batches)
+            self.reset_graphs(micro_batches)
 
-    def at_fixed_address(self, batch: Batch) -> Batch:
+    def copy_inputs(self, batch: Batch) -> Batch:
         """Copy the rows to where the recordings read them."""
         if self.rows is None:
             copies = None if batch.copies is None else batch.copies.clone()
@@ -184,32 +195,37 @@ class GraphedStep:
     def augment(self, rows: Batch) -> None:
         with autocast(self.precision, self.device):
             view = self.objective.augment(rows)
-        if self.view is None:
+        if self.augmented is None:
             columns = {name: tensor for name, tensor in vars(view).items() if tensor is not None}
-            self.view = View(**{name: tensor.clone() for name, tensor in columns.items()})
+            self.augmented = AugmentedBatch(
+                **{name: tensor.clone() for name, tensor in columns.items()}
+            )
         else:
-            restore(self.view.tensors(), view.tensors())
+            restore(self.augmented.tensors(), view.tensors())
 
-    def ask_teacher(self, batch: Batch, part: slice) -> None:
+    def run_teacher(self, batch: Batch, part: slice) -> None:
         """Run the teacher on a micro-batch."""
         assert self.rows
-        assert self.view
+        assert self.augmented
         assert self.objective.teacher
         copies = None if self.rows.copies is None else self.rows.copies[part]
         batch = replace(batch, rows=self.rows.rows[part], copies=copies)
         with autocast(self.precision, self.device):
-            logits = self.objective.teacher(self.view[part], batch)
+            logits = self.objective.teacher(self.augmented[part], batch)
         if self.teacher_logits is None:
             self.teacher_logits = logits.new_empty(len(self.rows.rows), logits.shape[1])
         self.teacher_logits[part].copy_(logits)
 
     def forward_backward(self, batch: Batch, part: slice) -> Gradients:
-        assert self.view
+        assert self.augmented
         for parameter in self.parameters:
             parameter.grad = None
         teacher_logits = None if self.teacher_logits is None else self.teacher_logits[part]
-        inputs = LossInputs(self.view[part], teacher_logits, batch.epoch)
-        with leading(self.model, batch.shard == 0), autocast(self.precision, self.device):
+        inputs = LossInputs(self.augmented[part], teacher_logits, batch.epoch)
+        with (
+            bn_stats_enabled(self.model, batch.micro_batch == 0),
+            autocast(self.precision, self.device),
+        ):
             terms = self.objective.compute_losses(self.model, inputs)
         backward(self.scaler, terms["loss"].sum() * self.scale)
         found = {
@@ -246,13 +262,13 @@ class GraphedStep:
             parameter.grad = None
         for number in self.in_use:
             self.parameters[number].grad = self.flat_views[number]
-        skipped = update(
-            self.model, self.optimizer, self.scaler, times=1, max_grad_norm=self.max_grad_norm
+        skipped = optimizer_step(
+            self.model, self.optimizer, self.scaler, grad_scale=1, max_grad_norm=self.max_grad_norm
         )
         return skipped, torch.stack([one.sums for one in learned])
 
     def view_tensors(self) -> list[Tensor]:
-        return self.view.tensors() if self.view else []
+        return self.augmented.tensors() if self.augmented else []
 
     def teacher_tensors(self, part: slice) -> list[Tensor]:
         return [] if self.teacher_logits is None else [self.teacher_logits[part]]
@@ -282,14 +298,14 @@ def build_step(
     scaler: torch.amp.GradScaler,
     *,
     cuda_graphs: CudaGraphs,
-    shards: int,
+    micro_batches: int,
     precision: Precision,
     seed: int,
     batch_size: int,
     max_grad_norm: float | None,
     sam: SamConfig | None,
-    reduce_precision: ReducePrecision,
-    keep_buffers: bool = False,
+    grad_reduce_dtype: GradReduceDtype,
+    restore_buffers: bool = False,
 ) -> StepFn:
     """Return how to take a step: recorded on a GPU where that is possible, else `train_step` under DDP.
 
@@ -298,7 +314,7 @@ def build_step(
     and the step cannot be recorded.
     """
     keeping = (
-        partial(restore_buffers_on_skip, model) if keep_buffers else lambda take_step: take_step
+        partial(restore_buffers_on_skip, model) if restore_buffers else lambda take_step: take_step
     )
     device = accelerator.device
     reason = unsupported_reason(model, optimizer, device=device, precision=precision, sam=sam)
@@ -316,7 +332,7 @@ def build_step(
             seed=seed,
             batch_size=batch_size,
             max_grad_norm=max_grad_norm,
-            reduce_precision=reduce_precision,
+            grad_reduce_dtype=grad_reduce_dtype,
             new_recorder=GraphRecorder,
             required=cuda_graphs == "on",
         )
@@ -326,7 +342,9 @@ def build_step(
     eager = partial(
         train_step,
         accelerator,
-        wrap(accelerator, model, shards=shards, reduce_precision=reduce_precision),
+        wrap_ddp(
+            accelerator, model, micro_batches=micro_batches, grad_reduce_dtype=grad_reduce_dtype
+        ),
         objective,
         optimizer,
         scaler,
@@ -380,8 +398,8 @@ def unsupported_reason(
         return "optim.sam changes the weights within a step"
     if not optimizer.defaults.get("fused"):
         return f"{type(optimizer).__name__} has no fused form, so a number is read in each step"
-    if getattr(model, "second_size", None):
-        return "model.second_size draws on the host"
+    if getattr(model, "mixed_resolution", None):
+        return "model.mixed_resolution draws on the host"
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         return "model.grad_checkpointing keeps the state of generators"
     return None

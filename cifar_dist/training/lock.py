@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.host import _pid_exists, machine, process_start
+from cifar_dist.utils.host import _pid_exists, host_id, process_start_time
 
 HEARTBEAT_SECONDS = 15
 STALE_SECONDS = 60  # a file of another machine whose heartbeat is older is nobody's
 
 
 @contextmanager
-def locked(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
+def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
     """Hold a folder for this process (rank 0 of its job); UserError where another holds it.
 
     The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder. A folder that
@@ -127,9 +127,9 @@ def _lost(mine: Path, name: str) -> bool:
 
 def _me() -> dict[str, Any]:
     return {
-        "machine": machine(),
+        "machine": host_id(),
         "pid": os.getpid(),
-        "start": process_start(os.getpid()),
+        "start": process_start_time(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
@@ -160,7 +160,7 @@ def _holder(file: Path, *, than: Path) -> str | None:
         return None  # Slurm ends all of a job before it starts it again
     pid, start = lock["pid"], lock["start"]
     if lock["machine"] == me["machine"]:
-        alive = _pid_exists(pid) if start is None else process_start(pid) == start
+        alive = _pid_exists(pid) if start is None else process_start_time(pid) == start
         return f"process {pid} on this machine" if alive else None
     host = str(lock["machine"]).partition(",")[0]
     return f"{host}, process {pid}" if age < STALE_SECONDS else None

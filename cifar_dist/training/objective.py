@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cifar_dist.data.augment.augmentation import Augment, View
+from cifar_dist.data.augment.augmentation import Augment, AugmentedBatch
 from cifar_dist.data.batches import Batch, concatenate
 from cifar_dist.distill.teacher import Teacher
 from cifar_dist.losses.base import Loss
@@ -24,7 +24,7 @@ Terms = dict[str, Tensor]  # each f32 [B]; "loss" is the weighted sum
 class LossInputs(NamedTuple):
     """What the losses of one micro-batch are computed from, besides the model."""
 
-    view: View
+    batch: AugmentedBatch
     teacher_logits: Tensor | None  # f32 [B, C]
     epoch: int
 
@@ -51,41 +51,45 @@ class Objective:
 
     def weights(self, epoch: int) -> tuple[float, ...]:
         """What each loss counts in an epoch, counted from 0."""
-        return tuple(loss.weight_in(epoch) for loss in self.losses.values())
+        return tuple(loss.weight_at(epoch) for loss in self.losses.values())
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
-        (view,) = self.augmented([batch])
-        return self.compute_losses(model, self.inputs(view, batch))
+        (view,) = self.augment_batches([batch])
+        return self.compute_losses(model, self.prepare_inputs(view, batch))
 
-    def augmented(self, batches: Sequence[Batch]) -> list[View]:
+    def augment_batches(self, batches: Sequence[Batch]) -> list[AugmentedBatch]:
         """Augment the micro-batches of a rank's step together, with the kernels of one of them."""
         view = self.augment(concatenate(batches))
         ends = list(accumulate(len(batch.rows) for batch in batches))
         return [view[start:end] for start, end in pairwise([0, *ends])]
 
-    def inputs(self, view: View, batch: Batch) -> LossInputs:
+    def prepare_inputs(self, view: AugmentedBatch, batch: Batch) -> LossInputs:
         """Run the teacher, if there is one, on a micro-batch."""
         teacher_logits = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
         return LossInputs(view, teacher_logits, batch.epoch)
 
     def compute_losses(self, model: Callable[[Tensor], Outputs], inputs: LossInputs) -> Terms:
         """Return the terms of the model's outputs on a micro-batch."""
-        view, guide, epoch = inputs
+        view, teacher_logits, epoch = inputs
         outputs = model(view.images)
         scaled = (
             outputs._replace(logits=outputs.logits * self.logit_scale)
-            if guide is not None
+            if teacher_logits is not None
             else outputs
         )
         terms = {}
         for name, loss in self.losses.items():
-            compared = scaled if loss.taught else outputs
-            terms[name] = mixed(view, partial(loss, compared, guide=guide))
+            compared = scaled if loss.needs_teacher else outputs
+            terms[name] = mixup_weighted(
+                view, partial(loss, compared, teacher_logits=teacher_logits)
+            )
         weights = self.weights(epoch)
         weighted = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
         terms["loss"] = reduce(add, weighted)
         found = outputs.logits.detach().argmax(1)
-        terms["top1"] = 100.0 * mixed(view, lambda labels: (found == labels).float())  # percent
+        terms["top1"] = 100.0 * mixup_weighted(
+            view, lambda labels: (found == labels).float()
+        )  # percent
         return terms
 
 
@@ -94,9 +98,9 @@ def sum_terms(terms: Terms) -> Tensor:
     return torch.stack([term.detach() for term in terms.values()]).sum(1)
 
 
-def mixed(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:
+def mixup_weighted(view: AugmentedBatch, of: Callable[[Tensor], Tensor]) -> Tensor:
     """What `of` says of the labels, f32 [B]; of mixed pictures, its mean over both labels by share."""
     own = of(view.labels)
-    if view.share is None or view.partner_labels is None:
+    if view.lam is None or view.partner_labels is None:
         return own
-    return view.share * own + (1 - view.share) * of(view.partner_labels)
+    return view.lam * own + (1 - view.lam) * of(view.partner_labels)

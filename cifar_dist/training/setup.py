@@ -17,33 +17,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import Batch, count_steps, holdout_rows, train_batches
+from cifar_dist.data.batches import Batch, num_steps_per_epoch, split_train_val, train_batches
 from cifar_dist.data.dataset import Split, class_names, data_digest, open_splits
-from cifar_dist.data.streaming import streamed
-from cifar_dist.distill.teacher import Over, Teacher, Trained, build_teacher
-from cifar_dist.distributed.context import Ranks, rank_mesh
-from cifar_dist.evaluation.evaluator import Evaluation, evaluate
+from cifar_dist.data.streaming import stream_images
+from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
+from cifar_dist.distributed.context import DistContext, rank_mesh
+from cifar_dist.evaluation.evaluator import EvalResult, evaluate
 from cifar_dist.losses.classification import logit_scale
 from cifar_dist.models.backbones import build_model, fetch_pretrained
-from cifar_dist.models.freeze import first_epochs, freeze
-from cifar_dist.models.preprocess import patch_filters
+from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
+from cifar_dist.models.preprocess import whitening_filters
 from cifar_dist.optim.averaging import build_average
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import learning_rate
-from cifar_dist.recipe.schema import Recipe, resolved, to_yaml
+from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder.checkpoint import load_progress, load_tensors
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training import environment, lock
-from cifar_dist.training.albumentations_workers import HostWorkers, host_workers
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.albumentations_workers import AlbumentationsWorkers, albumentations_workers
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.resume import check_world, open_run, take_over
-from cifar_dist.training.state import State
+from cifar_dist.training.resume import check_world_size, claim_folder, find_start
+from cifar_dist.training.state import TrainState
 from cifar_dist.utils.log import log, progress_bar
 from cifar_dist.utils.precision import check_precision, make_scaler
-from cifar_dist.utils.random import key
+from cifar_dist.utils.random import derive_seed
 
 WHITENING_ROWS = 2000  # images that the whitening filters are computed from
 
@@ -54,8 +54,8 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    ranks: Ranks
-    shards: int
+    context: DistContext
+    micro_batches: int
     train_split: Split
     test_split: Split
     rows: Tensor  # int64, those of the train split to train on
@@ -64,7 +64,7 @@ class Run:
     total_steps: int
     objective: Objective
     batches: Iterator[list[Batch]]  # this rank's, from the first step that is not done
-    host: HostWorkers | None
+    albumentations_workers: AlbumentationsWorkers | None
     unfreeze_epochs: Mapping[str, int | None]  # the epoch in which each parameter begins to learn
     metrics_file: MetricsFile
     tracker: Tracker
@@ -88,7 +88,7 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def evaluate(self, state: State, split: Split, rows: Tensor | None = None) -> Evaluation:
+    def evaluate(self, state: TrainState, split: Split, rows: Tensor | None = None) -> EvalResult:
         """Evaluate the model, or its average if there is one, on some rows of a split or on all."""
         return evaluate(
             state.evaluated_model,
@@ -96,7 +96,7 @@ class Run:
             torch.arange(len(split.labels)) if rows is None else rows,
             precision=self.recipe.run.precision,
             logit_scale=logit_scale(self.recipe.losses.values()),
-            ranks=self.ranks,
+            context=self.context,
         )
 
 
@@ -105,68 +105,70 @@ class Origin:
     """What a run starts from; equal on all ranks."""
 
     data_digest: str
-    teachers: list[Trained]
+    teachers: list[TeacherWeights]
     checkpoint: Path | None  # None for a new run
     step: int  # updates that it has done
-    shards: int
+    micro_batches: int
     num_classes: int
     environment: dict[str, Any]
 
 
 def setup(
     recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, force: bool
-) -> tuple[Run, State]:
+) -> tuple[Run, TrainState]:
     """Build the run and its state. What has to be closed is entered into `stack`.
 
     UserError, on all ranks, for what the run cannot start from.
     """
-    ranks, device = Ranks.of(accelerator), accelerator.device
+    context, device = DistContext.of(accelerator), accelerator.device
     check_precision(recipe.run.precision, device)
-    ranks.main_does(stack.enter_context, lock.locked(recipe.folder))
-    origin = find_origin(recipe, ranks, device, force=force)
+    context.run_on_main(stack.enter_context, lock.run_lock(recipe.folder))
+    origin = find_origin(recipe, context, device, force=force)
 
     # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
     data = recipe.data
     train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
     rows, val_rows = torch.arange(len(train_split.labels)), None
-    if data.holdout:
-        rows, val_rows = holdout_rows(train_split.labels, data.holdout)
-    steps_per_epoch = count_steps(len(rows), recipe.run.batch_size)
+    if data.val_size:
+        rows, val_rows = split_train_val(train_split.labels, data.val_size)
+    steps_per_epoch = num_steps_per_epoch(len(rows), recipe.run.batch_size)
     total_steps = recipe.run.epochs * steps_per_epoch
 
-    model = build_initial_model(recipe, origin, ranks, train_split.images, rows).to(device)
+    model = build_initial_model(recipe, origin, context, train_split.images, rows).to(device)
     model.to(memory_format=torch.channels_last)
-    teacher = find_teachers(recipe, origin, ranks, device)
-    plan = partial(batches_of, recipe, origin, ranks, rows)
-    host = stack.enter_context(host_workers(recipe.augment, train_split, ranks, recipe.run.epochs))
-    ahead = stack.enter_context(streamed(recipe.augment, train_split, rows, plan))
+    teacher = find_teachers(recipe, origin, context, device)
+    plan = partial(batches_of, recipe, origin, context, rows)
+    host = stack.enter_context(
+        albumentations_workers(recipe.augment, train_split, context, recipe.run.epochs)
+    )
+    ahead = stack.enter_context(stream_images(recipe.augment, train_split, rows, plan))
     augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
     objective = Objective(augment, recipe.losses, teacher)
     freeze(model, recipe.model.freeze, epoch=None)  # for all that ever learns
-    unfreeze_epochs = first_epochs(model, recipe.model.freeze)
-    state = State(
+    unfreeze_epochs = find_unfreeze_epochs(model, recipe.model.freeze)
+    state = TrainState(
         model=model,
         optimizer=build_optimizer(recipe.optim, model, unfreeze_epochs),
         scaler=make_scaler(recipe.run.precision, device),
-        ema=build_average(
-            recipe.ema, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        average=build_average(
+            recipe.averaging, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
         ),
-        window=Window(objective.names, shards=origin.shards, device=device),
+        window=MetricWindow(objective.names, micro_batches=origin.micro_batches, device=device),
     )
     stack.callback(state.writer.shutdown)  # an error lets the checkpoint that is being written end
     if origin.checkpoint is not None:
-        state.restore(origin.checkpoint, ranks, total_steps=total_steps)
-    ranks.main_does(take_over, recipe, origin.environment, origin.checkpoint)
+        state.restore(origin.checkpoint, context, total_steps=total_steps)
+    context.run_on_main(claim_folder, recipe, origin.environment, origin.checkpoint)
     if recipe.run.compile:
         model.compile()
     metrics_file = MetricsFile(recipe.folder / "metrics.jsonl")
-    last_evaluation = ranks.main_does(metrics_file.truncate, state.step, state.evaluated_step)
+    last_evaluation = context.run_on_main(metrics_file.truncate, state.step, state.evaluated_step)
     state.evaluated_step = min(state.evaluated_step, last_evaluation)  # a lost one is due again
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
-        ranks=ranks,
-        shards=origin.shards,
+        context=context,
+        micro_batches=origin.micro_batches,
         train_split=train_split,
         test_split=test_split,
         rows=rows,
@@ -175,115 +177,117 @@ def setup(
         total_steps=total_steps,
         objective=objective,
         batches=plan(train_split),
-        host=host,
+        albumentations_workers=host,
         unfreeze_epochs=unfreeze_epochs,
         metrics_file=metrics_file,
-        tracker=start_tracker(recipe, origin, ranks),
-        bar=stack.enter_context(progress_bar(state.step, total_steps, shown=ranks.is_main)),
+        tracker=start_tracker(recipe, origin, context),
+        bar=stack.enter_context(progress_bar(state.step, total_steps, shown=context.is_main)),
         metadata={
-            "shards": origin.shards,
+            "micro_batches": origin.micro_batches,
             "data": origin.data_digest,
             "teachers": [teacher.digest for teacher in origin.teachers],
-            "world_size": ranks.world_size,
+            "world_size": context.world_size,
         },
     )
     log.info(
         f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {recipe.run.epochs} epochs of "
-        f"{steps_per_epoch} steps, batch {recipe.run.batch_size} in {origin.shards} shard(s)"
+        f"{steps_per_epoch} steps, batch {recipe.run.batch_size} in {origin.micro_batches} micro-batch(s)"
         + (f"; goes on at step {state.step} of {total_steps}" if origin.checkpoint else "")
     )
     check_data()  # the digests, computed by threads meanwhile
     return run, state
 
 
-def find_origin(recipe: Recipe, ranks: Ranks, device: torch.device, *, force: bool) -> Origin:
+def find_origin(
+    recipe: Recipe, context: DistContext, device: torch.device, *, force: bool
+) -> Origin:
     """Agree on recipe, data, teachers and checkpoint; UserError where ranks or runs do not match."""
     digest = data_digest(Path(recipe.data.path))
-    ranks.same("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
-    ranks.same("data set", digest[:12])
-    teachers = ranks.main_does(look_up_teachers, recipe)
-    ranks.main_does(check_caches, recipe, teachers)
+    context.require_equal("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
+    context.require_equal("data set", digest[:12])
+    teachers = context.run_on_main(look_up_teachers, recipe)
+    context.run_on_main(check_caches, recipe, teachers)
     digests = [teacher.digest for teacher in teachers]
-    checkpoint, shards = ranks.main_does(
-        open_run, recipe, data=digest, teachers=digests, force=force
+    checkpoint, micro_batches = context.run_on_main(
+        find_start, recipe, data=digest, teachers=digests, force=force
     )
-    shards = shards or recipe.run.shards or ranks.world_size
-    check_world(recipe, shards=shards, world_size=ranks.world_size)
+    micro_batches = micro_batches or recipe.run.micro_batches or context.world_size
+    check_world_size(recipe, micro_batches=micro_batches, world_size=context.world_size)
     return Origin(
         data_digest=digest,
         teachers=teachers,
         checkpoint=checkpoint,
         step=load_progress(checkpoint)["step"] if checkpoint else 0,
-        shards=shards,
+        micro_batches=micro_batches,
         num_classes=len(class_names(Path(recipe.data.path))),
-        environment=environment.environment(
-            world_size=ranks.world_size, device=device, data=digest, teachers=digests
+        environment=environment.describe_environment(
+            world_size=context.world_size, device=device, data=digest, teachers=digests
         ),
     )
 
 
-def look_up_teachers(recipe: Recipe) -> list[Trained]:
-    return [find_teacher(teacher) for teacher in recipe.taught_by]
+def look_up_teachers(recipe: Recipe) -> list[TeacherWeights]:
+    return [find_teacher(teacher) for teacher in recipe.all_teachers]
 
 
 def build_initial_model(
-    recipe: Recipe, origin: Origin, ranks: Ranks, images: Tensor, rows: Tensor
+    recipe: Recipe, origin: Origin, context: DistContext, images: Tensor, rows: Tensor
 ) -> Any:
     """Return the model on the CPU, with initial or pretrained weights, or ready for a checkpoint's."""
     saved = origin.checkpoint
     if saved is None:
-        ranks.main_does(fetch_pretrained, recipe.model)
-    torch.manual_seed(key("weights", recipe.run.seed))
+        context.run_on_main(fetch_pretrained, recipe.model)
+    torch.manual_seed(derive_seed("weights", recipe.run.seed))
     weights = load_tensors(saved, "model") if saved else None
     model: Any = build_model(recipe.model, origin.num_classes, weights)
     if saved is None and recipe.model.whiten:
         few = images[rows[:WHITENING_ROWS]].cpu()
-        model.pixels.filters.copy_(ranks.main_does(patch_filters, model.pixels, few))
+        model.pixels.filters.copy_(context.run_on_main(whitening_filters, model.pixels, few))
     return model
 
 
 def find_teachers(
-    recipe: Recipe, origin: Origin, ranks: Ranks, device: torch.device
+    recipe: Recipe, origin: Origin, context: DistContext, device: torch.device
 ) -> Teacher | None:
     """Return the recipe's teachers as one, or None; the log says how many parameters each rank holds."""
 
-    def mesh(over: Over) -> DeviceMesh | None:
-        return rank_mesh(device, ranks.world_size, over=over)
+    def mesh(over: ShardOver) -> DeviceMesh | None:
+        return rank_mesh(device, context.world_size, over=over)
 
     teacher = build_teacher(
-        recipe.taught_by,
+        recipe.all_teachers,
         origin.teachers,
         num_classes=origin.num_classes,
         device=device,
         mesh=mesh,
     )
-    if teacher and teacher.parameters_here:
-        held = " ".join(ranks.each(f"{teacher.parameters_here:,}"))
+    if teacher and teacher.local_num_params:
+        held = " ".join(context.all_gather_object(f"{teacher.local_num_params:,}"))
         log.info(f"the teacher's parameters on each rank: {held}")
     return teacher
 
 
 def batches_of(
-    recipe: Recipe, origin: Origin, ranks: Ranks, rows: Tensor, split: Split
+    recipe: Recipe, origin: Origin, context: DistContext, rows: Tensor, split: Split
 ) -> Iterator[list[Batch]]:
-    """Return this rank's shards of each step, from the first step that is not done."""
+    """Return this rank's micro-batches of each step, from the first step that is not done."""
     return train_batches(
         split,
         rows,
         seed=recipe.run.seed,
         shuffle=recipe.data.shuffle,
         batch_size=recipe.run.batch_size,
-        shards=origin.shards,
+        micro_batches=origin.micro_batches,
         start_step=origin.step,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        repeats=recipe.augment.repeats,
+        rank=context.rank,
+        world_size=context.world_size,
+        repeated=recipe.augment.repeated,
     )
 
 
-def start_tracker(recipe: Recipe, origin: Origin, ranks: Ranks) -> Tracker:
+def start_tracker(recipe: Recipe, origin: Origin, context: DistContext) -> Tracker:
     tracker = Tracker()
-    if ranks.is_main:
-        settings, environment = resolved(recipe), origin.environment
-        tracker.start(recipe.tracking, recipe.folder, settings, environment, recipe.taught_by)
+    if context.is_main:
+        settings, environment = to_dict(recipe), origin.environment
+        tracker.start(recipe.tracking, recipe.folder, settings, environment, recipe.all_teachers)
     return tracker

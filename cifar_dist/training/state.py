@@ -17,25 +17,25 @@ import torch
 from torch import nn
 
 from cifar_dist.distributed import signals
-from cifar_dist.distributed.context import Ranks
-from cifar_dist.optim.averaging import Average
-from cifar_dist.optim.optimizer import load_state, saved_state
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.optim.averaging import WeightAverage
+from cifar_dist.optim.optimizer import load_portable_state_dict, portable_state_dict
 from cifar_dist.run_folder import checkpoint
 from cifar_dist.training.graphed_step import StepFn
-from cifar_dist.training.metric_window import Window
+from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
-VOTE_SECONDS = 1.0  # how often ranks agree on stopping and saving
+POLL_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
 
 @dataclass
-class State:
+class TrainState:
     model: Any  # the bare one, an nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: Average | None
-    window: Window
+    average: WeightAverage | None
+    window: MetricWindow
     step: int = 0  # updates done
     step_fn: StepFn | None = None  # how to do the next one
     steps_to_poll: int = 0  # counted separately, so that a desynchronised rank still joins the poll
@@ -56,9 +56,9 @@ class State:
     @property
     def evaluated_model(self) -> nn.Module:
         """What is judged: the average where there is one."""
-        return self.ema.model if self.ema else self.model
+        return self.average.model if self.average else self.model
 
-    def note_held_out(self, top1: float) -> bool:
+    def update_best(self, top1: float) -> bool:
         """Whether this held-out accuracy is the best so far; then this step's checkpoint is kept."""
         is_best = self.best is None or top1 > self.best["val_top1"]
         if is_best:
@@ -77,11 +77,11 @@ class State:
         if steps < epochs_without_gain * steps_per_epoch:
             return None
         return (
-            f"held-out top1 has not risen for {steps / steps_per_epoch:g} epochs, since its "
+            f"val top1 has not risen for {steps / steps_per_epoch:g} epochs, since its "
             f"{self.best['val_top1']:.2f} % after epoch {self.best['step'] / steps_per_epoch:g}"
         )
 
-    def check_numbers(self, ranks: Ranks, *, most_skips: int, warn: bool) -> None:
+    def check_finite(self, context: DistContext, *, most_skips: int, warn: bool) -> None:
         """Stop when `most_skips` steps in a row were not finite; the weights are those before them.
 
         `warn`: name what was left out since the last report. All ranks find the same.
@@ -91,7 +91,7 @@ class State:
         if not stops and not (warn and skipped):
             return
         first = self.step - self.window.steps + before + 1
-        what = f"step {first}: not finite: {self.window.what_broke(ranks)}"
+        what = f"step {first}: not finite: {self.window.nonfinite_terms(context)}"
         if not stops:
             log.warning(f"{what}; {skipped} step(s) left out since the last report")
             return
@@ -101,19 +101,21 @@ class State:
             "out with run.on_nonfinite=skip"
         )
 
-    def save(self, folder: Path, ranks: Ranks, *, keep: int, facts: dict[str, Any]) -> None:
+    def save(
+        self, folder: Path, context: DistContext, *, keep: int, metadata: dict[str, Any]
+    ) -> None:
         """Copy the state of this step; rank 0 writes it as a checkpoint while training goes on.
 
-        One is written at a time, so this waits for the one before. `facts` (shards, digest of the
+        One is written at a time, so this waits for the one before. `facts` (micro-batches, digest of the
         data) are kept beside, to be compared on the next start.
         """
-        self.finish_saving(ranks)
-        sums, broken = self.window.read(), self.window.read_broken()  # all ranks take part
+        self.finish_saving(context)
+        sums, broken = self.window.read(), self.window.read_nonfinite()  # all ranks take part
         self.saved_step, self.last_save = self.step, time.perf_counter()
-        if not ranks.is_main:
+        if not context.is_main:
             return
         progress = {
-            **facts,
+            **metadata,
             "seconds": self.seconds,
             "evaluated_step": self.evaluated_step,
             "best": self.best,
@@ -125,18 +127,18 @@ class State:
                 "steps": self.window.steps,
                 "seconds": self.window.elapsed(),
                 "skips": self.window.skips.tolist(),
-                "broken": broken,
+                "nonfinite": broken,
             },
         }
         tensors = {"model": self.model.state_dict()}
-        if self.ema:
-            tensors["ema"] = self.ema.model.state_dict()
+        if self.average:
+            tensors["average"] = self.average.model.state_dict()
         write = partial(
             checkpoint.save_checkpoint,
             folder,
             step=self.step,
-            tensors=checkpoint.on_host(tensors),
-            optimizer=checkpoint.on_host(saved_state(self.optimizer)),
+            tensors=checkpoint.to_cpu(tensors),
+            optimizer=checkpoint.to_cpu(portable_state_dict(self.optimizer)),
             progress=copy.deepcopy(progress),
         )
         best = self.best["checkpoint"] if self.best else None
@@ -147,17 +149,17 @@ class State:
 
         self.writing = self.writer.submit(write_and_prune)
 
-    def finish_saving(self, ranks: Ranks) -> None:
+    def finish_saving(self, context: DistContext) -> None:
         """Wait until the last checkpoint is complete; all ranks raise the error that it met."""
-        ranks.main_does(lambda: self.writing.result() if self.writing else None)
+        context.run_on_main(lambda: self.writing.result() if self.writing else None)
 
     @property
-    def cannot_write(self) -> bool:
+    def checkpoint_failed(self) -> bool:
         """Whether the last checkpoint met an error already (on rank 0, which writes)."""
         writing = self.writing
         return bool(writing and writing.done() and writing.exception())
 
-    def restore(self, saved: Path, ranks: Ranks, *, total_steps: int) -> None:
+    def restore(self, saved: Path, context: DistContext, *, total_steps: int) -> None:
         """Become the state that `saved` (checked before) holds, on every rank.
 
         UserError for what a forced recipe cannot go on from.
@@ -174,36 +176,42 @@ class State:
                 f"{now} cannot go on from the state of {before}; give the run a name (name=...)"
             )
         self.model.load_state_dict(checkpoint.load_tensors(saved, "model"))
-        load_state(self.optimizer, checkpoint.load_optimizer(saved))
+        load_portable_state_dict(self.optimizer, checkpoint.load_optimizer(saved))
         if progress["scaler"]:  # not of bf16 or fp32
             self.scaler.load_state_dict(progress["scaler"])
-        if self.ema:
-            average = checkpoint.load_tensors(saved, "ema")  # none: asked for only now, by force
-            self.ema.model.load_state_dict(average or self.model.state_dict())
-        self.window.restore(**{"names": self.window.names} | progress["window"], ranks=ranks)
+        if self.average:
+            average = checkpoint.load_tensors(
+                saved, "average"
+            )  # none: asked for only now, by force
+            self.average.model.load_state_dict(average or self.model.state_dict())
+        self.window.restore(**{"names": self.window.names} | progress["window"], context=context)
         self.step = self.saved_step = progress["step"]
         self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
         self.seconds_before = progress["seconds"]
 
 
-def vote(state: State, ranks: Ranks, *, save_every_minutes: float) -> tuple[int, bool, int]:
+def poll_ranks(
+    state: TrainState, context: DistContext, *, save_every_minutes: float
+) -> tuple[int, bool, int]:
     """What ranks agree on: a stop signal or 0, save now? (rank 0's clock), steps to the next vote.
 
     Votes come about once a second of the slowest rank's measured step time; alone, at every step.
     """
     steps = state.window.steps
     minutes = (time.perf_counter() - state.last_save) / 60
-    stop, save, slowest, latest, earliest = ranks.largest(
+    stop, save, slowest, latest, earliest = context.all_reduce_max(
         [
-            float(signals.received()),
-            float(ranks.is_main and (minutes >= save_every_minutes or state.cannot_write)),
-            state.window.elapsed() / steps if steps else VOTE_SECONDS,
+            float(signals.stop_signal()),
+            float(context.is_main and (minutes >= save_every_minutes or state.checkpoint_failed)),
+            state.window.elapsed() / steps if steps else POLL_SECONDS,
             float(state.step),
             float(-state.step),
         ]
     )
     if latest != -earliest:
-        done = ", ".join(f"{rank}: {step}" for rank, step in enumerate(ranks.each(state.step)))
+        done = ", ".join(
+            f"{rank}: {step}" for rank, step in enumerate(context.all_gather_object(state.step))
+        )
         raise RuntimeError(f"ranks have lost each other; steps they have done: {done}")
-    until_next = 1 if ranks.world_size == 1 else int(VOTE_SECONDS / max(slowest, 1e-6))
+    until_next = 1 if context.world_size == 1 else int(POLL_SECONDS / max(slowest, 1e-6))
     return int(stop), save > 0, min(max(until_next, 1), 1000)

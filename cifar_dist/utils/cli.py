@@ -11,6 +11,14 @@ from typing import NoReturn
 
 from cifar_dist.utils.errors import UserError
 
+RENAMED = {
+    "--flips": "--tta-flip",
+    "--picture": "--save-image",
+    "--dataset": "--rows",
+    "--any-content": "--allow-unofficial",
+    "--equal": "--uniform",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """One that says what is wrong in one sentence, on one rank, as every command does."""
@@ -19,7 +27,10 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: -"):
             word = message.split()[2].partition("=")[0]
             close = difflib.get_close_matches(word, self._option_string_actions, 1)
-            message += f"; did you mean {close[0]}" if close else ""
+            if RENAMED.get(word) in self._option_string_actions:
+                message += f"; it is now called {RENAMED[word]}"
+            elif close:
+                message += f"; did you mean {close[0]}"
         raise UserError(f"{message}; `{self.prog} --help` says what there is")
 
 

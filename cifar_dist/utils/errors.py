@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR = 2  # exit code
-MENDABLE = (  # errors of the storage that a person can do something about
+USER_ERRNOS = (  # errors of the storage that a person can do something about
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),  # of an --output
@@ -29,11 +29,11 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def sentence_of(error: UserError | OSError) -> str | None:
+def user_message(error: UserError | OSError) -> str | None:
     """What is wrong and what to do about it; None for an error that nobody but us can mend."""
     if isinstance(error, UserError):
         return str(error)
-    if error.errno in MENDABLE:
+    if error.errno in USER_ERRNOS:
         return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
     return None
 
@@ -43,7 +43,7 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def say(sentence: str) -> None:
+def print_error(sentence: str) -> None:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
 
 
@@ -66,9 +66,9 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError) as error:
-        sentence = sentence_of(error)
+        sentence = user_message(error)
         if sentence is None or "--traceback" in arguments:
             raise
         if is_main_rank():
-            say(sentence)
+            print_error(sentence)
         return USER_ERROR

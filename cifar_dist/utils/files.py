@@ -17,7 +17,7 @@ from cifar_dist.utils.errors import UserError
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_path(path: Path) -> Iterator[None]:
     """An error of the storage within names the file; a failed write or fsync itself does not."""
     try:
         yield
@@ -26,7 +26,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def making(path: Path) -> Iterator[None]:
+def report_uncreatable(path: Path) -> Iterator[None]:
     """Within, a path that is made and yet not found is the person's to mend: /proc answers so."""
     try:
         yield
@@ -36,12 +36,12 @@ def making(path: Path) -> Iterator[None]:
 
 def make_folder(path: Path) -> None:
     """Make it and its parents where they are absent."""
-    with making(path):
+    with report_uncreatable(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
-def alone(folder: Path, *, elsewhere: str = "choose another place") -> Iterator[None]:
+def folder_lock(folder: Path, *, elsewhere: str = "choose another place") -> Iterator[None]:
     """One process at a time in `folder`, which is made if absent and goes again if it stays empty.
 
     UserError, which ends in `elsewhere`, where something else bears its name.
@@ -67,7 +67,7 @@ def sync(path: Path) -> None:
     """Ask the file system to put a file or a folder's entries on disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with with_path(path):
             os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some have no fsync of folders
@@ -101,14 +101,14 @@ def _beside(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with making(path), naming(path):
+        with report_uncreatable(path), with_path(path):
             aside.touch()
         yield aside
     finally:
         aside.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | str) -> None:
     """Replace `path` by `content` in one step; a reader sees the old file or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
     if _is_stream(path):
@@ -117,7 +117,7 @@ def write_file(path: Path, content: bytes | str) -> None:
         return
     path = path.resolve() if path.is_symlink() else path  # the link stays, its file is replaced
     with _beside(path) as aside:
-        with naming(path), aside.open("wb") as file:
+        with with_path(path), aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -130,7 +130,7 @@ def _is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def try_place(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise before the work what `write_file` would raise after it; changes nothing."""
     if _is_stream(path):
         return
@@ -147,11 +147,11 @@ def try_place(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, in one step. NaN is not JSON and is refused."""
-    write_file(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
-def folder_aside(final: Path) -> Iterator[Path]:
+def atomic_folder(final: Path) -> Iterator[Path]:
     """Give a folder to fill beside `final`; on a clean exit it becomes `final`, else it goes away.
 
     An existing `final` is moved out of the way first and removed last, so that at no time there is
@@ -161,7 +161,7 @@ def folder_aside(final: Path) -> Iterator[Path]:
     aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    with making(final):
+    with report_uncreatable(final):
         aside.mkdir()
     try:
         yield aside
@@ -185,7 +185,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
+def read_json_object(path: Path, remedy: str) -> dict[str, Any] | None:
     """A JSON object, or None where there is no file; UserError with the remedy for a damaged one."""
     try:
         value = json.loads(path.read_text())

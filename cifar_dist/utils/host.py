@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 
-def machine() -> str:
+def host_id() -> str:
     """The same word for processes that find each other in /proc."""
     spaces = Path("/proc/self/ns/pid")
     alone = f"process {os.getpid()}"
     return f"{socket.gethostname()}, {spaces.stat().st_ino if spaces.exists() else alone}"
 
 
-def process_start(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """When a process of this machine started, in the kernel's own terms; None if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

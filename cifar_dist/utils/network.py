@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-ANSWER_SECONDS = 3
+RESPONSE_SECONDS = 3
 
 
-def answers(call: Callable[[], object]) -> bool:
+def responds(call: Callable[[], object]) -> bool:
     """Whether `call` ends within 3 seconds without an OSError; what takes longer is left to itself.
 
     Timeouts of sockets begin after the name has been looked up, which takes 10 seconds where a name
@@ -25,5 +25,5 @@ def answers(call: Callable[[], object]) -> bool:
 
     thread = threading.Thread(target=run, daemon=True, name="network")
     thread.start()
-    thread.join(ANSWER_SECONDS)
+    thread.join(RESPONSE_SECONDS)
     return bool(done)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def key(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A seed below 2^63 for these parts; other parts, or another order, give an unrelated one.
 
     torch's CPU generator starts from the low 32 bits: two keys in four billion have the same stream.
@@ -19,11 +19,11 @@ def key(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator at the start of the stream that belongs to these parts."""
-    return torch.Generator().manual_seed(key(*parts))
+    return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draws:
+class KeyedRandom:
     """Columns of random numbers, one for each of `rows` rows, on the CPU.
 
     Each column has a stream of its own, keyed by (what, its name, seed, view): no column moves another.
@@ -35,7 +35,7 @@ class Draws:
     rows: int
     prefix: str = ""
 
-    def of(self, name: str) -> Draws:
+    def scoped(self, name: str) -> KeyedRandom:
         """The draws of one part, whose columns are called `name.column`."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 

@@ -1,4 +1,4 @@
-"""Floor 1. What `augment.host` makes of the rows: here and now, or by workers an epoch ahead.
+"""Floor 1. What `augment.albumentations` makes of the rows: here and now, or by workers an epoch ahead.
 
 Either way a picture is a pure function of (augment.seed, view, row), so both give the same ones.
 """
@@ -24,13 +24,13 @@ from cifar_dist.data.augment.albumentations_worker import READY
 from cifar_dist.data.augment.shared_memory import Layout
 from cifar_dist.data.dataset import Split
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.random import key
+from cifar_dist.utils.random import derive_seed
 
 WAIT_SECONDS, POLL_SECONDS = 1.0, 0.005
 WORKER = "import sys; sys.path[:] = {}; from cifar_dist.data.augment.albumentations_worker import main; sys.exit(main())"
 
 
-class HostPictures(Protocol):
+class ImageSource(Protocol):
     """The pictures of a view before the device's own augmentation."""
 
     def __call__(self, view: int, rows: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
@@ -38,10 +38,10 @@ class HostPictures(Protocol):
 
 def view_seed(seed: int, view: int) -> int:
     """With a row, the key of a picture."""
-    return key("host", seed, view)
+    return derive_seed("host", seed, view)
 
 
-class Inline:
+class InlineImages:
     """Makes pictures when they are asked for, in this process."""
 
     def __init__(self, transforms: Transforms, split: Split, *, seed: int) -> None:
@@ -54,7 +54,7 @@ class Inline:
         return torch.from_numpy(numpy.stack(made)).to(self.device)
 
 
-class Ahead:
+class BufferedImages:
     """Takes pictures from slots of shared pages, which workers fill; a slot is an epoch's view.
 
     `mine` are the workers of this process. While an epoch is shown they fill the next one's slot.
@@ -90,7 +90,7 @@ class Ahead:
             self.close()
             raise
 
-    def ask(self, epoch: int) -> None:
+    def request(self, epoch: int) -> None:
         """Have the workers fill an epoch's slot, if that is not asked yet."""
         if epoch == self.asked or epoch >= self.epochs:
             return
@@ -103,7 +103,7 @@ class Ahead:
                 process.stdin.write(f"{line}\n")
                 process.stdin.flush()
 
-    def show(self, epoch: int) -> bool:
+    def wait_for_epoch(self, epoch: int) -> bool:
         """Show an epoch from now on, if its slot is full within a second; UserError for a dead worker.
 
         No process of the machine may still take pictures of an earlier epoch.
@@ -111,7 +111,7 @@ class Ahead:
         self.check()
         if epoch == self.epoch:
             return True
-        self.ask(epoch)
+        self.request(epoch)
         slot, view = epoch % 2, self.view_of(epoch)
         until = time.monotonic() + WAIT_SECONDS
         while not self.layout.is_full(self.file, slot, view):
@@ -131,7 +131,7 @@ class Ahead:
     def __call__(self, view: int, rows: Tensor) -> Tensor:
         assert self.shown is not None, "an epoch is shown before its pictures are taken"
         assert view == self.view_of(self.epoch), "pictures are those of the epoch that is shown"
-        self.ask(self.epoch + 1)  # all processes show this epoch now: the other slot is free
+        self.request(self.epoch + 1)  # all processes show this epoch now: the other slot is free
         return self.shown.index_select(0, rows)
 
     def check(self) -> None:
@@ -144,8 +144,8 @@ class Ahead:
                 how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 raise UserError(
                     reason
-                    or f"worker process {process.pid} of augment.host ended with {how}; if memory is "
-                    "short, use fewer (augment.host_workers=1), then start it again to go on"
+                    or f"worker process {process.pid} of augment.albumentations ended with {how}; if memory is "
+                    "short, use fewer (augment.workers=1), then start it again to go on"
                 )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Floor 1. `augment.host`: albumentations pipelines written as data, one picture at a time.
+"""Floor 1. `augment.albumentations`: albumentations pipelines written as data, one picture at a time.
 
 A pipeline is a list of `{Name: {arguments}}` whose names are those below; nothing else is ever looked
 up, so what a recipe says cannot run code. Imports no torch: workers start in a second without it.
@@ -70,7 +70,7 @@ class Pipeline:
 
     def __init__(self, transforms: Transforms, *, trials: int = TRIALS) -> None:
         """UserError for what is not allowed, not known or not of these shapes, or not installed."""
-        check_names(transforms, where="augment.host")
+        check_names(transforms, where="augment.albumentations")
         library = load_library()
         # The names above and nothing else: what a recipe says is looked up in this dict.
         kinds = {name: vars(library)[name] for name in (*SINGLE, *GROUPS)}
@@ -87,7 +87,7 @@ class Pipeline:
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"augment.host: {first_line(error)}") from error
+                raise UserError(f"augment.albumentations: {first_line(error)}") from error
 
     def rekey(self, seed: int, row: int) -> None:
         """Begin the stream of (seed, row): seed and row are the key of the counter-based Philox.
@@ -106,13 +106,13 @@ class Pipeline:
             found = self.compose(image=pixels)["image"]
         except Exception as error:
             raise UserError(
-                f"augment.host failed at the picture of row {row}: {first_line(error)}; remove the "
+                f"augment.albumentations failed at the picture of row {row}: {first_line(error)}; remove the "
                 "transform that cannot take it"
             ) from error
         if found.shape != (32, 32, 3) or found.dtype != numpy.uint8:
             size = "x".join(str(side) for side in found.shape)
             raise UserError(
-                f"augment.host made a picture of {size} {found.dtype} out of one of 32x32x3 uint8; "
+                f"augment.albumentations made a picture of {size} {found.dtype} out of one of 32x32x3 uint8; "
                 "remove the transform that does, or set its size to 32"
             )
         return found.transpose(2, 0, 1)
@@ -126,9 +126,13 @@ def load_library() -> Any:
         import albumentations
         import cv2
     except ImportError as error:
-        raise UserError(f"augment.host needs albumentations ({error}): {REMEDY}") from error
+        raise UserError(
+            f"augment.albumentations needs albumentations ({error}): {REMEDY}"
+        ) from error
     if found != VERSION:
-        raise UserError(f"augment.host means albumentations {VERSION}, not {found}: {REMEDY}")
+        raise UserError(
+            f"augment.albumentations means albumentations {VERSION}, not {found}: {REMEDY}"
+        )
     cv2.setNumThreads(0)
     return albumentations
 
@@ -142,7 +146,7 @@ def build(kinds: Mapping[str, Any], one: Mapping[str, Mapping[str, Any]]) -> Any
         if argument not in known:
             near = difflib.get_close_matches(argument, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"augment.host: {name}.{argument}: unknown argument; {hint}")
+            raise UserError(f"augment.albumentations: {name}.{argument}: unknown argument; {hint}")
     if name in GROUPS:
         arguments["transforms"] = [build(kinds, inner) for inner in arguments["transforms"]]
     with warnings.catch_warnings():
@@ -153,14 +157,14 @@ def build(kinds: Mapping[str, Any], one: Mapping[str, Mapping[str, Any]]) -> Any
             return kind(**arguments)
         except ZeroDivisionError as error:
             raise UserError(
-                f"augment.host: {name}: one of its transforms needs a p above 0"
+                f"augment.albumentations: {name}: one of its transforms needs a p above 0"
             ) from error
         except Exception as error:
-            problems = "; ".join(said(error)) or first_line(error)
-            raise UserError(f"augment.host: {name}: {problems}") from error
+            problems = "; ".join(error_message(error)) or first_line(error)
+            raise UserError(f"augment.albumentations: {name}: {problems}") from error
 
 
-def said(error: Exception) -> Iterator[str]:
+def error_message(error: Exception) -> Iterator[str]:
     """What the validator of albumentations says of each argument."""
     errors = getattr(error.__cause__, "errors", list)
     for problem in errors():

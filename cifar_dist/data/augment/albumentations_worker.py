@@ -1,4 +1,4 @@
-"""Floor 1. A worker process of `augment.host`: fills its rows of a view, then waits to be told the next.
+"""Floor 1. A worker process of `augment.albumentations`: fills its rows of a view, then waits to be told the next.
 
 Started by host_pictures.py with SIGTERM, SIGUSR1 and SIGINT blocked: Slurm signals every process of
 a job, and pictures are needed until the run has saved. It ends when its parent does.

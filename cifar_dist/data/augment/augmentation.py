@@ -15,19 +15,19 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from cifar_dist.data.augment.albumentations_buffer import HostPictures, Inline
+from cifar_dist.data.augment.albumentations_buffer import ImageSource, InlineImages
 from cifar_dist.data.augment.albumentations_pipeline import check_names
-from cifar_dist.data.augment.image_ops import SIDE, cutout, each, mix
-from cifar_dist.data.augment.padded_images import Canvas, canvas_of
+from cifar_dist.data.augment.image_ops import SIDE, cutout, mix, per_sample
+from cifar_dist.data.augment.padded_images import PaddedImages, pad_images
 from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
 from cifar_dist.data.augment.tables import EpochTables, draw_epoch
 from cifar_dist.data.augment.transforms import (
     Affine,
-    Change,
     ColorJitter,
     Erasing,
     OneOf,
-    named_changes,
+    Transform,
+    named_transforms,
 )
 from cifar_dist.data.batches import Batch
 from cifar_dist.data.dataset import Split
@@ -50,13 +50,13 @@ class AugmentConfig:
 
     seed: Index = 0
     views: Count | Literal["all"] | None = None
-    host: tuple[dict[str, dict[str, Any]], ...] | None = None
-    host_workers: Index = 2  # a process; 0: the training process makes its own pictures
+    albumentations: tuple[dict[str, dict[str, Any]], ...] | None = None
+    workers: Index = 2  # a process; 0: the training process makes its own pictures
     crop_padding: Padding = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
     # left to right, one picture in two; `alternate`: by lot at first, then every other epoch, so that two
     # epochs in a row show both sides of each picture (Jordan 2024, arXiv 2404.00498, section 3.6)
-    flip: bool | Literal["alternate"] = False
-    vertical_flip: bool = False  # upside down, one picture in two
+    hflip: bool | Literal["alternate"] = False
+    vflip: bool = False  # upside down, one picture in two
     affine: Affine | None = None
     color_jitter: ColorJitter | None = None
     rand_augment: RandAugment | None = None
@@ -69,21 +69,23 @@ class AugmentConfig:
     mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)
     cutmix: NonNegative = 0.0  # the same (Yun et al. 2019, arXiv 1905.04899); both: either by coin
     mix_probability: Fraction = 1.0  # of a picture to be mixed at all
-    repeats: Count = 1  # views of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
+    repeated: Count = 1  # views of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
 
     def __post_init__(self) -> None:
-        if self.host is not None:
-            check_names(self.host)
-            if self.repeats > 1:
-                raise ValueError("host makes one view an epoch, repeats wants more: remove one")
-        if isinstance(self.views, int) and self.views % 2 and self.flip == "alternate":
+        if self.albumentations is not None:
+            check_names(self.albumentations)
+            if self.repeated > 1:
+                raise ValueError(
+                    "albumentations makes one view an epoch, repeated wants more: remove one"
+                )
+        if isinstance(self.views, int) and self.views % 2 and self.hflip == "alternate":
             raise ValueError(
                 f"flip: alternate shows both sides in two views, and views={self.views} is odd: add one"
             )
-        if self.views == "all" and self.flip == "alternate":
+        if self.views == "all" and self.hflip == "alternate":
             raise ValueError("views: all draws flips of its own: write flip: true")
-        others = ("host", "vertical_flip", "one_of", "cutout", "mixup", "cutmix")
-        uncounted = [*named_changes(self), *(name for name in others if vars(self)[name])]
+        others = ("albumentations", "vflip", "one_of", "cutout", "mixup", "cutmix")
+        uncounted = [*named_transforms(self), *(name for name in others if vars(self)[name])]
         if self.views == "all" and uncounted:
             raise ValueError(
                 f"views: all can count crops and flips only; remove {', '.join(uncounted)}, or "
@@ -91,37 +93,37 @@ class AugmentConfig:
             )
 
     @property
-    def mixes(self) -> bool:
+    def uses_mixing(self) -> bool:
         return bool((self.mixup or self.cutmix) and self.mix_probability)
 
     @property
-    def changes(self) -> dict[str, Change]:
+    def transforms(self) -> dict[str, Transform]:
         """What each picture goes through between crop and cutout, by name and in order."""
-        group = named_changes(self.one_of) if self.one_of else {}
-        changes = named_changes(self) | {f"one_of.{name}": one for name, one in group.items()}
+        group = named_transforms(self.one_of) if self.one_of else {}
+        changes = named_transforms(self) | {f"one_of.{name}": one for name, one in group.items()}
         return dict(sorted(changes.items(), key=lambda named: named[0] == "erasing"))  # stays last
 
     @property
-    def moves(self) -> bool:
+    def crops_or_flips(self) -> bool:
         """Whether pictures are cropped or mirrored left to right."""
-        return bool(self.crop_padding or self.flip)
+        return bool(self.crop_padding or self.hflip)
 
     @property
     def num_views(self) -> int | None:
         """How many different views a picture has; None without an end."""
         if self.views == "all":
-            return (2 * self.crop_padding + 1) ** 2 * (1 + bool(self.flip))
+            return (2 * self.crop_padding + 1) ** 2 * (1 + bool(self.hflip))
         return self.views
 
-    def shown(self, epoch: int) -> list[int]:
+    def views_in_epoch(self, epoch: int) -> list[int]:
         """Which views of the data an epoch shows: one, or one for each copy of a row."""
-        first = epoch * self.repeats
-        views = range(first, first + self.repeats)
+        first = epoch * self.repeated
+        views = range(first, first + self.repeated)
         return [view % self.views if isinstance(self.views, int) else view for view in views]
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class AugmentedBatch:
     """What an epoch shows of a batch.
 
     Where partners are mixed in, a loss is share * loss(labels) + (1 - share) * loss(partner_labels).
@@ -129,24 +131,24 @@ class View:
 
     images: Tensor  # uint8 [B, 3, 32, 32]
     labels: Tensor  # int64 [B]
-    numbers: Tensor  # int64 [B], which of its views each picture is; a row and a number name it
+    view_ids: Tensor  # int64 [B], which of its views each picture is; a row and a number name it
     partner_labels: Tensor | None = None  # int64 [B]
-    share: Tensor | None = None  # f32 [B], how much of the picture is the row's own
+    lam: Tensor | None = None  # f32 [B], how much of the picture is the row's own
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in vars(self).values() if tensor is not None]
 
-    def __getitem__(self, samples: slice) -> View:
+    def __getitem__(self, samples: slice) -> AugmentedBatch:
         """Return some of the samples, in the same memory."""
         columns = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return View(**{name: tensor[samples] for name, tensor in columns.items()})
+        return AugmentedBatch(**{name: tensor[samples] for name, tensor in columns.items()})
 
 
-def pictures_by_batch(config: AugmentConfig, split: Split) -> HostPictures | None:
+def uses_image_source(config: AugmentConfig, split: Split) -> ImageSource | None:
     """Who has the pictures when they are asked for; None if all lie on the device as they are."""
-    if config.host:
-        return Inline(config.host, split, seed=config.seed)
-    return (lambda view, rows: split.pictures(rows)) if split.on_host else None
+    if config.albumentations:
+        return InlineImages(config.albumentations, split, seed=config.seed)
+    return (lambda view, rows: split.gather(rows)) if split.on_host else None
 
 
 class Augment:
@@ -165,33 +167,35 @@ class Augment:
         rows: Tensor | None = None,
         *,
         number: int | None = None,
-        host: HostPictures | None = None,
+        host: ImageSource | None = None,
         prefetch: bool | None = None,
     ) -> None:
         self.config, self.split, self.number = config, split, number
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
-        self.host = host or pictures_by_batch(config, split)
+        self.host = host or uses_image_source(config, split)
         self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
         self.tables: EpochTables | None = None
         # A GPU would wait for the next epoch's tables; a CPU has to draw them anyhow.
         self.ahead = prefetch if prefetch is not None else split.labels.is_cuda
         self.drawing: tuple[list[int], Future[EpochTables]] | None = None
 
-    def again(self, *, number: int | None = None) -> Augment:
+    def clone(self, *, number: int | None = None) -> Augment:
         """Another one over the same canvas, with tables and host pictures of its own."""
         other = Augment(self.config, self.split, self.rows, number=number)
-        if self.config.moves and self.host is None:
-            other.canvas = self.canvas
+        if self.config.crops_or_flips and self.host is None:
+            other.padded_images = self.padded_images
         return other
 
     @cached_property
-    def canvas(self) -> Canvas:
+    def padded_images(self) -> PaddedImages:
         """All training pictures, ready to be cropped and mirrored."""
         config = self.config
-        return canvas_of(self.split.images, padding=config.crop_padding, mirrored=bool(config.flip))
+        return pad_images(
+            self.split.images, padding=config.crop_padding, mirrored=bool(config.hflip)
+        )
 
     @property
-    def recordable(self) -> bool:
+    def capturable(self) -> bool:
         """Whether a CUDA graph can hold it: the host has no part in a batch."""
         return self.host is None
 
@@ -214,7 +218,7 @@ class Augment:
             thread.shutdown(wait=False)
 
     def views_of(self, epoch: int) -> list[int]:
-        return self.config.shown(epoch) if self.number is None else [self.number]
+        return self.config.views_in_epoch(epoch) if self.number is None else [self.number]
 
     def draw(self, views: list[int]) -> EpochTables:
         """Draw the tables of these views, one for each copy of a row."""
@@ -227,47 +231,49 @@ class Augment:
             on_host=self.host is not None,
         )
 
-    def __call__(self, batch: Batch) -> View:
+    def __call__(self, batch: Batch) -> AugmentedBatch:
         self.prepare(batch.epoch)
         assert self.tables
-        at = batch.places
-        own = View(
-            images=self.pictures(batch.rows, at),
+        at = batch.table_index
+        own = AugmentedBatch(
+            images=self.gather_images(batch.rows, at),
             labels=batch.labels,
-            numbers=self.tables.numbers.index_select(0, at),
+            view_ids=self.tables.view_ids.index_select(0, at),
         )
         if self.tables.mixing is None:
             return own
         mixing = self.tables.mixing.take(at)
         partners_at = mixing.partner + (at - batch.rows)  # in the tables of the same copy
-        others = self.pictures(mixing.partner, partners_at)
+        others = self.gather_images(mixing.partner, partners_at)
         return replace(
             own,
-            images=mix(own.images, others, mixing.share, mixing.box, mixing.pasted),
+            images=mix(own.images, others, mixing.lam, mixing.box, mixing.pasted),
             partner_labels=self.split.labels.index_select(0, mixing.partner),
-            share=mixing.share,
+            lam=mixing.lam,
         )
 
-    def pictures(self, rows: Tensor, at: Tensor) -> Tensor:
+    def gather_images(self, rows: Tensor, at: Tensor) -> Tensor:
         """The rows (int64 [B]) under the parameters `at` (int64 [B]) their places in the tables."""
         config = self.config
         assert self.tables
         own = {name: column.index_select(0, at) for name, column in self.tables.columns.items()}
         if self.host:
             images = self.host(self.views[0], rows)
-            if config.moves:
-                canvas = canvas_of(images, padding=config.crop_padding, mirrored=bool(config.flip))
-                along = torch.arange(len(rows), device=rows.device)
-                images = canvas.cut(
-                    canvas.places(along, own["shift_y"], own["shift_x"], own["flip"])
+            if config.crops_or_flips:
+                canvas = pad_images(
+                    images, padding=config.crop_padding, mirrored=bool(config.hflip)
                 )
-        elif config.moves:
-            images = self.canvas.cut(own["place"])
+                along = torch.arange(len(rows), device=rows.device)
+                images = canvas.crop(
+                    canvas.offsets(along, own["shift_y"], own["shift_x"], own["flip"])
+                )
+        elif config.crops_or_flips:
+            images = self.padded_images.crop(own["place"])
         else:
             images = self.split.images.index_select(0, rows)
-        if config.vertical_flip:
-            images = torch.where(each(own["vertical_flip"]), images.flip(2), images)
-        for name, change in config.changes.items():
+        if config.vflip:
+            images = torch.where(per_sample(own["vflip"]), images.flip(2), images)
+        for name, change in config.transforms.items():
             images = change(images, own[name])
         if config.cutout:
             images = cutout(images, own["hole_y"], own["hole_x"], config.cutout)

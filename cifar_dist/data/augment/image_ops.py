@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 SIDE = 32  # CIFAR's pictures are 32 x 32
 PIXELS = SIDE * SIDE
-MEAN_COLOUR = (129, 124, 112)  # CIFAR-100's mean, rounded: a hole carries no contrast of its own
-BLENDS = ("none", "brightness", "contrast", "color", "sharpness")  # `kind` of `enhance`
-LOOK_UPS = ("none", "posterize", "solarize", "autocontrast", "equalize")  # `kind` of `look_up`
+MEAN_COLOR = (129, 124, 112)  # CIFAR-100's mean, rounded: a hole carries no contrast of its own
+BLEND_OPS = ("none", "brightness", "contrast", "color", "sharpness")  # `kind` of `enhance`
+LUT_OPS = ("none", "posterize", "solarize", "autocontrast", "equalize")  # `kind` of `look_up`
 
 Interpolation = Literal["nearest", "bilinear"]
 
 
-def each(parameter: Tensor) -> Tensor:
+def per_sample(parameter: Tensor) -> Tensor:
     """[B] as [B, 1, 1, 1], to be spread over pictures."""
     return parameter[:, None, None, None]
 
@@ -53,16 +53,16 @@ def warp(images: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor
 # ----------------------------------------------------------------------------- colours
 
 
-def grey(images: Tensor) -> Tensor:
+def grayscale(images: Tensor) -> Tensor:
     """How light each pixel is, whole levels in f32 [B, 1, 32, 32]: ITU-R 601-2 in Pillow's integers."""
     red, green, blue = images.float().split(1, dim=1)
     # all sums are below 2^24, hence exact
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor()
 
 
-def mean_grey(images: Tensor) -> Tensor:
+def mean_grayscale(images: Tensor) -> Tensor:
     """How light a picture is, a whole level in f32 [B, 1, 1, 1]."""
-    return (grey(images).mean((2, 3), keepdim=True) + 0.5).floor()
+    return (grayscale(images).mean((2, 3), keepdim=True) + 0.5).floor()
 
 
 def smooth(images: Tensor) -> Tensor:
@@ -82,29 +82,29 @@ def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     with other = black, the mean grey, the grey picture, the smooth picture.
     """
     # in place, as fresh memory costs a CPU more than the arithmetic
-    moved = images.float().sub_(other).mul_(each(factor)).add_(other)
+    moved = images.float().sub_(other).mul_(per_sample(factor)).add_(other)
     return moved.clamp_(0, 255).to(torch.uint8)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return images.float().mul_(each(factor)).clamp_(0, 255).to(torch.uint8)
+    return images.float().mul_(per_sample(factor)).clamp_(0, 255).to(torch.uint8)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, mean_grey(images), factor)
+    return blend(images, mean_grayscale(images), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, grey(images), factor)
+    return blend(images, grayscale(images), factor)
 
 
 def enhance(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
     """Blend each picture with what its `kind` names, a number of BLENDS: one blend for all kinds."""
-    kind, light = each(kind), grey(images)
+    kind, light = per_sample(kind), grayscale(images)
     mean = (light.mean((2, 3), keepdim=True) + 0.5).floor()
-    other = torch.where(kind == BLENDS.index("color"), light, smooth(images))
-    other = torch.where(kind == BLENDS.index("contrast"), mean, other)
-    return blend(images, other * (kind != BLENDS.index("brightness")), factor)
+    other = torch.where(kind == BLEND_OPS.index("color"), light, smooth(images))
+    other = torch.where(kind == BLEND_OPS.index("contrast"), mean, other)
+    return blend(images, other * (kind != BLEND_OPS.index("brightness")), factor)
 
 
 def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -121,12 +121,12 @@ def shift_hue(images: Tensor, turn: Tensor) -> Tensor:
     hue = torch.where(high == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = torch.where(high == red, (green - blue) / divisor, hue)  # in sixths of a turn
     n = torch.arange(5, 0, -2, device=images.device)[:, None, None]
-    k = n + hue + 6 * each(turn)
+    k = n + hue + 6 * per_sample(turn)
     k = k - 6 * (k / 6).floor()  # [B, 3, 32, 32]
     return (high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).round().to(torch.uint8)
 
 
-def look_up(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
+def apply_lut(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
     """Replace levels by those of a table a picture and channel, by `kind`, a number of LOOK_UPS.
 
     posterize keeps the `level` (f32 [B]) highest of 8 bits; solarize inverts from `level` on;
@@ -148,18 +148,18 @@ def look_up(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
     spread = torch.where(step > 0, spread, levels)
 
     unit = 2 ** (8 - level)
-    table = torch.where(kind == LOOK_UPS.index("posterize"), (levels / unit).floor() * unit, levels)
+    table = torch.where(kind == LUT_OPS.index("posterize"), (levels / unit).floor() * unit, levels)
     solarized = torch.where(levels < level, levels, 255 - levels)
-    table = torch.where(kind == LOOK_UPS.index("solarize"), solarized, table)
-    table = torch.where(kind == LOOK_UPS.index("autocontrast"), stretched, table)
-    table = torch.where(kind == LOOK_UPS.index("equalize"), spread, table)
+    table = torch.where(kind == LUT_OPS.index("solarize"), solarized, table)
+    table = torch.where(kind == LUT_OPS.index("autocontrast"), stretched, table)
+    table = torch.where(kind == LUT_OPS.index("equalize"), spread, table)
     return table.to(torch.uint8).gather(2, places).view_as(images)
 
 
 # ----------------------------------------------------------------------------- holes and partners
 
 
-def in_box(box: Tensor) -> Tensor:
+def box_mask(box: Tensor) -> Tensor:
     """Which pixels lie in top <= y < bottom, left <= x < right; bool [B, 1, 32, 32] of int64 [B, 4]."""
     along = torch.arange(SIDE, device=box.device)
     top, bottom, left, right = box[:, :, None].unbind(1)  # [B, 1] each
@@ -167,18 +167,18 @@ def in_box(box: Tensor) -> Tensor:
     return (lines[:, :, None] & columns[:, None, :])[:, None]
 
 
-def cover(images: Tensor, inside: Tensor) -> Tensor:
+def fill_mean(images: Tensor, inside: Tensor) -> Tensor:
     """Give the pixels `inside` (bool [B, 1, 32, 32]) the mean colour."""
     hole = inside.to(torch.uint8)
     # plain numbers rather than a tensor of the colour, whose copy to the device would wait for it
-    colour = torch.cat([hole * level for level in MEAN_COLOUR], dim=1)
+    colour = torch.cat([hole * level for level in MEAN_COLOR], dim=1)
     return images * (1 - hole) + colour
 
 
 def cutout(images: Tensor, hole_y: Tensor, hole_x: Tensor, size: int) -> Tensor:
     """Cover a square of `size` pixels around each centre with the mean colour."""
     top, left = hole_y - size // 2, hole_x - size // 2
-    return cover(images, in_box(torch.stack([top, top + size, left, left + size], dim=1)))
+    return fill_mean(images, box_mask(torch.stack([top, top + size, left, left + size], dim=1)))
 
 
 def noise(seed: Tensor) -> Tensor:
@@ -197,10 +197,10 @@ def noise(seed: Tensor) -> Tensor:
 
 def erase(images: Tensor, box: Tensor, filling: Tensor) -> Tensor:
     """Put `filling`, uint8 [B, 3, 32, 32], into each `box`, int64 [B, 4] as in `in_box`."""
-    return torch.where(in_box(box), filling, images)
+    return torch.where(box_mask(box), filling, images)
 
 
-def mix(images: Tensor, others: Tensor, share: Tensor, box: Tensor, pasted: Tensor) -> Tensor:
+def mix(images: Tensor, others: Tensor, lam: Tensor, box: Tensor, pasted: Tensor) -> Tensor:
     """Blend each picture with its partner, or paste the partner's box into it; uint8 [B, 3, 32, 32]."""
-    blended = (each(share) * images + (1 - each(share)) * others).round().to(torch.uint8)
-    return torch.where(each(pasted), erase(images, box, others), blended)
+    blended = (per_sample(lam) * images + (1 - per_sample(lam)) * others).round().to(torch.uint8)
+    return torch.where(per_sample(pasted), erase(images, box, others), blended)

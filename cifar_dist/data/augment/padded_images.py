@@ -16,7 +16,7 @@ from cifar_dist.data.augment.image_ops import SIDE
 
 
 @dataclass(frozen=True)
-class Canvas:
+class PaddedImages:
     """`data` is uint8 [1 or 2 (mirrored), N, 3, side, side]: black, but for the picture in the middle."""
 
     data: Tensor
@@ -26,12 +26,12 @@ class Canvas:
     def side(self) -> int:
         return SIDE + 2 * self.padding
 
-    def places(self, pictures: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
+    def offsets(self, pictures: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
         """Return where crops of this canvas begin."""
         images = self.data.shape[1]
-        return crop_places(pictures, shift_y, shift_x, flip, images=images, padding=self.padding)
+        return crop_offsets(pictures, shift_y, shift_x, flip, images=images, padding=self.padding)
 
-    def cut(self, places: Tensor) -> Tensor:
+    def crop(self, places: Tensor) -> Tensor:
         """uint8 [B, 3, 32, 32] from int64 [B]; strided, as the ends of lines lie between."""
         side, channel = self.side, self.side**2
         reach = 2 * channel + (SIDE - 1) * side + SIDE
@@ -41,7 +41,7 @@ class Canvas:
         )
 
 
-def crop_places(
+def crop_offsets(
     rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor, *, images: int, padding: int
 ) -> Tensor:
     """Return where crops begin on a canvas of so many images: equal to crop, then mirror.
@@ -55,15 +55,15 @@ def crop_places(
     return ((flip * images + rows) * 3 * side + line) * side + column
 
 
-def canvas_bytes(pictures: int, *, padding: int, mirrored: bool) -> int:
+def padded_bytes(pictures: int, *, padding: int, mirrored: bool) -> int:
     """What a canvas of so many pictures takes."""
     return (1 + mirrored) * pictures * 3 * (SIDE + 2 * padding) ** 2
 
 
-def canvas_of(images: Tensor, *, padding: int, mirrored: bool) -> Canvas:
+def pad_images(images: Tensor, *, padding: int, mirrored: bool) -> PaddedImages:
     """uint8 [N, 3, 32, 32] on a canvas: a copy of (1 + mirrored) (1 + padding / 16)^2 the size."""
     side = SIDE + 2 * padding
     data = images.new_zeros(1 + mirrored, len(images), 3, side, side)
     for copy, shown in zip(data, (images, images.flip(3)) if mirrored else (images,), strict=True):
         copy[:, :, padding : padding + SIDE, padding : padding + SIDE] = shown
-    return Canvas(data, padding)
+    return PaddedImages(data, padding)

@@ -13,15 +13,15 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from cifar_dist.data.augment.image_ops import BLENDS, LOOK_UPS, SIDE, enhance, look_up, warp
+from cifar_dist.data.augment.image_ops import BLEND_OPS, LUT_OPS, SIDE, apply_lut, enhance, warp
 from cifar_dist.utils.config import Count, Fraction, config
-from cifar_dist.utils.random import Draws
+from cifar_dist.utils.random import KeyedRandom
 
 WARPS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-OPERATIONS = ("identity", *WARPS, *BLENDS[1:], *LOOK_UPS[1:])
-STRENGTHS = 30  # the highest magnitude; the lowest is 0
+OPERATIONS = ("identity", *WARPS, *BLEND_OPS[1:], *LUT_OPS[1:])
+MAGNITUDES = 30  # the highest magnitude; the lowest is 0
 
-Magnitude = Annotated[int, Interval(ge=0, le=STRENGTHS)]
+Magnitude = Annotated[int, Interval(ge=0, le=MAGNITUDES)]
 
 
 @config
@@ -41,13 +41,13 @@ AUTO_RANGES = Ranges(shear=0.3, translate=150 / 331 * SIDE, rotate=30.0, enhance
 WIDE_RANGES = Ranges(shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, posterize=6)
 
 
-def columns_of(ranges: Ranges, operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+def encode_ops(ranges: Ranges, operation: Tensor, magnitude: Tensor, sign: Tensor) -> Tensor:
     """All that the three dense ops need, f32 [..., 10]: a matrix, kind and factor, kind and level.
 
     `operation` is a number of OPERATIONS; `strength` (0 ... STRENGTHS) and `sign` (-1 or 1) have its
     shape. An operation that has no sign or no strength does not look at it.
     """
-    share = strength.double() / STRENGTHS
+    share = magnitude.double() / MAGNITUDES
     is_op = {name: operation == number for number, name in enumerate(OPERATIONS)}
     shear, angle = ranges.shear * share * sign, (ranges.rotate * share * sign).deg2rad()
     whole = (ranges.translate * share).floor() * sign  # whole pixels, so that none is blurred
@@ -63,9 +63,9 @@ def columns_of(ranges: Ranges, operation: Tensor, strength: Tensor, sign: Tensor
         *(shear_y + sine, 1 + cosine, shear_y * SIDE / 2 - shift_y),
     )
     blended, looked_up, factor, level = (torch.zeros_like(share) for _ in range(4))
-    for kind, name in enumerate(BLENDS[1:], start=1):
+    for kind, name in enumerate(BLEND_OPS[1:], start=1):
         blended += kind * is_op[name]
-    for kind, name in enumerate(LOOK_UPS[1:], start=1):
+    for kind, name in enumerate(LUT_OPS[1:], start=1):
         looked_up += kind * is_op[name]
     factor = torch.where(blended > 0, 1 + ranges.enhance * share * sign, 1)
     bits = 8 - (ranges.posterize * share).round()
@@ -77,10 +77,10 @@ def apply_operation(images: Tensor, column: Tensor) -> Tensor:
     """One operation a picture, by its f32 [B, 10] of `columns_of`."""
     matrix, (blended, factor, looked_up, level) = column[:, :6], column[:, 6:].unbind(1)
     images = warp(images, matrix, "nearest")
-    return look_up(enhance(images, blended, factor), looked_up, level)
+    return apply_lut(enhance(images, blended, factor), looked_up, level)
 
 
-def draw_operations(draws: Draws, applied: Tensor, *steps: int) -> tuple[Tensor, Tensor]:
+def draw_operations(draws: KeyedRandom, applied: Tensor, *steps: int) -> tuple[Tensor, Tensor]:
     """Which operation at each step, identity where not `applied` (bool [N]), and its sign; int64."""
     operation = draws.integers("operation", 0, len(OPERATIONS), *steps)
     sign = 2 * draws.integers("sign", 0, 2, *steps) - 1
@@ -96,13 +96,13 @@ class RandAugment:
 
     num_ops: Count = 2
     magnitude: Magnitude = 9
-    probability: Fraction = 1.0
+    p: Fraction = 1.0
 
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor:
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
         """f32 [N, num_ops, 10]."""
         operation, sign = draw_operations(draws, applied, self.num_ops)
         strength = torch.full_like(operation, self.magnitude)
-        return columns_of(AUTO_RANGES, operation, strength, sign)
+        return encode_ops(AUTO_RANGES, operation, strength, sign)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         for step in column.unbind(1):
@@ -117,13 +117,13 @@ class TrivialAugment:
     Müller and Hutter 2021, arXiv 2103.10158.
     """
 
-    probability: Fraction = 1.0
+    p: Fraction = 1.0
 
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor:
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
         """f32 [N, 1, 10]."""
         operation, sign = draw_operations(draws, applied, 1)
-        strength = draws.integers("strength", 0, STRENGTHS + 1, 1)
-        return columns_of(WIDE_RANGES, operation, strength, sign)
+        strength = draws.integers("strength", 0, MAGNITUDES + 1, 1)
+        return encode_ops(WIDE_RANGES, operation, strength, sign)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         return apply_operation(images, column[:, 0])

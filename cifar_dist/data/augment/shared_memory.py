@@ -1,4 +1,4 @@
-"""Floor 1. The file that the processes of a machine share under `augment.host`: it never has a name.
+"""Floor 1. The file that the processes of a machine share under `augment.albumentations`: it never has a name.
 
 [which view each worker has put into each slot][all pictures as they are][slot 0][slot 1]
 
@@ -21,7 +21,7 @@ import numpy
 from cifar_dist.utils.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
-PICTURE = (3, 32, 32)
+IMAGE_BYTES = (3, 32, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Layout:
         """The source and the two slots, uint8 [N, 3, 32, 32] each."""
         pages = mmap.mmap(file, self.size)
         pictures = numpy.frombuffer(pages, numpy.uint8, offset=self.head)
-        source, first, second = pictures.reshape(3, self.rows, *PICTURE)
+        source, first, second = pictures.reshape(3, self.rows, *IMAGE_BYTES)
         return source, first, second
 
     def tell(self, file: int, slot: int, worker: int, view: int) -> None:
@@ -80,8 +80,8 @@ def allocate(layout: Layout) -> BinaryIO:
         else:
             return file
     raise UserError(
-        f"augment.host needs {layout.size / 2**20:,.0f} MiB in {' or '.join(folders) or SHARED_MEMORY}, "
-        "where there is no room; free some, set TMPDIR to another folder, or augment.host_workers=0"
+        f"augment.albumentations needs {layout.size / 2**20:,.0f} MiB in {' or '.join(folders) or SHARED_MEMORY}, "
+        "where there is no room; free some, set TMPDIR to another folder, or augment.workers=0"
     )
 
 

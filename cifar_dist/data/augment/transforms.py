@@ -19,16 +19,16 @@ from cifar_dist.data.augment.image_ops import (
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
-    cover,
+    box_mask,
     erase,
-    in_box,
+    fill_mean,
     noise,
     shift_hue,
     warp,
 )
 from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
 from cifar_dist.utils.config import Fraction, NonNegative, Positive, config
-from cifar_dist.utils.random import Draws
+from cifar_dist.utils.random import KeyedRandom
 
 HalfTurn = Annotated[float, Interval(ge=0, le=0.5)]
 Angle = Annotated[float, Interval(ge=0, le=180)]
@@ -36,15 +36,15 @@ Area = Annotated[float, Interval(gt=0, le=1)]
 ERASE_TRIES = 10  # boxes drawn for a picture before it stays whole
 
 
-class Change(Protocol):
+class Transform(Protocol):
     """What may change a picture, by one column of the table; the knobs and the formula in one class.
 
     Where it is not `applied` (bool [N]), `draw` gives the column that leaves a picture as it is.
     """
 
     @property
-    def probability(self) -> float: ...
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor: ...  # [N, ...]
+    def p(self) -> float: ...
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor: ...  # [N, ...]
     def __call__(self, images: Tensor, column: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
 
 
@@ -56,12 +56,12 @@ class Affine:
     translate: Fraction = 0.0  # of a side, each way, right and down; parts of pixels, too
     scale: tuple[Positive, Positive] = (1.0, 1.0)  # above 1 enlarges
     interpolation: Interpolation = "bilinear"
-    probability: Fraction = 1.0
+    p: Fraction = 1.0
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale)
 
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor:
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
         """The way back, from where a pixel is to where it came from: f32 [N, 6] as `warp` takes it."""
         angle = draws.uniform("angle", -self.degrees, self.degrees).deg2rad()
         reach = self.translate * SIDE
@@ -87,9 +87,9 @@ class ColorJitter:
     contrast: NonNegative = 0.0
     saturation: NonNegative = 0.0
     hue: HalfTurn = 0.0
-    probability: Fraction = 1.0
+    p: Fraction = 1.0
 
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor:
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
         """f32 [N, 4]: three factors and a turn."""
         factors = [
             draws.uniform(name, max(0.0, 1 - reach), 1 + reach)
@@ -126,7 +126,7 @@ class Erasing:
     fill: Literal["noise", "mean"] = (
         "noise"  # each level of each pixel uniform, or CIFAR-100's mean
     )
-    probability: Fraction = 1.0  # the paper's is 0.5
+    p: Fraction = 1.0  # the paper's is 0.5
 
     def __post_init__(self) -> None:
         check_range("area", self.area)
@@ -141,7 +141,7 @@ class Erasing:
                 "than the picture, so nothing would be erased: give others"
             )
 
-    def draw(self, draws: Draws, applied: Tensor) -> Tensor:
+    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
         """int64 [N, 5]: top, bottom, left, right and the seed of the noise."""
         area = draws.uniform("area", *self.area, ERASE_TRIES) * SIDE**2
         narrow, tall = (math.log(end) for end in self.ratio)
@@ -156,7 +156,7 @@ class Erasing:
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         if self.fill == "mean":
-            return cover(images, in_box(column[:, :4]))
+            return fill_mean(images, box_mask(column[:, :4]))
         return erase(images, column[:, :4], noise(column[:, 4]))
 
 
@@ -172,34 +172,34 @@ class OneOf:
     rand_augment: RandAugment | None = None
     trivial_augment: TrivialAugment | None = None
     erasing: Erasing | None = None
-    probability: Fraction = 1.0
+    p: Fraction = 1.0
 
     def __post_init__(self) -> None:
-        named = named_changes(self)
-        if len(named) < 2 or not any(change.probability for change in named.values()):
+        named = named_transforms(self)
+        if len(named) < 2 or not any(change.p for change in named.values()):
             raise ValueError("name at least two to choose from, like affine: {degrees: 15}")
 
-    def draw(self, draws: Draws) -> dict[str, Tensor]:
+    def draw(self, draws: KeyedRandom) -> dict[str, Tensor]:
         """The columns of the members; a row is applied in one of them at most."""
-        members = named_changes(self)
-        weights = [change.probability for change in members.values()]
-        edges = [self.probability * edge / sum(weights) for edge in accumulate(weights)]
+        members = named_transforms(self)
+        weights = [change.p for change in members.values()]
+        edges = [self.p * edge / sum(weights) for edge in accumulate(weights)]
         # beyond the last edge: none of them
         place = torch.searchsorted(
             torch.tensor(edges, dtype=torch.float64), draws.uniform("place", 0, 1), right=True
         )
         return {
-            name: change.draw(draws.of(name), place == number)
+            name: change.draw(draws.scoped(name), place == number)
             for number, (name, change) in enumerate(members.items())
         }
 
 
-def named_changes(knobs: Any) -> dict[str, Change]:
+def named_transforms(knobs: Any) -> dict[str, Transform]:
     """The changes among the fields of a config class, by name, in their order."""
     kinds = (Affine, ColorJitter, RandAugment, TrivialAugment, Erasing)
     return {name: value for name, value in vars(knobs).items() if isinstance(value, kinds)}
 
 
-def check_range(name: str, ends: tuple[float, float]) -> None:
-    if ends[0] > ends[1]:
-        raise ValueError(f"{name}: write the lower end first, not {list(ends)}")
+def check_range(name: str, bounds: tuple[float, float]) -> None:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{name}: write the lower end first, not {list(bounds)}")

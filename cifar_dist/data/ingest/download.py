@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cifar_dist.data.ingest.archive import MAX_ARCHIVE_BYTES
 from cifar_dist.distributed import signals
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.network import ANSWER_SECONDS, answers
+from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 TIMEOUT_SECONDS = 5  # to connect, and of silence
 OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's errors
@@ -38,9 +38,9 @@ def download(
 
         def reach() -> None:
             with suppress(ConnectionRefusedError):  # an answer; the request below will say so
-                socket.create_connection(where, timeout=ANSWER_SECONDS).close()
+                socket.create_connection(where, timeout=RESPONSE_SECONDS).close()
 
-        if not answers(reach):
+        if not responds(reach):
             raise UserError(f"{url} cannot be fetched ({place.hostname} does not answer); {remedy}")
     try:
         request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -82,7 +82,7 @@ def _receive(response: HTTPResponse, part: Path, have: int) -> int | None:
         tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar,
     ):
         while chunk := response.read(1 << 20):
-            if signals.received():  # where a training prepares; what is there is gone on with
+            if signals.stop_signal():  # where a training prepares; what is there is gone on with
                 raise KeyboardInterrupt
             file.write(chunk)
             bar.update(len(chunk))

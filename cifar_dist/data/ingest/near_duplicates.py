@@ -25,7 +25,7 @@ BLOCK_SIZE = 500
 NOISE = 4.0  # grey levels; detail below it says little
 
 
-OFFICIAL_LIST = Path(__file__).parent / "data/ingest/near_duplicates.json"
+OFFICIAL_LIST = Path(__file__).parent / "near_duplicates.json"
 
 
 def blurred(pictures: Tensor) -> Tensor:

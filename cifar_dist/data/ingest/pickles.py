@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from cifar_dist.data.ingest.safe_pickle import Matrix, interpret
+from cifar_dist.data.ingest.safe_pickle import Matrix, safe_loads
 from cifar_dist.utils.errors import UserError
 
 FINE_CLASSES, COARSE_CLASSES, PIXELS = 100, 20, 3 * 32 * 32
@@ -105,7 +105,7 @@ def _fields(
     data = source.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError("it is larger than any CIFAR-100 file")
-    value = interpret(data)
+    value = safe_loads(data)
     if type(value) is not dict or len(value) > len(keys) + len(may_have):
         raise ValueError(f"it is not a dict of {sorted(keys)}")
     fields = {_text(key): item for key, item in value.items()}

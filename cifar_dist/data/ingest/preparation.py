@@ -32,9 +32,9 @@ from cifar_dist.data.ingest.pickles import (
     read_meta,
     read_pickle,
 )
-from cifar_dist.data.ingest.synthetic import draw_sample, pickle_members
+from cifar_dist.data.ingest.synthetic import draw_synthetic, pickle_members
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import alone
+from cifar_dist.utils.files import folder_lock
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 
@@ -42,7 +42,7 @@ OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
 
 
-SAMPLE = "sample"
+SYNTHETIC = "sample"
 
 
 ELSEWHERE = (
@@ -54,35 +54,35 @@ Content = Literal["official", "sample", "other"]
 
 
 def prepare(
-    source: str | None, output: Path, *, any_content: bool = False, force: bool = False
+    source: str | None, output: Path, *, allow_unofficial: bool = False, force: bool = False
 ) -> None:
     """Make `output` the data set that `load_split` reads; nothing to do where it is one already.
 
     `source`: an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
-    three files must be CIFAR-100's own (by md5) unless `any_content`. Raises UserError, and leaves
+    three files must be CIFAR-100's own (by md5) unless `allow_unofficial`. Raises UserError, and leaves
     nothing behind but a begun download, which the next call goes on with.
     """
     started = time.monotonic()
     source = source or OFFICIAL_URL
     output = output.expanduser().resolve()
-    with alone(output.parent, elsewhere=ELSEWHERE):
+    with folder_lock(output.parent, elsewhere=ELSEWHERE):
         for path in output.parent.iterdir():  # of one that was killed
             if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
                 shutil.rmtree(path, ignore_errors=True)
         _refuse_foreign(output)
         held = None if force else _held(output)
-        expected = SAMPLE if source == SAMPLE else None if any_content else "official"
+        expected = SYNTHETIC if source == SYNTHETIC else None if allow_unofficial else "official"
         if held is not None and expected is not None:
             _say_held(output, same=held["content"] == expected)
             return
         content: Content
-        if source == SAMPLE:
-            content, members = "sample", pickle_members(*draw_sample())
+        if source == SYNTHETIC:
+            content, members = "sample", pickle_members(*draw_synthetic())
         else:
             members = _read_source(source, output)
             content = "official" if is_official(members) else "other"
             if content != expected and expected is not None:
-                command = _command(output, "--any-content", "--source", source)
+                command = _command(output, "--allow-unofficial", "--source", source)
                 raise UserError(f"{source} is not the official CIFAR-100; take it with {command}")
         train, test, meta = _parse(members, source)
         if held is not None:
@@ -91,7 +91,12 @@ def prepare(
             return
         beside = {f"{FOLDER}/{name}": data for name, data in members.items()}
         write_dataset(
-            output, train, test, meta, content=content, beside=beside if source == SAMPLE else None
+            output,
+            train,
+            test,
+            meta,
+            content=content,
+            beside=beside if source == SYNTHETIC else None,
         )
     print(
         f"{output}: {content} data, {len(train.images):,} + {len(test.images):,} rows, digest "
@@ -167,7 +172,7 @@ def _refuse_foreign(output: Path) -> None:
     known = {"dataset_dict.json", DIGEST}
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
-        if read_digest(output)["content"] == SAMPLE:
+        if read_digest(output)["content"] == SYNTHETIC:
             known |= {f"{FOLDER}/{name}" for name in OFFICIAL_MD5}
     for path in output.rglob("*"):
         name = path.relative_to(output).as_posix()

@@ -67,7 +67,7 @@ _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
 _TUPLES = {pickle.EMPTY_TUPLE: 0, pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 
 
-def interpret(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch an opcode
+def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch an opcode
     """What a pickle says, made of dict, list, tuple, bytes, str, int, bool, None and Matrix.
 
     Raises ArithmeticError, LookupError, TypeError or ValueError for anything else.

@@ -14,7 +14,7 @@ import numpy as np
 
 from cifar_dist.data.ingest.archive import FOLDER
 from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawMeta, RawSplit
-from cifar_dist.utils.files import write_file
+from cifar_dist.utils.files import atomic_write
 
 COLOURS = {  # RGB in 0..1; each drawn with some jitter
     "red": (0.86, 0.12, 0.14),
@@ -61,7 +61,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def draw_sample(
+def draw_synthetic(
     *, train_per_class: int = 60, test_per_class: int = 10, seed: int = 0
 ) -> tuple[RawSplit, RawSplit, RawMeta]:
     """Train, test and the class names: fine = 10 x shape + colour, coarse = fine // 5.
@@ -80,7 +80,7 @@ def draw_sample(
 def write_pickles(folder: Path, train: RawSplit, test: RawSplit, meta: RawMeta) -> None:
     """CIFAR's own layout: `folder`/cifar-100-python/{train, test, meta}."""
     for name, data in pickle_members(train, test, meta).items():
-        write_file(folder / FOLDER / name, data)
+        atomic_write(folder / FOLDER / name, data)
 
 
 def pickle_members(train: RawSplit, test: RawSplit, meta: RawMeta) -> dict[str, bytes]:
