@@ -72,7 +72,7 @@ def show(name: str, result: dict[str, Any], log: Path, *, fine: tuple[int, ...] 
 def check_tests(output: Path, *, parallel: int, only: str) -> tuple[dict[str, Any], bool]:
     """Each GPU test in a process of its own."""
     listed = subprocess.run(
-        [*PYTEST, "--collect-only", "-k", only, "tests/test_gpu.py"],
+        [*PYTEST, "--collect-only", "-k", only, "tests/training/test_gpu.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import train
+from launcher import train
 from small_data import quick_recipe, small_data
 
 from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.models.backbones import ModelConfig, build_model
 from cifar_dist.run_folder.checkpoint import save_checkpoint
+from recipes import RecipeMaker, TeacherMaker, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -54,44 +54,10 @@ def run(tmp_path: Path, finished_runs: Path) -> Path:
     return tmp_path / "runs/tiny"
 
 
-RecipeMaker = Callable[..., Path]
-
-
-def write_recipe(folder: Path, data: Path, /, name: str = "tiny", **sections: Any) -> Path:
-    """A recipe; sections given by name replace keys of: 24 steps of timm's smallest ResNet."""
-    content: dict[str, Any] = {
-        "name": name,
-        "run": {
-            "epochs": 4,
-            "batch_size": 10,
-            "micro_batches": 2,
-            "precision": "fp32",
-            "threads": 1,
-            "log_every_steps": 5,
-        },
-        "data": {"path": str(data)},
-        "model": {"backbone": "test_resnet", "drop_rate": 0.1},
-        "augment": {"crop_padding": 4, "hflip": True, "cutout": 8, "mixup": 0.2, "cutmix": 1.0},
-        "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "max_grad_norm": 5.0},
-        "averaging": {"decay": 0.9},
-    }
-    for section, keys in sections.items():
-        if isinstance(keys, dict):
-            content[section] = content.get(section, {}) | keys
-        else:
-            content[section] = keys
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value}))
-    return path
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
     """Write a recipe into this test's folder."""
     return partial(write_recipe, tmp_path, data)
-
-
-TeacherMaker = Callable[..., Path]
 
 
 @pytest.fixture
@@ -116,12 +82,3 @@ def teacher(tmp_path: Path) -> TeacherMaker:
         return folder
 
     return make
-
-
-def taught(*names: str, **keys: Any) -> dict[str, Any]:
-    """Sections of a recipe with these teachers."""
-    teachers = [{"run": f"runs/{name}"} | keys for name in names]
-    return {
-        "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
-        **({"teacher": teachers[0]} if len(teachers) == 1 else {"teachers": teachers}),
-    }

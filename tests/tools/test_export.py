@@ -1,0 +1,239 @@
+"""Each export is loaded by its own reader and says what the run says; what cannot be is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import timm
+import torch
+import yaml
+from launcher import train
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cifar_dist.data.dataset import data_digest
+from cifar_dist.distill.teacher import TeacherConfig
+from cifar_dist.export import main
+from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, describe
+from cifar_dist.inference.trained_model import load_trained_model
+from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.timm_folder import timm_state
+from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.run_folder.checkpoint import save_checkpoint
+from cifar_dist.utils.errors import UserError
+from recipes import RecipeMaker
+
+RunMaker = Callable[..., Path]
+ARCFACE = {"arcface": {"scale": 16.0, "margin": 0.2}}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, data: Path) -> RunMaker:
+    """A run folder whose model's BatchNorms have seen something, with an average beside it."""
+
+    def make(name: str, *, losses: Any = None, ema: bool = False, **model: Any) -> Path:
+        config = ModelConfig(**({"backbone": "test_resnet"} | model))
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        recipe = {"name": name, "model": json.loads(json.dumps(asdict(config)))}
+        recipe |= {"data": {"path": str(data)}, "run": {"precision": "fp32"}}
+        recipe |= {"losses": losses or {"cross_entropy": {}}} | ({"averaging": {}} if ema else {})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        tensors = {}
+        for number, part in enumerate(["model", *(["average"] if ema else [])]):
+            torch.manual_seed(number)
+            net = build_model(config, 100)
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                    for kind, buffer in module.named_buffers():
+                        if kind != "num_batches_tracked":
+                            nn.init.uniform_(buffer, 0.5, 2)
+                    nn.init.uniform_(module.bias, -0.5, 0.5)
+            tensors[part] = net.state_dict()
+        save_checkpoint(folder / "checkpoints", step=1, tensors=tensors, optimizer={}, progress={})
+        return folder
+
+    return make
+
+
+def some_pictures(count: int = 5) -> Tensor:
+    stream = torch.Generator().manual_seed(3)
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=stream)
+
+
+def export(run: Path, to: str, *options: str) -> Path:
+    output = run.parents[1] / "exported" / f"{run.name}_{to}"
+    assert main([str(run), "--to", to, "--output", str(output), *options]) == 0
+    return output
+
+
+@pytest.mark.parametrize("model", [{}, {"backbone": "test_vit", "image_size": 64}])
+def test_timm_loads_the_folder_with_equal_logits(make_run: RunMaker, model: dict[str, Any]) -> None:
+    run = make_run("plain", ema=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.25), **model)
+    folder = export(run, "timm")
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    usable = load_trained_model(run)
+    pictures = some_pictures()
+    # as timm's users prepare pixels: 0 ... 1, resized, normalised with the folder's numbers
+    config = timm.data.resolve_model_data_config(net)
+    side = usable.recipe.model.image_size
+    assert list(config["input_size"]) == [3, side, side]
+    pixels = nn.functional.interpolate(
+        pictures.float() / 255, config["input_size"][1:], mode="bilinear", align_corners=False
+    )
+    pixels = (pixels - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[
+        :, None, None
+    ]
+    with torch.no_grad():
+        assert torch.allclose(net(pixels), usable.logits(pictures), atol=1e-4)
+    assert net.pretrained_cfg["label_names"] == list(usable.fine)
+
+
+@pytest.mark.parametrize("backbone", ["resnetv2_50", "dla34"])
+def test_a_classifier_that_is_a_convolution_is_written_as_one(backbone: str) -> None:
+    config = ModelConfig(backbone=backbone)
+    ours, theirs = build_model(config, 7).eval(), timm.create_model(backbone, num_classes=7)
+    theirs.load_state_dict(timm_state(ours, config))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(
+            theirs.eval()(ours.preprocess(images)), ours(images).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_cosine_head_keeps_its_ranking_and_says_so(
+    make_run: RunMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("cosine", head="cosine", embedding_size=32, losses=ARCFACE)
+    folder = export(run, "timm")
+    net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    usable = load_trained_model(run)
+    pictures = some_pictures(64)
+    with torch.no_grad():
+        theirs = net(usable.model.preprocess(pictures))
+    ours = usable.logits(pictures)
+    assert torch.equal(theirs.argsort(1), ours.argsort(1))
+    assert "not the same probabilities" in capsys.readouterr().out
+    assert "not the same probabilities" in (folder / "README.md").read_text()
+    assert "Divide the logits" not in (folder / "README.md").read_text()
+
+
+def test_a_network_that_differs_is_not_kept() -> None:
+    """By more than rounding of the largest logit, at any batch size, or by not being a number."""
+    net, same = nn.Linear(3 * 32 * 32, 100), lambda images: images.flatten(1) / 255
+    assert compare(net, net, same) == 0
+    assert compare(lambda inputs: net(inputs) + 1e-5, net, same) == pytest.approx(1e-5, rel=0.2)
+    for wrong in (
+        lambda inputs: net(inputs) + 1e-2,
+        lambda inputs: net(inputs) + 1e-2 * (len(inputs) == CHECKED_BATCHES[-1]),
+        lambda inputs: net(inputs) * torch.nan,
+    ):
+        with pytest.raises(UserError, match="differs from ours"):
+            compare(wrong, net, same)
+
+
+def test_what_goes_in_and_comes_out_is_written_down(make_run: RunMaker) -> None:
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.21, 0.25]
+    usable = load_trained_model(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
+    said = describe(replace(usable, temperature=1.5), from_bytes=False)
+    assert said["input"]["mean"] == pytest.approx(mean)
+    assert said["input"]["std"] == pytest.approx(std)
+    assert said["input"]["shape"] == ["batch", 3, 48, 48]
+    assert said["temperature"] == 1.5
+    assert said["label_names"] == list(usable.fine)
+
+
+@pytest.mark.parametrize(("to", "uint8"), [("onnx", True), ("onnx", False), ("pt2", True)])
+def test_programs_take_any_batch(make_run: RunMaker, to: str, uint8: bool) -> None:
+    run = make_run(
+        "r", head="cosine", embedding_size=32, losses=ARCFACE, image_size=48, stem="small"
+    )
+    folder = export(run, to, *(["--uint8"] if uint8 else []))
+    usable = load_trained_model(run)
+    described = json.loads((folder / "config.json").read_text())
+    assert described["input"]["dtype"] == ("uint8" if uint8 else "float32")
+    for count in (1, 3, 9):
+        pictures = some_pictures(count)
+        inputs = pictures if uint8 else usable.model.preprocess(pictures).contiguous()
+        if to == "onnx":
+            session = onnxruntime.InferenceSession(folder / "model.onnx")
+            (found,) = session.run(None, {"images": inputs.numpy()})
+            logits = torch.from_numpy(found)
+        else:
+            logits = torch.export.load(folder / "model.pt2").module()(inputs)
+        assert torch.allclose(logits, usable.logits(pictures), atol=1e-4)  # the scale is inside
+
+
+def test_an_export_teaches(
+    make_run: RunMaker, tmp_path: Path, recipe: RecipeMaker, data: Path
+) -> None:
+    run = make_run("teacher", head="cosine", embedding_size=32, losses=ARCFACE, ema=True)
+    folder = export(run, "teacher")
+    by_run, by_folder = (find_teacher(TeacherConfig(run=str(path))) for path in (run, folder))
+    assert by_folder.logit_scale == by_run.logit_scale == 16
+    assert by_folder.model == by_run.model
+    by_file = find_teacher(
+        TeacherConfig(run=str(folder / "model.safetensors"), model=by_run.model, logit_scale=16.0)
+    )
+    assert by_file.digest == by_folder.digest
+    student = recipe(
+        "student",
+        run={"epochs": 1, "precision": "fp32"},
+        losses={"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
+        teacher={"run": str(folder)},
+    )
+    output = train(student, cwd=tmp_path)
+    assert f"teacher {folder}: test_resnet" in output
+    with safe_open(
+        next((tmp_path / "runs/student/checkpoints").glob("*/model.safetensors")), "pt"
+    ) as file:
+        assert not any("teacher" in name for name in file.keys())  # noqa: SIM118
+    (folder / "cifar_dist.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        find_teacher(TeacherConfig(run=str(folder)))
+
+
+def test_what_cannot_be_exported_is_refused_with_what_can(make_run: RunMaker) -> None:
+    for name, model in {
+        "small": {"stem": "small"},
+        "own": {"backbone": "resnet8x4"},
+    }.items():
+        run = make_run(name, **model)
+        with pytest.raises(UserError, match="use --to onnx, pt2 or teacher"):
+            export(run, "timm")
+        assert not list((run.parents[1] / "exported").iterdir())
+    with pytest.raises(UserError, match="--uint8 is for onnx and pt2"):
+        export(run, "timm", "--uint8")
+
+
+def test_nothing_is_overwritten_by_chance(make_run: RunMaker) -> None:
+    run = make_run("r")
+    folder = export(run, "teacher")
+    with pytest.raises(UserError, match="--force"):
+        export(run, "teacher")
+    export(run, "teacher", "--force")
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="there already"):
+        export(run, "teacher", "--force")
+    assert (folder / "thesis.tex").exists()
+
+
+def test_the_card_is_valid_and_true(make_run: RunMaker, data: Path) -> None:
+    run = make_run("r", ema=True)
+    summary = {"top1": 12.345, "top5": 40.0, "loss": 3.2, "steps": 1, "finished": True}
+    (run / "summary.json").write_text(json.dumps(summary))
+    digest = data_digest(data)
+    (run / "environment.json").write_text(json.dumps({"data": digest}))
+    card = (export(run, "teacher") / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["datasets"] == ["cifar100"]
+    assert "| top-1, % of the test split, last epoch | 12.35 |" in body or "12.34" in body
+    assert digest in body
+    assert "moving average" in body
+    assert "other data in the layout of CIFAR-100" in body

@@ -1,0 +1,120 @@
+"""One W&B run of all that metrics.jsonl holds, read back from W&B's own offline file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from compare import lines
+from launcher import Ranks, train
+from wandb_records import records
+
+from cifar_dist import sync_wandb
+from cifar_dist.tracking import tracker
+from cifar_dist.utils.errors import UserError
+from recipes import RecipeMaker
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    """All files but logs, which W&B's own process still writes when a run is finished."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".log")
+    return {file: file.read_bytes() for file in files}
+
+
+def test_restarts_become_one_run_and_a_second_call_changes_nothing(
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = recipe(
+        run={"epochs": 40, "eval_every_epochs": 20, "log_every_steps": 7},
+        tracking={"mode": "offline"},
+    )
+    run = tmp_path / "runs/tiny"
+    ranks = Ranks("train", [path], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ranks.processes[0].pid is not None
+    os.kill(ranks.processes[0].pid, signal.SIGUSR1)
+    assert ranks.wait() == [75], ranks.output
+    train(path, cwd=tmp_path)
+    assert len(list(run.glob("wandb/offline-run-*"))) == 2
+
+    monkeypatch.chdir(tmp_path)
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    rows, logged = records(run), lines(run)  # of the one offline run there is now
+    assert [row["step"] for row in rows] == [line["step"] for line in logged]
+    for row, line in zip(rows, logged, strict=True):
+        assert row[f"{line['kind']}/loss"] == pytest.approx(line["loss"])
+    identity = (run / "wandb_id").read_text()
+    (made,) = run.glob(f"wandb/offline-run-*-{identity}")
+    before = content(run)
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    monkeypatch.chdir(run)  # another place to look from
+    assert sync_wandb.main(["."]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert content(run) == before
+
+    more = {"kind": "eval", "step": 300, "epoch": 50.0, "loss": 1.0, "top1": 2.0}  # it went on
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    (run / "wandb/offline-run-20260101_000000-x-evaluation").mkdir()
+    capsys.readouterr()
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    assert [row["step"] for row in records(run)] == [line["step"] for line in lines(run)]
+    assert (run / "wandb_id").read_text() == identity
+    (made,) = run.glob(f"wandb/offline-run-*-{identity}")  # of the same name within one second
+    other = made.with_name("offline-run-20260101_000000-x-evaluation")
+    waiting = " ".join(str(path.relative_to(tmp_path)) for path in (made, other))
+    said = f"not uploaded: no API key; run `wandb login`; then start this again, or wandb sync {waiting}"
+    assert said in capsys.readouterr().out
+
+    taken: list[str] = []  # by a server, which no test has
+
+    def upload(offline: Sequence[Path]) -> bool:
+        taken.extend(path.name for path in offline)
+        return True
+
+    monkeypatch.setattr(sync_wandb, "upload", upload)
+    for _ in range(2):
+        assert sync_wandb.main(["runs/tiny"]) == 0
+        assert taken == [made.name, other.name]
+    other.with_name("offline-run-20260102_000000-x-evaluation").mkdir()  # evaluated again
+    assert sync_wandb.main(["runs/tiny"]) == 0
+    assert taken[2:] == ["offline-run-20260102_000000-x-evaluation"]
+
+
+def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder with reports"):
+        sync_wandb.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("identity", ["abc/../..", "../..", "*", "", "abc/.."])
+def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity: str) -> None:
+    folder = tmp_path / "wandb/offline-run-1-abc"
+    folder.mkdir(parents=True)
+    (tmp_path / "wandb_id").write_text(identity)
+    with pytest.raises(UserError, match="is no id of W&B"):
+        tracker.wandb_run_id(tmp_path)
+    (tmp_path / "wandb_id").write_text("abc\n")
+    assert tracker.offline_folders(tmp_path, tracker.wandb_run_id(tmp_path)) == [folder]
+
+
+def test_an_id_that_a_file_gives_names_no_other_place(tmp_path: Path) -> None:
+    (tmp_path / "run/wandb/offline-run-1-x").mkdir(parents=True)
+    with pytest.raises(UserError, match="no id of W&B"):
+        tracker.offline_folders(tmp_path / "run", "x/../..")

@@ -1,0 +1,150 @@
+"""The number of processes is the launcher's business: the numbers do not change with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_same_bits, largest_difference, lines, tensors
+from launcher import Ranks, free_port, start_rank, train
+from safetensors.torch import load_file
+
+from recipes import RecipeMaker
+
+
+def summary(run: Path) -> dict[str, object]:
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_one_and_two_processes_compute_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    augment = {"trivial_augment": {}, "one_of": {"affine": {"degrees": 15}, "erasing": {}}}
+    path = recipe(run={"precision": precision}, augment=augment)
+    for world_size in (1, 2):
+        output = train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+        assert f"{world_size} process(es) train" in output
+        assert summary(tmp_path / f"runs/w{world_size}")["world_size"] == world_size
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
+
+
+def test_more_processes_agree_to_rounding(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    path = recipe(
+        run={"batch_size": 250, "micro_batches": 4, "epochs": 2},
+        data={"path": str(middle_data)},
+        optim={"name": "sgd", "lr": 0.005},  # a large one makes rounding grow from step to step
+    )
+    for world_size in (1, 2, 3, 4):
+        train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+    for world_size in (2, 3, 4):
+        difference = largest_difference(tmp_path / "runs/w1", tmp_path / f"runs/w{world_size}")
+        assert difference < 1e-5, f"{world_size} processes: {difference}"
+
+
+def test_number_of_shards_is_only_rounding_without_batch_norm(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """24 steps of SGD in float32; a ViT normalises over features, so micro-batches do not matter to it."""
+    for micro_batches in (1, 4):
+        train(
+            recipe(
+                f"s{micro_batches}",
+                run={"micro_batches": micro_batches, "epochs": 4},
+                model={"backbone": "test_vit", "drop_rate": 0.0},
+                optim={"name": "sgd", "lr": 0.01, "max_grad_norm": None},
+            ),
+            cwd=tmp_path,
+        )
+    assert lines(tmp_path / "runs/s1")[-1]["step"] == 24
+    assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s4") < 1e-6
+
+
+def test_batch_norm_sees_shards_and_keeps_shard_zeros_statistics(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """With BatchNorm the number of micro-batches is part of the mathematics, so it must not be rounding."""
+    for micro_batches in (1, 2):
+        train(recipe(f"s{micro_batches}", run={"micro_batches": micro_batches}), cwd=tmp_path)
+    assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s2") > 1e-3
+
+
+def test_predictions_have_the_same_bits_in_any_world(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path
+) -> None:
+    """The training itself evaluates on two ranks, where only rank 0's statistics are the right ones."""
+    path = recipe(
+        run={"batch_size": 50, "epochs": 1},
+        data={"path": str(middle_data)},
+        model={"image_size": 80},  # 300 rows are two blocks of an evaluation
+    )
+    train(path, cwd=tmp_path, world_size=2)
+    for world_size in (1, 2, 3):
+        ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path, world_size=world_size)
+        assert ranks.wait() == [0] * world_size, ranks.output
+        assert "the same bits as" in ranks.output, ranks.output
+
+
+def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Each rank hashes its weights after four steps; the step itself never compares them."""
+    path = recipe(run={"micro_batches": 4, "batch_size": 12, "epochs": 1})
+    script, port = Path(__file__).parents[1] / "helpers/rank_hashes.py", free_port()
+    processes = [
+        start_rank([script, path], cwd=tmp_path, rank=rank, world_size=2, port=port)
+        for rank in range(2)
+    ]
+    hashes = [process.communicate(timeout=120)[0].split()[-1] for process in processes]
+    assert len(set(hashes)) == 1
+
+
+def test_too_many_processes_are_refused_with_the_remedy(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    output = train(recipe(), cwd=tmp_path, world_size=3, expect=2)
+    assert output.count("error:") == 1
+    assert "run.micro_batches=3" in output
+
+
+def test_default_shards_are_the_first_starts_world_size(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    path = recipe(run={"micro_batches": None})
+    train(path, cwd=tmp_path, world_size=2)
+    assert summary(tmp_path / "runs/tiny")["micro_batches"] == 2
+
+
+def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+    train(recipe(data={"val_size": 0}), cwd=tmp_path, world_size=2)
+    run = tmp_path / "runs/tiny"
+    logged = lines(run)
+    trains = [line["step"] for line in logged if line["kind"] == "train"]
+    evals = [line["step"] for line in logged if line["kind"] == "eval"]
+    assert trains == [5, 10, 15, 20, 24]
+    assert evals == [6, 12, 18, 24]
+    predictions = load_file(run / "predictions.safetensors")
+    top1 = 100 * (predictions["logits"].argmax(1) == predictions["labels"]).float().mean().item()
+    said = summary(run)
+    assert said["top1"] == pytest.approx(top1, abs=1e-4)
+    assert said["finished"] is True
+    assert said["epochs"] == 4
+    assert said["best_test_top1"] == max(line["top1"] for line in logged if line["kind"] == "eval")
+    assert not (run / "lock").exists()
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert len(list((run / "checkpoints").iterdir())) == 1  # the clock never asked for another
+    assert torch.isfinite(torch.stack([t.double().sum() for t in tensors(run).values()])).all()
+
+
+def test_gradients_travel_while_the_backward_computes(tmp_path: Path) -> None:
+    """By a trace of ResNet-18, 45 MB of gradients: all buckets but the last are on their way before."""
+    ranks = Ranks("overlap_rank", ["trace.json"], cwd=tmp_path, world_size=2)
+    assert ranks.wait() == [0, 0], ranks.output
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    ((begins, _),) = trace["backward"]
+    reductions = sorted(trace["gloo:all_reduce"])
+    assert len(reductions) >= 2
+    last_computed = reductions[-1][0]  # the last bucket leaves when all is computed
+    assert reductions[0][0] - begins < 0.6 * (last_computed - begins)

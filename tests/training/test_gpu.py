@@ -1,0 +1,293 @@
+"""What only a GPU can show. `make gpu-check` runs each of these tests in a process of its own.
+
+Accelerate's state is a singleton and a failed capture spoils the device, so no two tests share a
+process. Runs are compared under `run.deterministic`, to equal bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from compare import assert_same_bits
+from step_cost import ALL_OPS, Waits, batches_of, model_of
+from streams import plan, shown
+from torch import Tensor, nn
+
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
+from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.data.streaming import stream_images
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
+from cifar_dist.run_folder.checkpoint import checkpoints
+from cifar_dist.training.cuda_graphs import WARM_UP, GraphRecorder
+from cifar_dist.training.graphed_step import GraphedStep, StepFn, build_step
+from cifar_dist.training.objective import Objective
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.precision import Precision, make_scaler
+from recipes import RecipeMaker, TeacherMaker, taught
+
+pytestmark = pytest.mark.gpu
+
+MIXED = AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0)
+STEPS_PER_EPOCH = 3  # 64 rows in batches of 20
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    accelerator = Accelerator()
+    assert accelerator.device.type == "cuda", "a test before this one in the process used the CPU"
+    return accelerator
+
+
+@pytest.fixture
+def deterministic() -> None:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def step_of(
+    accelerator: Accelerator,
+    model: nn.Module,
+    split: Split,
+    optimizer: torch.optim.Optimizer,
+    *,
+    cuda_graphs: Any,
+    precision: Precision,
+    augment: AugmentConfig = MIXED,
+) -> StepFn:
+    return build_step(
+        accelerator,
+        model,
+        Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()}),
+        optimizer,
+        make_scaler(precision, accelerator.device),
+        cuda_graphs=cuda_graphs,
+        micro_batches=2,
+        precision=precision,
+        seed=0,
+        batch_size=20,
+        max_grad_norm=1.0,
+        sam=None,
+        grad_reduce_dtype="fp32",
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
+def test_a_recorded_step_has_the_bits_of_the_eager_step(
+    data: Path,
+    accelerator: Accelerator,
+    deterministic: None,
+    optimizer_name: str,
+    precision: Precision,
+) -> None:
+    """Ten steps with dropout, partners and a learning rate that changes, over three epochs."""
+    split = load_split(data, "train", accelerator.device)
+    initial = model_of(CrossEntropy()).to(accelerator.device).to(memory_format=torch.channels_last)
+    results: dict[str, Tensor] = {}
+    for cuda_graphs in ("off", "on"):
+        model = copy.deepcopy(initial)
+        optimizer = build_optimizer(OptimConfig(name=optimizer_name), model)
+        take_step = step_of(
+            accelerator, model, split, optimizer, cuda_graphs=cuda_graphs, precision=precision
+        )
+        batches = batches_of(split)
+        for step in range(10):
+            set_learning_rate(optimizer, 0.01 / (1 + step))
+            with Waits() as waits:
+                made = take_step(next(batches), step=step)
+            if step % STEPS_PER_EPOCH and step != WARM_UP:  # the recording compares with eager
+                assert waits.count == 0, f"{cuda_graphs}, step {step}"
+        assert not made.skipped
+        if cuda_graphs == "on":
+            assert isinstance(take_step, GraphedStep)
+            assert take_step.update_graph.replay is not None
+            assert [one.parallel for one in take_step.learning_graphs] == [False] * 2, (
+                "dropout draws"
+            )
+        results[cuda_graphs] = torch.cat([t.detach().double().flatten() for t in tensors_of(model)])
+    assert torch.equal(results["on"], results["off"])
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("cuda_graphs", ["off", "on"])
+def test_a_step_never_waits_for_the_device(
+    data: Path, accelerator: Accelerator, cuda_graphs: str
+) -> None:
+    split = load_split(data, "train", accelerator.device)
+    model = model_of(CrossEntropy()).to(accelerator.device).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(OptimConfig(name="adamw"), model)
+    take_step = step_of(
+        accelerator,
+        model,
+        split,
+        optimizer,
+        cuda_graphs=cuda_graphs,
+        precision="bf16",
+        augment=ALL_OPS,
+    )
+    batches = batches_of(split)
+    for step in range(2 * STEPS_PER_EPOCH + 1):
+        take_step(next(batches), step=step)
+    with waiting_is_an_error():
+        for step in (7, 8):  # the rest of the third epoch
+            set_learning_rate(optimizer, 0.01 / step)
+            take_step(next(batches), step=step)
+
+
+def test_a_recording_that_waits_ends_in_one_sentence(accelerator: Accelerator) -> None:
+    """A capture that a host read has invalidated cannot be ended; nothing may continue after it."""
+    recorder = GraphRecorder(accelerator.device)
+    numbers = torch.ones(3, device=accelerator.device)
+
+    with pytest.raises(UserError, match=r"recording the step failed \(.*run\.cuda_graphs=off"):
+        recorder.record(lambda: numbers.sum().item(), own_pool=False)
+
+
+def test_a_recording_that_fails_cleanly_leaves_the_device_usable(accelerator: Accelerator) -> None:
+    recorder = GraphRecorder(accelerator.device)
+    numbers = torch.ones(3, device=accelerator.device)
+
+    def work() -> Tensor:
+        raise RuntimeError("not on this device")
+
+    with pytest.raises(RuntimeError, match="not on this device"):
+        recorder.record(work, own_pool=False)
+    assert float(numbers.sum()) == 3
+    replay, total = recorder.record(lambda: numbers.sum(), own_pool=True)
+    replay()
+    assert float(total) == 3
+
+
+def test_images_on_the_host_arrive_without_a_wait(data: Path) -> None:
+    device = torch.device("cuda", 0)
+    split = load_split(data, "train", device)
+    on_host = load_split(data, "train", device, "host")
+    assert not on_host.images.is_cuda
+    plan_from_start = partial(plan, start_step=0)
+    rows = torch.arange(5, 64)
+    expected = shown(Augment(ALL_OPS, split, rows), plan_from_start(split))
+    with stream_images(ALL_OPS, on_host, rows, plan_from_start) as pictures:
+        batches = plan_from_start(on_host)
+        augment = Augment(ALL_OPS, on_host, rows, host=pictures)
+        found = shown(augment, batches, steps=1)
+        with waiting_is_an_error():
+            found += shown(augment, batches, steps=4)  # the rest of the epoch
+        found += shown(augment, batches, steps=7)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+# ----------------------------------------------------------------------------- whole runs
+
+
+def start(recipe: Path, *overrides: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "cifar_dist.train",
+            str(recipe),
+            "run.deterministic=true",
+            *overrides,
+        ],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=150)
+    assert process.returncode == code, output
+    return output
+
+
+SMALL_RUNS: dict[str, dict[str, Any]] = {
+    "adamw, mixing, dropout, an average, three micro-batches": {"run": {"micro_batches": 3}},
+    "sgd in bf16 with growing images": {
+        "run": {"precision": "bf16"},
+        "model": {"image_size": 64, "progressive_resize": {"start": 32, "epochs": 2}},
+        "optim": {"name": "sgd", "lr": 0.01},
+    },
+    "four micro-batches in parallel, nothing random": {
+        "run": {"micro_batches": 4, "precision": "bf16"},
+        "model": {"drop_rate": 0.0},
+        "optim": {"name": "sgd", "lr": 0.01},
+    },
+    "layers that thaw": {"model": {"freeze": [{"pattern": "backbone.*", "until_epoch": 2}]}},
+}
+
+
+@pytest.mark.parametrize("sections", SMALL_RUNS.values(), ids=SMALL_RUNS)
+def test_a_recorded_run_has_the_bits_of_an_eager_run(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
+) -> None:
+    path = recipe(**sections)
+    runs = [
+        start(path, f"name={name}", f"run.cuda_graphs={name}", cwd=tmp_path)
+        for name in ("auto", "off")
+    ]
+    outputs = [finish(process) for process in runs]
+    assert "the step is recorded" in outputs[0]
+    assert "train on cuda" in outputs[1]
+    assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
+
+
+def test_a_taught_run_has_the_same_bits_recorded_and_eager(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    teacher("big", image_size=48)
+    path = recipe(**taught("big"))
+    for process in [
+        start(path, f"name={name}", f"run.cuda_graphs={name}", cwd=tmp_path)
+        for name in ("auto", "off")
+    ]:
+        finish(process)
+    assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
+
+
+def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """SIGTERM in the middle of an epoch, with the step recorded before and after."""
+    path = recipe(run={"epochs": 100})
+    straight = start(path, "name=straight", cwd=tmp_path)
+    stopped = start(path, "name=stopped", "run.save_every_minutes=1e-9", cwd=tmp_path)
+    folder = tmp_path / "runs/stopped/checkpoints"
+    deadline = time.monotonic() + 100
+    while not any(int(found.name.removeprefix("step_")) > 40 for found in checkpoints(folder)):
+        assert stopped.poll() is None, finish(stopped)
+        assert time.monotonic() < deadline, "no checkpoint of step 41 or later"
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    finish(stopped, code=75)
+    output = finish(start(path, "name=stopped", cwd=tmp_path))
+    assert "goes on at step" in output
+    finish(straight)
+    assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/stopped")
