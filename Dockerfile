@@ -1,10 +1,10 @@
-# The trainer for NVIDIA GPUs: docker build -t cifar_dist .
-# torch's wheels bring the CUDA libraries, so the base has only what the driver's side needs.
+# Image for NVIDIA GPUs: docker build -t cifar_dist .
+# The wheels of torch contain the CUDA libraries, so a CUDA base image without them is enough.
 ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE}
 
-# tini passes signals on, so that `docker stop` lets the trainer save. Ubuntu's packages come in their
-# newest versions, for the sake of their repairs.
+# tini forwards signals, so that `docker stop` lets a training save a checkpoint. Versions of Ubuntu
+# packages are not pinned, to get security fixes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates git python3 python3-venv tini \
@@ -12,12 +12,12 @@ RUN apt-get update \
 RUN useradd --create-home --uid 10001 trainer
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 NO_ALBUMENTATIONS_UPDATE=1
 
-# Dependencies first: they change rarely, and their layer is several GB.
+# Dependencies first, for the layer cache: they rarely change and take several GB.
 WORKDIR /app
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY cifar_dist/__init__.py cifar_dist/
 RUN python3 -m venv /opt/venv \
-    && pip install --no-cache-dir -c constraints.txt -e '.[host-augment,export]'
+    && pip install --no-cache-dir -c constraints.txt -e '.[export]'
 
 COPY . .
 RUN mkdir -p data runs && chown -R trainer data runs

@@ -1,4 +1,4 @@
-"""Around the steps: from the start of the process to the first of them, the data, a checkpoint."""
+"""Time process start-up, data loading and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from measure import Conditions, Measured, Turn, Work, cpu_seconds, settle
+from measure import Conditions, Measurement, Turn, Work, cpu_seconds, synchronize
 from ours import CROP_FLIP, OPTIM, our_batches, our_model, our_step
 from torch import nn
 from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
@@ -24,7 +24,7 @@ from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import class_names, load_split, open_splits, read_split
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.losses.classification import CrossEntropy
-from cifar_dist.models.backbones import ModelConfig, num_parameters
+from cifar_dist.models.classifier import ModelConfig, num_parameters
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
@@ -35,22 +35,22 @@ from cifar_dist.utils.precision import make_scaler
 PEER_START = Path(__file__).with_name("peer_start.py")
 HEAVY = ("albumentations", "cv2", "datasets", "pandas", "wandb", "pydantic")
 IMPORTS = ("torch", "torch, timm", "accelerate", "datasets", "albumentations", "cifar_dist.train")
-AT_HAND = "ours, at hand while the digests are computed"
-STANDS_STILL = "ours, until the loop goes on"
+UNVERIFIED = "ours, before the digests are verified"
+BLOCKED = "ours, until training continues"
 
-Stages = Callable[[], float | None]  # work in two stages: when the first was done; None: it has one
+Stages = Callable[[], float | None]  # work; returns the end of its first stage if it has two
 
 
 class AnyCifar100(CIFAR100):
-    """torchvision's own data set, for pickles with any MD5."""
+    """torchvision's data set without its MD5 checks."""
 
     train_list = (("train", None),)
     test_list = (("test", None),)
     meta = {"filename": "meta", "key": "fine_label_names", "md5": None}  # noqa: RUF012
 
 
-class Python2Pickler(pickle._Pickler):  # the one in Python: the other cannot be taught
-    """Writes bytes as the strings of Python 2, like the files of CIFAR's author."""
+class Python2Pickler(pickle._Pickler):  # the C implementation has no dispatch table
+    """Write bytes as Python 2 strings, as in the original CIFAR files."""
 
     def save_bytes(self: Any, value: bytes) -> None:
         self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
@@ -60,7 +60,7 @@ class Python2Pickler(pickle._Pickler):  # the one in Python: the other cannot be
 
 
 def pickles_of(data: Path, folder: Path) -> Path:
-    """The prepared data as CIFAR's pickles again; the folder of the three files."""
+    """Write prepared data as the three original pickles and return their folder."""
     fine_names = [name.encode() for name in class_names(data)]
     members: dict[str, dict[bytes, Any]] = {"meta": {b"fine_label_names": fine_names}}
     for name in ("train", "test"):
@@ -79,10 +79,10 @@ def pickles_of(data: Path, folder: Path) -> Path:
     return pickles
 
 
-def in_stages(
+def take_turns_in_stages(
     works: Mapping[str, Stages], *, rounds: int, ours: str, first: str
 ) -> dict[str, list[Turn]]:
-    """One call a turn by turns, as take_turns has it; row `first` is the first stage of row `ours`."""
+    """As take_turns, one call a turn; row `first` times the first stage of row `ours`."""
     turns: dict[str, list[Turn]] = {name: [] for name in (*works, first)}
     for counted in range(-1, rounds):
         for name, work in works.items():
@@ -97,16 +97,16 @@ def in_stages(
     return turns
 
 
-def data_ready(conditions: Conditions) -> Measured:
-    """Both splits from files in the page cache to arrays in memory; a unit is an opening."""
+def data_ready(conditions: Conditions) -> Measurement:
+    """Load both splits from the page cache into memory; the unit is one load."""
     data = conditions.data
 
     def ours() -> float:
         _, _, check = open_splits(data, conditions.device)
-        settle(conditions.device)
-        at_hand = time.perf_counter()
+        synchronize(conditions.device)
+        loaded = time.perf_counter()
         check()
-        return at_hand
+        return loaded
 
     with tempfile.TemporaryDirectory() as folder:
         pickles = pickles_of(data, Path(folder))
@@ -124,15 +124,17 @@ def data_ready(conditions: Conditions) -> Measured:
         works = {
             "pickle.load": tutorial,
             "torchvision CIFAR100": torchvision,
-            "ours, checked": ours,
+            "ours, digests verified": ours,
         }
-        rounds = 5 * conditions.rounds  # they are short
-        turns = in_stages(works, rounds=rounds, ours="ours, checked", first=AT_HAND)
-    return Measured(unit="openings", turns=turns, facts={})
+        rounds = 5 * conditions.rounds  # the turns are short
+        turns = take_turns_in_stages(
+            works, rounds=rounds, ours="ours, digests verified", first=UNVERIFIED
+        )
+    return Measurement(unit="openings", turns=turns, facts={})
 
 
-def start_up(conditions: Conditions) -> Measured:
-    """New processes: imports alone, and all until the first step is done; a unit is a process."""
+def start_up(conditions: Conditions) -> Measurement:
+    """Start new processes: imports only, and up to the first step; the unit is a process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pickles = pickles_of(conditions.data, folder)
@@ -147,7 +149,7 @@ def start_up(conditions: Conditions) -> Measured:
                     "precision": "bf16",
                     "threads": torch.get_num_threads(),
                     "log_every_steps": 1,
-                    "output": str(folder / "runs"),
+                    "output_dir": str(folder / "runs"),
                 },
                 "data": {"path": str(conditions.data.absolute())},
                 "augment": {"crop_padding": 4, "hflip": True},
@@ -160,29 +162,29 @@ def start_up(conditions: Conditions) -> Measured:
             "to step 1: ours": ("-m", "cifar_dist.train", recipe),
         }
         works = {f"import {names}": process("-c", f"import {names}") for names in IMPORTS}
-        works |= {row: until_a_loss(folder, *words) for row, words in first_step.items()}
+        works |= {row: run_until_loss(folder, *words) for row, words in first_step.items()}
         turns = conditions.turns(works, seconds=0)
     script = f"import sys, json, cifar_dist.train; print(json.dumps([n for n in {HEAVY} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    return Measured(unit="starts", turns=turns, facts={"imported": json.loads(done.stdout)})
+    return Measurement(unit="starts", turns=turns, facts={"imported": json.loads(done.stdout)})
 
 
-def as_many_threads() -> dict[str, str]:
-    """The environment of a process that takes as many threads as this one."""
+def same_threads() -> dict[str, str]:
+    """Return the environment of a process with as many threads as this one."""
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def process(*words: object) -> Work:
     def run() -> int:
         command = [sys.executable, *map(str, words)]
-        subprocess.run(command, check=True, capture_output=True, env=as_many_threads())
+        subprocess.run(command, check=True, capture_output=True, env=same_threads())
         return 1
 
     return run
 
 
-def until_a_loss(folder: Path, *words: object) -> Work:
-    """A Python process until it prints its first loss, then killed; each begins from nothing."""
+def run_until_loss(folder: Path, *words: object) -> Work:
+    """Return work that runs Python in a new folder until it prints a loss, then kills it."""
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=folder) as cwd:
@@ -194,31 +196,35 @@ def until_a_loss(folder: Path, *words: object) -> Work:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=as_many_threads(),
+                env=same_threads(),
             ) as started:
                 assert started.stdout is not None
-                said = []
+                output = []
                 for line in started.stdout:
-                    said.append(line)
+                    output.append(line)
                     if "loss" in line:
                         break
                 else:
-                    raise RuntimeError("".join(said))
+                    raise RuntimeError("".join(output))
                 started.kill()
         return 1
 
     return run
 
 
-def checkpoints(conditions: Conditions) -> Measured:
-    """A network and AdamW to disk; a unit is a checkpoint. Ours are hashed and synced."""
-    accelerator, device, alone = conditions.accelerator, conditions.device, DistContext(0, 1, None)
+def checkpoints(conditions: Conditions) -> Measurement:
+    """Save a network and AdamW; the unit is a checkpoint. Ours are hashed and synced to disk."""
+    accelerator, device, context = (
+        conditions.accelerator,
+        conditions.device,
+        DistContext(0, 1, None),
+    )
     split = load_split(conditions.data, "train", device)
     model = our_model(device, ModelConfig(backbone=conditions.backbone))
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
     update = our_step(model, objective, optimizer, accelerator, precision="bf16")
-    update(next(our_batches(split)), step=0)  # AdamW has its moments
+    update(next(our_batches(split)), step=0)  # creates the moments of AdamW
     state = TrainState(
         model=model,
         optimizer=optimizer,
@@ -226,17 +232,17 @@ def checkpoints(conditions: Conditions) -> Measured:
         average=None,
         window=MetricWindow(objective.names, micro_batches=1, device=device),
     )
-    accelerator.free_memory()  # of what our step has shown it
-    accelerator.prepare(nn.Sequential(model), optimizer)  # it saves what it has prepared
+    accelerator.free_memory()  # drop what our step has prepared
+    accelerator.prepare(nn.Sequential(model), optimizer)  # save_state saves prepared objects
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
         def ours() -> float:
             state.step += 1
-            state.save(folder / "ours", alone, keep=2, metadata={})
-            goes_on = time.perf_counter()
-            state.finish_saving(alone)
-            return goes_on
+            state.save(folder / "ours", context, keep=2, metadata={})
+            continued = time.perf_counter()
+            state.finish_saving(context)
+            return continued
 
         def accelerate() -> None:
             accelerator.save_state(str(folder / "accelerate"))
@@ -246,6 +252,6 @@ def checkpoints(conditions: Conditions) -> Measured:
             torch.save(content, folder / "checkpoint.pt")
 
         works = {"torch.save": torch_save, "accelerator.save_state": accelerate, "ours": ours}
-        turns = in_stages(works, rounds=conditions.rounds, ours="ours", first=STANDS_STILL)
+        turns = take_turns_in_stages(works, rounds=conditions.rounds, ours="ours", first=BLOCKED)
     accelerator.free_memory()
-    return Measured(unit="checkpoints", turns=turns, facts={"parameters": num_parameters(model)})
+    return Measurement(unit="checkpoints", turns=turns, facts={"parameters": num_parameters(model)})

@@ -1,4 +1,4 @@
-"""See what augmentation does: pictures of the drawn sample, a line for each way to change them."""
+"""Draw a grid of synthetic images, one row per augmentation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from cifar_dist.data.dataset import Split
 from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.utils.errors import run_command
 
-COLUMNS, SCALE, GAP, LABEL = 12, 2, 4, 190  # pictures a line, and sizes in pixels
+COLUMNS, SCALE, GAP, LABEL = 12, 2, 4, 190  # images per row; zoom; pixels
 
 AUGMENTATIONS = {
-    "as it is": AugmentConfig(),
+    "none": AugmentConfig(),
     "crop and flip": AugmentConfig(crop_padding=4, hflip=True),
     "vertical flip": AugmentConfig(vflip=True),
     "affine": AugmentConfig(affine=Affine(degrees=15, translate=0.1, scale=(0.8, 1.2))),
@@ -53,39 +53,41 @@ AUGMENTATIONS = {
 }
 
 
-def operation_lines(images: Tensor) -> dict[str, Tensor]:
-    """Each operation of the policies, from no strength to the highest of TrivialAugment Wide."""
-    strength = torch.linspace(0, MAGNITUDES, len(images)).round()
+def operation_rows(images: Tensor) -> dict[str, Tensor]:
+    """Apply each policy operation with magnitudes from 0 to the maximum of TrivialAugment Wide."""
+    magnitude = torch.linspace(0, MAGNITUDES, len(images)).round()
     sign = torch.where(torch.arange(len(images)) % 2 == 0, 1, -1)
     return {
         f"- {name}": apply_operation(
-            images, encode_ops(WIDE_RANGES, torch.full_like(sign, number), strength, sign)
+            images, encode_ops(WIDE_RANGES, torch.full_like(sign, number), magnitude, sign)
         )
         for number, name in enumerate(OPERATIONS)
     }
 
 
-def grid(lines: dict[str, Tensor]) -> Image.Image:
-    """The pictures (uint8 [COLUMNS, 3, 32, 32] a line), enlarged, with the name of the line before."""
+def draw_grid(rows: dict[str, Tensor]) -> Image.Image:
+    """Draw rows of enlarged images (uint8 [COLUMNS, 3, 32, 32] each), labeled with their names."""
     step = 32 * SCALE + GAP
-    sheet = Image.new("RGB", (LABEL + COLUMNS * step, len(lines) * step), "white")
+    sheet = Image.new("RGB", (LABEL + COLUMNS * step, len(rows) * step), "white")
     pen = ImageDraw.Draw(sheet)
-    for line, (name, pictures) in enumerate(lines.items()):
-        pen.text((8, line * step + step // 2 - 8), name, fill="black", font_size=16)
-        for column, picture in enumerate(pictures):
-            tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    for row, (name, images) in enumerate(rows.items()):
+        pen.text((8, row * step + step // 2 - 8), name, fill="black", font_size=16)
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy())
             tile = tile.resize((32 * SCALE, 32 * SCALE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (LABEL + column * step, line * step))
+            sheet.paste(tile, (LABEL + column * step, row * step))
     return sheet
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/augmentations.py",
-        description="Draw pictures of the sample under each augmentation, a line for each.",
+        description="Draw synthetic images under each augmentation, one row per augmentation.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="a PNG file")
-    parser.add_argument("--epoch", type=int, default=0, help="which view of the pictures")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    parser.add_argument(
+        "--epoch", type=int, default=0, help="epoch whose random parameters are used"
+    )
     options = parser.parse_args(arguments)
     drawn, _, _ = draw_synthetic(train_per_class=1, test_per_class=1)
     split = Split(
@@ -93,8 +95,8 @@ def main(arguments: list[str]) -> int:
         labels=torch.from_numpy(drawn.fine_labels),
     )
     batch = gather_batch(split, torch.arange(COLUMNS), epoch=options.epoch, micro_batch=0)
-    lines = {name: Augment(config, split)(batch).images for name, config in AUGMENTATIONS.items()}
-    grid(lines | operation_lines(batch.images)).save(options.output)
+    rows = {name: Augment(config, split)(batch).images for name, config in AUGMENTATIONS.items()}
+    draw_grid(rows | operation_rows(batch.images)).save(options.output)
     return 0
 
 

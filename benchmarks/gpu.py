@@ -1,4 +1,4 @@
-"""What only a GPU can tell of a step: kernels, memory, and the least time that it could take."""
+"""Kernels, memory and minimum time of a training step on a GPU."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters
+from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
 from cifar_dist.recipe.estimate import activation_bytes
 from cifar_dist.training.cuda_graphs import WARM_UP
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of the data sheet: dense bf16 operations and bytes of memory traffic a second."""
+    """Data sheet peaks: dense bf16 operations and bytes of memory traffic per second."""
 
     flops: float
     bandwidth: float
 
 
-GPUS = {  # a part of torch.cuda.get_device_name()
+GPUS = {  # substring of torch.cuda.get_device_name(); first match wins
     "H200": Gpu(989e12, 4.8e12),
     "H100": Gpu(989e12, 3.35e12),
     "A100-SXM4-80GB": Gpu(312e12, 2.04e12),
@@ -36,28 +36,29 @@ GPUS = {  # a part of torch.cuda.get_device_name()
 
 
 def floor_milliseconds(config: ModelConfig, batch_size: int, gpu: Gpu) -> float:
-    """The least time of a training step in bf16 with AdamW, were every kernel perfect.
+    """Return the minimum time of a bf16 training step with AdamW on ideal kernels.
 
-    Forward and backward: the longer of three times the forward's operations at the peak, and the
-    traffic of what is kept for the backward (2 bytes a value, written and read once, and as much for
-    its gradients). Then AdamW: gradient read, weight and two moments read and written, 28 bytes a
-    weight. No launches, no loader, no evaluation; kept values of 32-bit kernels count half.
+    Forward and backward take the longer of (a) three times the forward's operations at peak and
+    (b) the memory traffic of the saved activations: 2 bytes per value, written and read once, and as
+    much for their gradients. AdamW then moves 28 bytes per weight (reads the gradient, reads and
+    writes the weight and two moments). Launches are not counted, and activations that are saved in
+    32 bits count as 16.
     """
     with FakeTensorMode():
         model = build_model(config, 100)
-        activations, flops = activation_bytes(model)  # float32, one picture
+        activations, flops = activation_bytes(model)  # float32, one image
     compute = 3 * flops * batch_size / gpu.flops
     traffic = 4 * (activations / 2) * batch_size / gpu.bandwidth
     update = 28 * num_parameters(model) / gpu.bandwidth
     return 1000 * (max(compute, traffic) + update)
 
 
-def of_one_step(
+def profile_step(
     make: Callable[[], Work], config: ModelConfig | None, batch_size: int
 ) -> dict[str, Any]:
-    """Kernels (copies included) of a step and memory of all but the data; for our nets the floor.
+    """Return kernels per step (including copies), peak memory without the data, and the floor.
 
-    The loop that `make` returns is made for this alone, and recorded where it records its step.
+    Build a loop with `make` for this alone. The floor needs `config`, which peers do not have.
     """
     gc.collect()
     torch.cuda.synchronize()
@@ -72,9 +73,13 @@ def of_one_step(
         work()
         torch.cuda.synchronize()
     kernels = sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
-    found: dict[str, Any] = {"batch_size": batch_size, "kernels": kernels, "memory_bytes": memory}
-    name = torch.cuda.get_device_name()
-    gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
+    result: dict[str, Any] = {"batch_size": batch_size, "kernels": kernels, "memory_bytes": memory}
+    gpu = current_gpu()
     if config and gpu:
-        found["floor_milliseconds"] = floor_milliseconds(config, batch_size, gpu)
-    return found
+        result["floor_milliseconds"] = floor_milliseconds(config, batch_size, gpu)
+    return result
+
+
+def current_gpu() -> Gpu | None:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((gpu for part, gpu in GPUS.items() if part in name), None)

@@ -1,6 +1,6 @@
-"""Check a GPU machine in three parts: a (is it right), b (how fast), c (how accurate).
+"""Check a GPU machine in three parts: a (correctness), b (speed), c (accuracy).
 
-Each part prints a table and writes OUTPUT/gpu_check_PART.json; logs lie beside it.
+Each part prints a table and writes OUTPUT/gpu_check_PART.json and its logs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from cifar_dist.utils.host import processor_name
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pyarrow", "datasets")
-TAIL = 4000  # characters of a failed command's log to print
+TAIL = 4000  # characters printed of a failed command's log
 
 
 def machine() -> dict[str, Any]:
-    """What a result depends on."""
+    """Return the hardware, versions, date and commit."""
     cuda = torch.cuda.is_available()
     return {
         "hardware": torch.cuda.get_device_name() if cuda else processor_name(),
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
 
 
 def run(command: list[str], log: Path, *, seconds: float) -> dict[str, Any]:
-    """Run a command, at most for `seconds`, then SIGTERM and 60 s to save; its output goes to `log`."""
+    """Run a command with its output in `log`; after `seconds` send SIGTERM, 60 s later SIGKILL."""
     began = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
@@ -60,17 +60,19 @@ def run(command: list[str], log: Path, *, seconds: float) -> dict[str, Any]:
     return {"exit_code": process.returncode, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def show(name: str, result: dict[str, Any], log: Path, *, fine: tuple[int, ...] = (0,)) -> bool:
-    """Print a line of the table, and the end of the log of what failed; whether it did not fail."""
-    good = result["exit_code"] in fine
-    print(f"{'ok ' if good else 'BAD'} {result['seconds']:6.1f} s  {name}", flush=True)
-    if not good:
+def print_result(
+    name: str, result: dict[str, Any], log: Path, *, ok: tuple[int, ...] = (0,)
+) -> bool:
+    """Print a table row, and the end of the log on failure; return whether the exit code is in `ok`."""
+    passed = result["exit_code"] in ok
+    print(f"{'ok  ' if passed else 'FAIL'} {result['seconds']:6.1f} s  {name}", flush=True)
+    if not passed:
         print(log.read_text()[-TAIL:], flush=True)
-    return good
+    return passed
 
 
 def check_tests(output: Path, *, parallel: int, only: str) -> tuple[dict[str, Any], bool]:
-    """Each GPU test in a process of its own."""
+    """Run each GPU test in a separate process, `parallel` at a time."""
     listed = subprocess.run(
         [*PYTEST, "--collect-only", "-k", only, "tests/training/test_gpu.py"],
         cwd=ROOT,
@@ -82,36 +84,36 @@ def check_tests(output: Path, *, parallel: int, only: str) -> tuple[dict[str, An
     if not tests:
         print(listed.stdout[-TAIL:], listed.stderr[-TAIL:])
 
-    def one(number: int) -> dict[str, Any]:
+    def run_test(number: int) -> dict[str, Any]:
         command = [*PYTEST, tests[number], "--basetemp", str(output / f"tmp_{number}")]
         return run(command, output / f"test_{number}.log", seconds=170)
 
     with ThreadPoolExecutor(parallel) as pool:
-        results = list(pool.map(one, range(len(tests))))
-    good = [
-        show(name.partition("::")[2], result, output / f"test_{number}.log")
+        results = list(pool.map(run_test, range(len(tests))))
+    passed = [
+        print_result(name.partition("::")[2], result, output / f"test_{number}.log")
         for number, (name, result) in enumerate(zip(tests, results, strict=True))
     ]
-    return dict(zip(tests, results, strict=True)), bool(tests) and all(good)
+    return dict(zip(tests, results, strict=True)), bool(tests) and all(passed)
 
 
 def part_a(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    tests, good = check_tests(options.output, parallel=options.parallel, only=options.only)
+    tests, passed = check_tests(options.output, parallel=options.parallel, only=options.only)
     if options.only:
-        return {"tests": tests}, good
+        return {"tests": tests}, passed
     log = options.output / "doctor.log"
     command = [sys.executable, "-m", "cifar_dist.prepare", "--sample"]
     command += ["--output", str(options.output / "sample")]
     prepared = run(command, options.output / "prepare.log", seconds=60)
-    good &= show("prepare --sample", prepared, options.output / "prepare.log")
+    passed &= print_result("prepare --sample", prepared, options.output / "prepare.log")
     command = [sys.executable, "-m", "cifar_dist.doctor", "recipes/debug.yaml"]
     command += [
         f"data.path={options.output / 'sample'}",
         f"run.output_dir={options.output / 'runs'}",
     ]
     doctor = run(command, log, seconds=60)
-    good &= show("doctor", doctor, log)
-    return {"tests": tests, "doctor": doctor | {"output": log.read_text().splitlines()}}, good
+    passed &= print_result("doctor", doctor, log)
+    return {"tests": tests, "doctor": doctor | {"output": log.read_text().splitlines()}}, passed
 
 
 def part_b(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -121,28 +123,28 @@ def part_b(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     log = options.output / "step_times.log"
     result = run(command, log, seconds=options.limit or 230)
     print(log.read_text())
-    found = json.loads(steps.read_text())["steps"] if steps.exists() else {}
-    return {"steps": found, "run": result}, result["exit_code"] == 0
+    times = json.loads(steps.read_text())["steps"] if steps.exists() else {}
+    return {"steps": times, "run": result}, result["exit_code"] == 0
 
 
 def part_c(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Train the two recipes one after the other; the second stops cleanly where time is up."""
-    found: dict[str, Any] = {}
-    good = True
+    """Train the two recipes one after the other, each with a time limit."""
+    runs: dict[str, Any] = {}
+    passed = True
     for recipe, limit in ("speed_75", 60.0), ("r18_32", options.limit or 270.0):
         command = [sys.executable, "-m", "cifar_dist.train", f"recipes/{recipe}.yaml"]
         command += [f"data.path={options.data}", f"run.output_dir={options.output / 'runs'}"]
         command += ["tracking.mode=off", *options.set]
         log = options.output / f"{recipe}.log"
         result = run(command, log, seconds=limit)
-        good &= show(recipe, result, log, fine=(0, 75))
+        passed &= print_result(recipe, result, log, ok=(0, 75))
         summary = options.output / "runs" / recipe / "summary.json"
         if summary.exists():
             result["summary"] = json.loads(summary.read_text())
             for name in ("top1", "epochs", "seconds"):
                 print(f"    {name}: {result['summary'].get(name)}")
-        found[recipe] = result
-    return {"runs": found}, good
+        runs[recipe] = result
+    return {"runs": runs}, passed
 
 
 PARTS = {"a": part_a, "b": part_b, "c": part_c}
@@ -152,22 +154,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
-    parser.add_argument("--data", type=Path, default=Path("data/cifar100"), help="of part c")
-    parser.add_argument("--parallel", type=int, default=6, help="GPU tests at a time, of part a")
     parser.add_argument(
-        "--only", default="", help="of part a, as pytest's -k; of b, rows with this text"
+        "--data", type=Path, default=Path("data/cifar100"), help="prepared data, part c"
     )
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each step time, of part b")
-    parser.add_argument("--limit", type=float, help="seconds of part b, or of r18_32 in part c")
-    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides of parts b and c")
+    parser.add_argument("--parallel", type=int, default=6, help="concurrent GPU tests, part a")
+    parser.add_argument(
+        "--only", default="", help="part a: pytest -k expression; part b: substring of the row"
+    )
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds per row, part b")
+    parser.add_argument("--limit", type=float, help="seconds for part b, or for r18_32 in part c")
+    parser.add_argument("--set", nargs="*", default=[], help="recipe overrides, parts b and c")
     options = parser.parse_args()
     options.output = options.output.resolve()
     options.output.mkdir(parents=True, exist_ok=True)
-    found, good = PARTS[options.part](options)
+    content, passed = PARTS[options.part](options)
     path = options.output / f"gpu_check_{options.part}.json"
-    path.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
-    print(f"{path}: {'all fine' if good else 'something failed, see above'}")
-    return 0 if good else 1
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    print(f"{path}: {'passed' if passed else 'failed, see above'}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first thing to run on a new GPU machine: does it work, how fast is it, how accurate.
+# Check a new GPU machine: correctness, speed, accuracy.
 #   benchmarks/gpu_check.sh a                      # 3 minutes: tests, doctor
 #   benchmarks/gpu_check.sh b                      # 4 minutes: step times
 #   benchmarks/gpu_check.sh c --data data/cifar100 # 6 minutes: speed_75, then r18_32
-# Needs neither wandb nor albumentations, nor an installed package. See benchmarks/gpu_check.py --help.
+# Needs no wandb, no albumentations and no installation. Options: benchmarks/gpu_check.py --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

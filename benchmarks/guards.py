@@ -1,4 +1,4 @@
-"""What watching over a run costs a step: the guard's counts, a vote, kept buffers, threads that look around."""
+"""Measure what fault detection adds to a training step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.error_propagation import ErrorChannel
 from cifar_dist.distributed.watchdog import watchdog
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.training.graphed_step import restore_buffers_on_skip
 from cifar_dist.training.metric_window import MetricWindow
@@ -27,28 +28,28 @@ from cifar_dist.utils.precision import make_scaler
 CPU = torch.device("cpu")
 
 
-def cpu_seconds(act: Callable[[], object], *, times: int) -> float:
-    """The least CPU time of a call in five rounds."""
+def cpu_seconds(function: Callable[[], object], *, times: int) -> float:
+    """Return the minimum CPU time of a call over five rounds of `times` calls."""
     rounds = []
     for _ in range(5):
-        begun = time.process_time()
+        started = time.process_time()
         for _ in range(times):
-            act()
-        rounds.append((time.process_time() - begun) / times)
+            function()
+        rounds.append((time.process_time() - started) / times)
     return min(rounds)
 
 
-def share_of_threads(seconds: float = 10) -> float:
-    """CPU time of the watchdog, the register, the ending and the ranks' store, a second of the clock."""
+def background_threads_share(seconds: float = 10) -> float:
+    """Return the CPU share of the watchdog, error channel, heartbeats and store threads."""
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    ending = ErrorChannel(0, 2)  # as if there were another rank; it only listens
+    channel = ErrorChannel(0, 2)  # waits for a second rank that does not exist
     with watchdog(DistContext(0, 2, None), SimpleNamespace(step=0), seconds=600, micro_batches=1):
         time.sleep(1)
-        begun = time.process_time()
+        started = time.process_time()
         time.sleep(seconds)
-        used = time.process_time() - begun
-    ending.over.set()
+        used = time.process_time() - started
+    channel.closed.set()
     dist.destroy_process_group()
     return used / seconds
 
@@ -62,11 +63,11 @@ def main() -> None:
     images = torch.zeros(batch, 3, 32, 32, dtype=torch.uint8)
     labels = torch.arange(batch) % 100
     terms: dict[str, Tensor] = {"cross_entropy": torch.ones(batch), "loss": torch.ones(batch)}
-    made = StepResult(slice(0, None), sum_terms(terms)[None], torch.tensor(False))
+    result = StepResult(slice(0, None), sum_terms(terms)[None], torch.tensor(False))
     window = MetricWindow(list(terms), micro_batches=1, device=CPU)
     optimizer = build_optimizer(OptimConfig(), model)
     state = TrainState(model, optimizer, make_scaler("fp32", CPU), None, window)
-    alone = DistContext(0, 1, None)
+    context = DistContext(0, 1, None)
     sums = torch.zeros(2)
 
     def train() -> None:
@@ -79,19 +80,22 @@ def main() -> None:
         sums.add_(torch.stack([terms["cross_entropy"], terms["loss"]]).sum(1))
 
     step = cpu_seconds(train, times=2)
-    keep = restore_buffers_on_skip(model, lambda micro_batches, *, step: made)
+    skip_step = partial(restore_buffers_on_skip, model, lambda micro_batches, *, step: result)
     costs = {
-        "counts of the guard": cpu_seconds(lambda: window.add(made), times=500)
+        "metric window with non-finite counts": cpu_seconds(lambda: window.add(result), times=500)
         - cpu_seconds(plain_sums, times=500),
-        "a vote, alone": cpu_seconds(
-            lambda: poll_ranks(state, alone, save_every_minutes=10), times=500
+        "poll of ranks, one rank": cpu_seconds(
+            lambda: poll_ranks(state, context, save_every_minutes=10), times=500
         ),
-        "buffers kept (on_nonfinite: skip)": cpu_seconds(lambda: keep([], step=0), times=100),
+        "copied buffers (on_nonfinite: skip)": cpu_seconds(
+            lambda: skip_step([], step=0), times=100
+        ),
     }
-    print(json.dumps({"ms a step": step * 1e3, "threads": 1, "batch": batch}))
+    print(json.dumps({"ms_per_step": step * 1e3, "threads": 1, "batch": batch}))
     for name, seconds in costs.items():
-        print(f"{name:<34} {seconds * 1e6:7.1f} us  {100 * seconds / step:.3f} % of a step")
-    print(f"{'threads that look around':<34} {'':7}     {100 * share_of_threads():.3f} % of a core")
+        print(f"{name:<38} {seconds * 1e6:7.1f} us  {100 * seconds / step:.3f} % of a step")
+    share = background_threads_share()
+    print(f"{'background threads':<38} {'':7}     {100 * share:.3f} % of a core")
 
 
 if __name__ == "__main__":

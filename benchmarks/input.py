@@ -1,13 +1,13 @@
-"""How fast pictures come: the data path, the loop around a model that costs nothing, the step.
+"""Measure the data path, training loops around a null model, and the step, on one CPU thread.
 
-Everything on one thread of the CPU, side by side with the tutorial's way and the usual ones.
+Ours is compared with the tutorial's code and with common libraries.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: other work shares the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: the cores may be shared
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from augmentations import AUGMENTATIONS
-from measure import Turns, Work, machine, ratios, spread, take_turns
+from measure import Turns, Work, machine, median_range, ratios, take_turns
 from ours import BATCH_SIZE, CROP_FLIP, OPTIM, NullModel, our_batches, our_loop, our_step
 from peer_loops import accelerate_loop, null_net, timm_loop, tutorial_loop
 from peers import (
@@ -66,9 +66,9 @@ CROP_FLIP_CUTOUT = AugmentConfig(crop_padding=4, hflip=True, cutout=8)
 
 
 def data_works(split: Split) -> dict[str, Work]:
-    """Batches out of the data, no model behind them; a unit is an image."""
+    """Return work that loads batches, without a model; the unit is an image."""
 
-    def drawn(batches: Batches) -> Work:
+    def load(batches: Batches) -> Work:
         return lambda: len(next(batches)[1])
 
     def ours(
@@ -78,79 +78,78 @@ def data_works(split: Split) -> dict[str, Work]:
         return lambda: len(pixels(augment(next(batches)[0]).images))
 
     device = split.labels.device
-    normalise = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD).to(device)
+    normalize = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD).to(device)
     return {
-        TUTORIAL: drawn(endless(tutorial_loader(split, BATCH_SIZE))),
-        TUTORIAL_AUGMENTED: drawn(endless(tutorial_loader(split, BATCH_SIZE, augment=True))),
-        "PIL and torchvision: crop, flip, normalise": drawn(
+        TUTORIAL: load(endless(tutorial_loader(split, BATCH_SIZE))),
+        TUTORIAL_AUGMENTED: load(endless(tutorial_loader(split, BATCH_SIZE, augment=True))),
+        "PIL and torchvision: crop, flip, normalize": load(
             endless(torchvision_loader(split, BATCH_SIZE))
         ),
-        "timm's loader at its defaults": drawn(
+        "timm's loader at its defaults": load(
             endless(timm_loader(split, BATCH_SIZE, device, augment=True))
         ),
-        "timm's loader, --no-aug": drawn(
+        "timm's loader, --no-aug": load(
             endless(timm_loader(split, BATCH_SIZE, device, augment=False))
         ),
-        "Hugging Face Image(), set_transform": drawn(
+        "Hugging Face Image(), set_transform": load(
             endless(hugging_face_loader(split, BATCH_SIZE, augment=False))
         ),
-        "... crop, flip, normalise by torchvision": drawn(
+        "... crop, flip, normalize by torchvision": load(
             endless(hugging_face_loader(split, BATCH_SIZE, augment=True))
         ),
         "ours": ours(AugmentConfig()),
         "ours, crop and flip": ours(CROP_FLIP),
         "ours, crop, flip and cutout": ours(CROP_FLIP_CUTOUT),
-        "ours, crop, flip, float32 and normalised": ours(CROP_FLIP, normalise),
+        "ours, crop, flip, float32 and normalized": ours(CROP_FLIP, normalize),
     }
 
 
 def augmentation_works(split: Split) -> dict[str, Work]:
-    """One batch under each augmentation alone, again and again; a unit is an image."""
+    """Return work that augments the same batch, one per augmentation; the unit is an image."""
     batch = gather_batch(split, torch.arange(BATCH_SIZE), epoch=0, micro_batch=0)
 
-    def under(config: AugmentConfig) -> Work:
+    def augment_with(config: AugmentConfig) -> Work:
         augment = Augment(config, split)
         return lambda: len(augment(batch).labels)
 
-    changing = {name: config for name, config in AUGMENTATIONS.items() if config != AugmentConfig()}
-    return {name: under(config) for name, config in changing.items()}
+    return {
+        name: augment_with(config)
+        for name, config in AUGMENTATIONS.items()
+        if config != AugmentConfig()
+    }
 
 
 def host_rates(split: Split, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """The tutorial's OneOf by albumentations, and what is nearest to it on the device, by the clock.
+    """Compare the tutorial's OneOf (albumentations) with the closest operations on the device.
 
-    One after the other, since workers would go on in the turns of others; a unit is an image.
+    Rows run one after the other, because the workers would run during the turns of other rows.
     """
     batch = gather_batch(split, torch.arange(BATCH_SIZE), epoch=0, micro_batch=0)
     config = AugmentConfig(albumentations=TUTORIAL_HOST, workers=2)
-    alone, epochs = DistContext(0, 1, None), count()
+    context, epochs = DistContext(0, 1, None), count()
     inline, device = Augment(config, split), Augment(AUGMENTATIONS["one_of"], split)
 
     def rate(name: str, work: Work) -> dict[str, Any]:
-        (turns,) = take_turns({name: work}, rounds=rounds, seconds=seconds).values()
-        return {
-            "name": name,
-            "images_per_second": spread([turn.by_clock for turn in turns]),
-            "images_per_cpu_second": spread([turn.by_cpu for turn in turns]),  # of this process
-        }
+        (row,) = speeds({name: work}, rounds, seconds)
+        return row
 
-    with albumentations_workers(config, split, alone, sys.maxsize) as host:
-        assert host is not None
+    with albumentations_workers(config, split, context, sys.maxsize) as pool:
+        assert pool is not None
 
         def epoch() -> int:
-            host.wait_for_epoch(next(epochs))
+            pool.wait_for_epoch(next(epochs))
             return len(split.labels)
 
-        workers = rate("host, 2 workers", epoch)
+        workers = rate("albumentations, 2 workers", epoch)
     return [
-        rate("host, in the process", lambda: len(inline(batch).labels)),
+        rate("albumentations, in process", lambda: len(inline(batch).labels)),
         workers,
         rate("device, one_of", lambda: len(device(batch).labels)),
     ]
 
 
 def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
-    """Whole training loops around the null model; a unit is an image."""
+    """Return training loops around the null model; the unit is an image."""
     device = accelerator.device
 
     def tutorial(*, augment: bool) -> Work:
@@ -174,7 +173,7 @@ def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
         "timm's loader and step at their defaults": timm(augment=True),
         "timm's loader and step, --no-aug": timm(augment=False),
         "Accelerate, Image() and set_transform": accelerated(augment=False),
-        "... crop, flip, normalise by torchvision": accelerated(augment=True),
+        "... crop, flip, normalize by torchvision": accelerated(augment=True),
         "ours": ours(AugmentConfig()),
         "ours, crop and flip": ours(CROP_FLIP),
         "ours, one of five, on the device": ours(AUGMENTATIONS["one_of"]),
@@ -182,7 +181,7 @@ def loop_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
 
 
 def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
-    """One batch in two micro-batches, again and again: our step, and its operations in plain torch."""
+    """Return our step of two micro-batches and the same operations in plain PyTorch."""
     micro_batches = next(our_batches(split, micro_batches=2))
     model, twin = NullModel(), NullModel()
     optimizer = build_optimizer(OPTIM, model)
@@ -196,7 +195,7 @@ def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
         update(micro_batches, step=0)
         return 1
 
-    def by_hand() -> int:
+    def plain() -> int:
         for micro_batch in micro_batches:
             outputs = twin(micro_batch.images)
             loss = F.cross_entropy(outputs.logits, micro_batch.labels, reduction="none")
@@ -208,47 +207,35 @@ def step_works(split: Split, accelerator: Accelerator) -> dict[str, Work]:
         plain_optimizer.zero_grad()
         return 1
 
-    return {"by hand": by_hand, "ours": ours}
-
-
-def compare(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Images a second of each, and how many times the tutorial's that is."""
-    turns = take_turns(works, rounds=rounds, seconds=seconds)
-    return [
-        {
-            "name": name,
-            "images_per_second": spread([turn.by_clock for turn in turns[name]]),
-            "images_per_cpu_second": spread([turn.by_cpu for turn in turns[name]]),
-            "times_the_tutorial": ratios(turns, name, TUTORIAL),
-        }
-        for name in works
-    ]
+    return {"plain PyTorch": plain, "ours": ours}
 
 
 def speeds(works: dict[str, Work], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Images a second of each."""
+    """Return the throughput of each work, and its ratio to the tutorial's where there is one."""
     turns = take_turns(works, rounds=rounds, seconds=seconds)
     return [
         {
             "name": name,
-            "images_per_second": spread([turn.by_clock for turn in turns[name]]),
-            "images_per_cpu_second": spread([turn.by_cpu for turn in turns[name]]),
+            "images_per_second": median_range([turn.by_clock for turn in turns[name]]),
+            "images_per_cpu_second": median_range([turn.by_cpu for turn in turns[name]]),
         }
+        | ({"times_the_tutorial": ratios(turns, name, TUTORIAL)} if TUTORIAL in turns else {})
         for name in works
     ]
 
 
 def overhead(turns: Turns) -> dict[str, dict[str, float]]:
-    """Milliseconds of CPU a step, and what ours takes more than its operations do by hand."""
+    """Return CPU milliseconds per step, and the overhead of ours over plain PyTorch."""
     cost = {name: [1000 / turn.by_cpu for turn in turns[name]] for name in turns}
-    more = [ours - plain for ours, plain in zip(cost["ours"], cost["by hand"], strict=True)]
-    return {"by hand": spread(cost["by hand"]), "ours": spread(cost["ours"]), "more": spread(more)}
+    pairs = zip(cost["ours"], cost["plain PyTorch"], strict=True)
+    cost["overhead"] = [ours - plain for ours, plain in pairs]
+    return {name: median_range(values) for name, values in cost.items()}
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """One line a row: images/s by the clock with spread, by CPU time, times the tutorial's."""
+    """Format rows: images/s (median, minimum, maximum), per CPU second, ratio to the tutorial's."""
     lines = [
-        f"{title:<42}{'images/s':>12}{'least - most':>24}{'a CPU s':>12}{'x CPU':>8}{'x clock':>9}"
+        f"{title:<42}{'images/s':>12}{'min - max':>24}{'per CPU s':>12}{'x CPU':>8}{'x wall':>9}"
     ]
     for row in rows:
         clock, cpu, times = (
@@ -266,18 +253,20 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/input.py",
-        description="Measure the data path, the loop and the step on one CPU thread: 5 minutes.",
+        description="Measure the data path, the loop and the step on one CPU thread (5 minutes).",
     )
     parser.add_argument("--data", type=Path, default=Path("data/sample"), help="prepared data")
-    parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each row (default: 7)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="seconds a turn (default: 0.5)")
+    parser.add_argument("--output", type=Path, help="results file (JSON)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns per row (default: 7)")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="seconds per turn (default: 0.5)"
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.seconds <= 0:
-        raise UserError("--rounds and --seconds: give numbers above 0")
+        raise UserError("--rounds, --seconds: must be greater than 0")
     split = load_split(options.data, "train")
     if len(split.labels) < BATCH_SIZE:
-        raise UserError(f"{options.data} has fewer than {BATCH_SIZE} training rows")
+        raise UserError(f"--data {options.data}: needs at least {BATCH_SIZE} training rows")
     os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = init_distributed(timeout_seconds=600, threads=1)
 
@@ -289,10 +278,10 @@ def main(arguments: list[str]) -> int:
         "seconds": options.seconds,
     }
     turn = {"rounds": options.rounds, "seconds": options.seconds}
-    content["data_path"] = compare(data_works(split), **turn)
+    content["data_path"] = speeds(data_works(split), **turn)
     content["augmentations"] = speeds(augmentation_works(split), **turn)
     content["host_augmentation"] = host_rates(split, **turn)
-    content["null_model_loop"] = compare(loop_works(split, accelerator), **turn)
+    content["null_model_loop"] = speeds(loop_works(split, accelerator), **turn)
     content["step_milliseconds"] = overhead(take_turns(step_works(split, accelerator), **turn))
     print(
         f"{content['hardware']}, {content['threads']} thread of {content['cores']} cores, torch "
@@ -303,20 +292,20 @@ def main(arguments: list[str]) -> int:
     for row in content["augmentations"]:
         clock, cpu = row["images_per_second"], row["images_per_cpu_second"]
         print(
-            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s by the clock, "
-            f"{cpu['median']:>10,.0f} a CPU s ({cpu['least']:,.0f} - {cpu['most']:,.0f})"
+            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s, "
+            f"{cpu['median']:>10,.0f} per CPU s ({cpu['least']:,.0f} - {cpu['most']:,.0f})"
         )
     for row in content["host_augmentation"]:
         clock = row["images_per_second"]
         print(
-            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s by the clock "
+            f"augmentation, {row['name']:<20}{clock['median']:>10,.0f} images/s "
             f"({clock['least']:,.0f} - {clock['most']:,.0f})"
         )
     print()
-    print(table("whole loop, null model", content["null_model_loop"]), end="\n\n")
+    print(table("training loop, null model", content["null_model_loop"]), end="\n\n")
     for name, cost in content["step_milliseconds"].items():
         print(
-            f"step, two micro-batches, {name:<8}{cost['median']:8.3f} ms of CPU "
+            f"step, two micro-batches, {name:<14}{cost['median']:8.3f} ms CPU "
             f"({cost['least']:.3f} - {cost['most']:.3f})"
         )
     if options.output:

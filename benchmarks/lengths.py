@@ -1,8 +1,7 @@
-"""How long recipes take on a GPU or one core: the network's forward and backward alone.
+"""Estimate the training time of recipes from the forward and backward pass of their networks.
 
-Each recipe has a turn for each size of picture that it trains at, one after the other in rounds. On a
-CPU, time is that of one thread on its core: what else the machine does stays out. On a GPU, kernels are
-launched one by one here; a training that records its step may be quicker than this for small pictures.
+Every image size that a recipe trains at is one row. On a CPU, times are CPU times of one thread. On a
+GPU, kernels are launched eagerly; training with CUDA graphs may be faster for small images.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accuracy import refuse_twice
-from measure import Work, machine, settle, spread, take_turns
-from tables import markdown, shown
+from accuracy import check_unique
+from measure import Work, machine, median_range, synchronize, take_turns
+from tables import format_number, format_range, markdown
 
 from cifar_dist.distributed.launch import init_distributed
-from cifar_dist.models.backbones import Classifier, build_model
+from cifar_dist.models.classifier import Classifier, build_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.utils.errors import run_command
@@ -30,16 +29,16 @@ TRAINING_ROWS = 50_000
 
 
 def epochs_by_size(recipe: Recipe) -> Counter[int]:
-    """{side of the pictures in pixels: how many epochs are trained at it}."""
+    """Return {image size in pixels: number of epochs}."""
     return Counter(recipe.model.train_size(epoch) for epoch in range(recipe.run.epochs))
 
 
 def passes(
     recipe: Recipe, model: Classifier, size: int, device: torch.device, batch_size: int
 ) -> Work:
-    """Forward and backward of one batch of pictures that are `size` px wide."""
-    channels = 3, recipe.model.image_size, recipe.model.image_size
-    images = torch.zeros(batch_size, *channels, dtype=torch.uint8, device=device)
+    """Return the forward and backward pass of one batch of images of `size` px."""
+    shape = 3, recipe.model.image_size, recipe.model.image_size
+    images = torch.zeros(batch_size, *shape, dtype=torch.uint8, device=device)
     labels = torch.arange(batch_size, device=device) % 100
 
     def work() -> int:
@@ -64,8 +63,8 @@ def works_of(recipe: Recipe, device: torch.device, batch_size: int) -> Iterator[
 def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{shown(seconds / length)} {unit}"
-    return f"{shown(seconds)} s"
+            return f"{format_number(seconds / length)} {unit}"
+    return f"{format_number(seconds)} s"
 
 
 def main(arguments: list[str]) -> int:
@@ -73,16 +72,15 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--batch", type=int, default=50, help="pictures in a forward")
+    parser.add_argument("--batch", type=int, default=50, help="images per forward pass")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2, help="of a turn, at least")
-    parser.add_argument("--output", type=Path, help="a JSON file")
+    parser.add_argument("--seconds", type=float, default=2, help="minimum length of a turn")
+    parser.add_argument("--output", type=Path, help="results file (JSON)")
     options = parser.parse_args(arguments)
     device = init_distributed(timeout_seconds=600, threads=1).device
-    # Untrained: weights do not change how long a network takes.
-    untrained = ["model.pretrained=false"]
+    untrained = ["model.pretrained=false"]  # the time does not depend on the weights
     recipes = [load_recipe(path, untrained) for path in options.recipes]
-    refuse_twice([recipe.name for recipe in recipes])
+    check_unique([recipe.name for recipe in recipes])
     turns = take_turns(
         {
             name: work
@@ -91,29 +89,26 @@ def main(arguments: list[str]) -> int:
         },
         rounds=options.rounds,
         seconds=options.seconds,
-        settle=lambda: settle(device),
+        sync=lambda: synchronize(device),
     )
     by = "by_cpu" if device.type == "cpu" else "by_clock"
-    rates = {name: spread([getattr(turn, by) for turn in found]) for name, found in turns.items()}
-    table, rows = [["recipe", "pictures a second", "epochs", "one training"]], {}
+    rates = {name: median_range([getattr(turn, by) for turn in row]) for name, row in turns.items()}
+    table, rows = [["recipe", "images/s", "epochs", "one training"]], {}
     for recipe in recipes:
         epochs = epochs_by_size(recipe)
-        of_size = {size: rates[f"{recipe.name} {size}"] for size in epochs}
+        rate_at = {size: rates[f"{recipe.name} {size}"] for size in epochs}
         seconds = sum(
-            TRAINING_ROWS * count / of_size[size]["median"] for size, count in epochs.items()
+            TRAINING_ROWS * count / rate_at[size]["median"] for size, count in epochs.items()
         )
         rows[recipe.name] = {
             "precision": recipe.run.precision,
             "epochs": dict(epochs),
-            "images_per_second": of_size,
+            "images_per_second": rate_at,
             "seconds": seconds,
         }
-        at = ", ".join(
-            f"{shown(rate['median'])} at {size} px ({shown(rate['least'])} - {shown(rate['most'])})"
-            for size, rate in of_size.items()
-        )
+        speed = ", ".join(f"{format_range(rate)} at {size} px" for size, rate in rate_at.items())
         name = f"`{recipe.name}`, {recipe.run.precision}"
-        table.append([name, at, str(recipe.run.epochs), duration(seconds)])
+        table.append([name, speed, str(recipe.run.epochs), duration(seconds)])
     print(markdown(table))
     if options.output:
         content = {"what": "lengths", "machine": machine(), "batch": options.batch, "recipes": rows}

@@ -1,4 +1,4 @@
-"""Whole training loops and evaluations of real networks, ours beside the usual ones."""
+"""Training loops and evaluations of real networks, ours and those of other libraries."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gpu import of_one_step
+from gpu import profile_step
 from input import TUTORIAL, data_works, loop_works
-from measure import Conditions, Measured, Work
+from measure import Conditions, Measurement, Work
 from ours import BATCH_SIZE, CROP_FLIP, NullModel, constant_batch, our_loop, our_model
 from peer_loops import (
     accelerate_loop,
@@ -36,10 +36,10 @@ from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import evaluate
-from cifar_dist.models.backbones import ModelConfig
+from cifar_dist.models.classifier import ModelConfig
 
 BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
-EVALUATED = 2_500  # rows, where a CPU has to do it
+CPU_EVAL_ROWS = 2_500
 
 OURS, CONSTANT = "ours: bf16, crop and flip", "ours, on one constant batch"
 EAGER = "ours, run.cuda_graphs=off"
@@ -47,28 +47,28 @@ SMALL_STEM, RESNET50 = "ours, ResNet-18 with a 3x3 stem", "ours, ResNet-50"
 TIMM, TIMM_TUNED = "timm at its defaults", "timm, bf16 and channels_last"
 
 
-def input_pipelines(conditions: Conditions) -> Measured:
+def input_pipelines(conditions: Conditions) -> Measurement:
     split = load_split(conditions.data, "train", conditions.device)
-    return Measured(unit="images", turns=conditions.turns(data_works(split)), facts={})
+    return Measurement(unit="images", turns=conditions.turns(data_works(split)), facts={})
 
 
-def null_loops(conditions: Conditions) -> Measured:
+def null_loops(conditions: Conditions) -> Measurement:
     split = load_split(conditions.data, "train", conditions.device)
     works = loop_works(split, conditions.accelerator)
-    return Measured(unit="images", turns=conditions.turns(works), facts={})
+    return Measurement(unit="images", turns=conditions.turns(works), facts={})
 
 
-def loops_32(conditions: Conditions) -> Measured:
-    return whole_loops(conditions, image_size=32, batch_size=BATCH_SIZE)
+def loops_32(conditions: Conditions) -> Measurement:
+    return training_loops(conditions, image_size=32, batch_size=BATCH_SIZE)
 
 
-def loops_224(conditions: Conditions) -> Measured:
+def loops_224(conditions: Conditions) -> Measurement:
     batch_size = BATCH_224[conditions.device.type]
-    return whole_loops(conditions, image_size=224, batch_size=batch_size)
+    return training_loops(conditions, image_size=224, batch_size=batch_size)
 
 
-def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> Measured:
-    """Loops of one network, the peers' at their defaults and tuned; a unit is an image."""
+def training_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> Measurement:
+    """Measure loops of one network, with peers at their defaults and tuned; the unit is an image."""
     device, accelerator = conditions.device, conditions.accelerator
     split = load_split(conditions.data, "train", device)
     config = ModelConfig(backbone=conditions.backbone, image_size=image_size)
@@ -98,11 +98,11 @@ def whole_loops(conditions: Conditions, *, image_size: int, batch_size: int) -> 
     facts: dict[str, Any] = {"batch_size": batch_size}
     if device.type == "cuda":
         facts["steps"] = {
-            name: of_one_step(make, nets.get(name), batch_size) for name, make in makers.items()
+            name: profile_step(make, nets.get(name), batch_size) for name, make in makers.items()
         }
     works = {name: make() for name, make in makers.items()}
     turns = conditions.turns(works, seconds=2 * conditions.seconds)
-    return Measured(unit="images", turns=turns, facts=facts)
+    return Measurement(unit="images", turns=turns, facts=facts)
 
 
 def peer_makers(
@@ -135,26 +135,26 @@ def peer_makers(
         "timm, bf16, channels_last, --no-aug": partial(timm, augment=False, tuned=True),
         "Accelerate over tensors, bf16, channels_last, fused AdamW": over_tensors,
     }
-    if size == 32:  # it has no resize of its own
+    if size == 32:  # its transform does not resize
         makers["Accelerate, set_transform, crop and flip"] = over_datasets
     return makers
 
 
-def evaluations(conditions: Conditions) -> Measured:
-    """The test split through the network and through a null model; a unit is an image."""
+def evaluations(conditions: Conditions) -> Measurement:
+    """Evaluate the test split with the network and the null model; the unit is an image."""
     device = conditions.device
     split = load_split(conditions.data, "test", device)
     rows = torch.arange(len(split.labels))
     config = ModelConfig(backbone=conditions.backbone)
     if device.type == "cpu":
-        few = rows[:EVALUATED]
+        few = rows[:CPU_EVAL_ROWS]
         part = Split(images=split.images[: len(few)], labels=split.labels[: len(few)])
     else:
         few, part = rows, split
 
     def ours(model: nn.Module, over: torch.Tensor) -> Work:
         def evaluation() -> int:
-            found = evaluate(
+            result = evaluate(
                 model,
                 split,
                 over,
@@ -162,23 +162,23 @@ def evaluations(conditions: Conditions) -> Measured:
                 logit_scale=1.0,
                 context=DistContext(0, 1, None),
             )
-            return len(found.labels)
+            return len(result.labels)
 
         return evaluation
 
-    return Measured(
+    return Measurement(
         unit="images",
         turns=conditions.turns(
             {
                 "network, tutorial: DataLoader, fp32": torch_evaluation(
-                    every_row(part), timm_net(device, conditions.backbone)
+                    ordered_loader(part), timm_net(device, conditions.backbone)
                 ),
                 "network, DataLoader, bf16, channels_last": torch_evaluation(
-                    every_row(part), timm_net(device, conditions.backbone), tuned=True
+                    ordered_loader(part), timm_net(device, conditions.backbone), tuned=True
                 ),
                 "network, ours": ours(our_model(device, config), few),
                 "null model, tutorial: DataLoader": torch_evaluation(
-                    every_row(split), null_net(device)
+                    ordered_loader(split), null_net(device)
                 ),
                 "null model, ours": ours(NullModel().to(device), rows),
             }
@@ -187,6 +187,6 @@ def evaluations(conditions: Conditions) -> Measured:
     )
 
 
-def every_row(split: Split) -> DataLoader[Any]:
-    """The tutorial's loader over all rows in their order, the last batch included."""
+def ordered_loader(split: Split) -> DataLoader[Any]:
+    """Return the tutorial's loader over all rows in order, including the last partial batch."""
     return DataLoader(TutorialDataset(split), batch_size=BATCH_SIZE)

@@ -1,4 +1,4 @@
-"""Our side of every comparison: the data, the loop and the step as train.py has them."""
+"""Our side of the comparisons: data, loop and step as in train.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from measure import Work
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, gather_batch, train_batches
+from cifar_dist.data.batches import Batch, BatchPlan, gather_batch, train_batches
 from cifar_dist.data.dataset import Split
 from cifar_dist.distributed.ddp import GradReduceDtype
 from cifar_dist.losses.classification import CrossEntropy
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.heads import LinearHead, Outputs
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.optim.schedule import learning_rate
@@ -23,23 +23,24 @@ from cifar_dist.recipe.schema import CudaGraphs
 from cifar_dist.training.graphed_step import StepFn, build_step
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.precision import Precision, make_scaler
 
 BATCH_SIZE = 250
-REPORT_STEPS = 50
+LOG_EVERY = 50
 OPTIM = OptimConfig(name="adamw", lr=0.001, weight_decay=0.001, max_grad_norm=5.0)
 CROP_FLIP = AugmentConfig(crop_padding=4, hflip=True)
 
 
 class FewPixels(nn.Module):
-    """float or uint8 [B, 3, 32, 32] -> the mean of 16 pixels, [B, 3]."""
+    """Map images (float or uint8 [B, 3, 32, 32]) to the mean of 16 pixels, [B, 3]."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, :, ::8, ::8].float().mean((2, 3))
 
 
 class NullModel(nn.Module):
-    """What a very fast GPU leaves to see: hardly any pixels, a linear head."""
+    """A model of negligible cost: a linear head on the mean of 16 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,6 @@ class NullModel(nn.Module):
 
 
 def our_model(device: torch.device, config: ModelConfig) -> nn.Module:
-    """A model as train.py makes it."""
     return build_model(config, 100).to(device).to(memory_format=torch.channels_last)
 
 
@@ -66,18 +66,20 @@ def our_batches(
     return train_batches(
         split,
         torch.arange(len(split.labels)),
-        seed=0,
-        shuffle=True,
-        batch_size=batch_size,
-        micro_batches=micro_batches,
+        BatchPlan(
+            seed=0,
+            shuffle=True,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            rank=rank,
+            world_size=world_size,
+        ),
         start_step=0,
-        rank=rank,
-        world_size=world_size,
     )
 
 
 def constant_batch(split: Split, batch_size: int) -> Iterator[list[Batch]]:
-    """The first rows, again and again."""
+    """Yield the first rows forever."""
     rows = torch.arange(batch_size, device=split.labels.device)
     batch = [gather_batch(split, rows, epoch=0, micro_batch=0)]
     while True:
@@ -95,7 +97,7 @@ def our_loop(
     batch_size: int = BATCH_SIZE,
     cuda_graphs: CudaGraphs = "auto",
 ) -> Work:
-    """What train.py does at each step in one process, with a report every 50 steps."""
+    """Return the training step of train.py in one process, logging every 50 steps."""
     steps, batches = count(), batches or our_batches(split, batch_size=batch_size)
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
@@ -115,7 +117,7 @@ def our_loop(
         lr = learning_rate(OPTIM, number, total_steps=1_000_000, steps_per_epoch=200)
         set_learning_rate(optimizer, lr)
         window.add(update(next(batches), step=number))
-        if window.steps == REPORT_STEPS:
+        if window.steps == LOG_EVERY:
             window.read()
             window.clear()
         return batch_size
@@ -135,19 +137,20 @@ def our_step(
     cuda_graphs: CudaGraphs = "auto",
     grad_reduce_dtype: GradReduceDtype = "fp32",
 ) -> StepFn:
-    """As train.py builds it: recorded on a GPU, else by hand, under DDP where there are processes."""
+    """Build the step as train.py does: CUDA graphs on a GPU, DDP with several processes."""
     return build_step(
         accelerator,
         model,
         objective,
         optimizer,
         make_scaler(precision, accelerator.device),
+        StepConfig(
+            precision=precision,
+            seed=0,
+            batch_size=batch_size,
+            max_grad_norm=OPTIM.max_grad_norm,
+            grad_reduce_dtype=grad_reduce_dtype,
+        ),
         cuda_graphs=cuda_graphs,
         micro_batches=micro_batches,
-        precision=precision,
-        seed=0,
-        batch_size=batch_size,
-        max_grad_norm=OPTIM.max_grad_norm,
-        sam=None,
-        grad_reduce_dtype=grad_reduce_dtype,
     )

@@ -1,4 +1,4 @@
-"""The training and evaluation loops that ours are measured against."""
+"""Training and evaluation loops of other libraries, as their users write them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def torch_loop(
     max_grad_norm: float | None = None,
     tuned: bool = False,
 ) -> Work:
-    """The loop that the tutorial (through Lightning) and timm's train.py have at their core.
+    """Return the core loop of the tutorial (through Lightning) and of timm's train.py.
 
-    `tuned`: under bf16 autocast and with channels_last pictures, as timm's `--amp --amp-dtype
-    bfloat16 --channels-last`.
+    `tuned` adds bf16 autocast and channels_last, as `--amp --amp-dtype bfloat16 --channels-last`.
     """
     device = next(model.parameters()).device
     model.train()
@@ -51,13 +50,13 @@ def torch_loop(
 
 
 def tutorial_loop(batches: Batches, model: nn.Module) -> Work:
-    """The tutorial's protocol: fp32, AdamW as torch makes it, gradients clipped to 5."""
+    """Return the tutorial's loop: fp32, AdamW at torch's defaults, gradients clipped to 5."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.001)
     return torch_loop(batches, model, optimizer, loss=nn.CrossEntropyLoss(), max_grad_norm=5.0)
 
 
 def timm_loop(batches: Batches, model: nn.Module, *, tuned: bool = False) -> Work:
-    """timm's train.py at its defaults: SGD with momentum, label smoothing, fp32, no clipping."""
+    """Return timm's default loop: SGD with momentum, label smoothing, fp32, no clipping."""
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
 
@@ -68,7 +67,7 @@ def timm_loop(batches: Batches, model: nn.Module, *, tuned: bool = False) -> Wor
 def accelerate_loop(
     accelerator: Accelerator, batches: Batches, model: nn.Module, *, tuned: bool = False
 ) -> Work:
-    """Accelerate's usual loop; `tuned`: bf16, channels_last and fused AdamW."""
+    """Return Accelerate's usual loop; `tuned` adds bf16, channels_last and fused AdamW."""
     if tuned:
         model = model.to(memory_format=torch.channels_last)
     prepared, optimizer = accelerator.prepare(
@@ -95,7 +94,7 @@ def accelerate_loop(
 
 
 def null_net(device: torch.device) -> nn.Module:
-    """The null model of ours.py for peers."""
+    """Return the null model of ours.py as a plain module."""
     return nn.Sequential(FewPixels(), nn.Linear(3, 100)).to(device)
 
 
@@ -108,9 +107,9 @@ def timm_net(device: torch.device, name: str) -> nn.Module:
 def torch_evaluation(
     batches: Iterable[tuple[Tensor, Tensor]], model: nn.Module, *, tuned: bool = False
 ) -> Work:
-    """Accuracy over all batches as loops have it, a number read a batch; a unit is an image.
+    """Return an evaluation that reads one count per batch, as usual; the unit is an image.
 
-    `tuned`: bf16 autocast and channels_last.
+    `tuned` adds bf16 autocast and channels_last.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -119,16 +118,16 @@ def torch_evaluation(
 
     @torch.no_grad()
     def evaluation() -> int:
-        right = seen = 0
+        correct = total = 0
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             if tuned:
                 images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=tuned):
                 logits = model(images)
-            right += int((logits.argmax(1) == labels).sum())
-            seen += len(labels)
-        assert right <= seen
-        return seen
+            correct += int((logits.argmax(1) == labels).sum())
+            total += len(labels)
+        assert correct <= total
+        return total
 
     return evaluation

@@ -1,7 +1,7 @@
-"""From the start of a process to the first step, as users of other libraries write it.
+"""Start a process and run one training step, as users of other libraries write it.
 
-`python peer_start.py tutorial FOLDER_OF_PICKLES`, or `hugging_face PREPARED_DATA`; prints a line
-after that step.
+Usage: `peer_start.py tutorial FOLDER_OF_PICKLES` or `peer_start.py hugging_face PREPARED_DATA`. Prints
+a line after the step.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 
 
 def tutorial(pickles: str) -> None:
-    """torch, timm, albumentations, the pickles, a loader, one step."""
+    """Use torch, timm and albumentations on the pickles."""
     import os
     import pickle
 
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network
-    import albumentations  # noqa: F401  the tutorial's data set module imports it
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no version check over the network
+    import albumentations  # noqa: F401  imported by the tutorial's data set module
     import numpy as np
     import timm
     import torch
@@ -47,7 +47,7 @@ def tutorial(pickles: str) -> None:
 
 
 def hugging_face(data: str) -> None:
-    """torch, timm, datasets, Accelerate, the Arrow files, a loader, one step."""
+    """Use torch, timm, datasets and Accelerate on the Arrow files."""
     import datasets
     import timm
     import torch

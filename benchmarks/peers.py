@@ -1,6 +1,6 @@
-"""The ways to feed a training that ours is measured against, as their users write them.
+"""Data loaders of other libraries, as their users write them.
 
-All loaders work in this process (`num_workers=0`), so that one core does all the work of each side.
+All use `num_workers=0`, so each side has one core.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD
 
 T = TypeVar("T")
 Batches = Iterator[tuple[Tensor, Tensor]]  # (images float32 [B, 3, S, S], labels int64 [B])
-MOST_ENCODED = 5_000  # rows as PNG; a row costs the same whatever their number
+MAX_ENCODED = 5_000  # rows encoded as PNG; the cost per row does not depend on their number
 
 
 class TutorialDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The tutorial's `CIFAR100DatasetSimple(return_tensor=True)`, item by item.
+    """The tutorial's `CIFAR100DatasetSimple(return_tensor=True)`, whose resize to 32 px is a copy.
 
-    Its resize to 32 px is a copy here. With `augment`, its `CIFAR100AugDataset`: one of five
-    transforms of albumentations for every picture.
+    With `augment`, its `CIFAR100AugDataset`: one of five albumentations transforms per image.
     """
 
     def __init__(self, split: Split, *, image_size: int = 32, augment: bool = False) -> None:
@@ -54,7 +53,7 @@ class TutorialDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
 
 def tutorial_augment() -> Callable[..., dict[str, Any]]:
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for a newer version
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # no version check over the network
     import albumentations
 
     choices = [
@@ -68,7 +67,7 @@ def tutorial_augment() -> Callable[..., dict[str, Any]]:
 
 
 class PillowDataset(Dataset[tuple[Any, Any]]):
-    """As `torchvision.datasets.CIFAR100`: a PIL picture an item, then `transform`."""
+    """PIL images and a transform, as `torchvision.datasets.CIFAR100`."""
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Any] | None = None) -> None:
         self.images = split.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -101,7 +100,7 @@ def tutorial_loader(
 
 
 def torchvision_loader(split: Split, batch_size: int) -> DataLoader[Any]:
-    """Crop, flip and normalisation of each PIL picture by torchvision."""
+    """Crop, flip and normalize PIL images with torchvision."""
     dataset = PillowDataset(split, CROP_FLIP_TRANSFORM)
     return DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
 
@@ -109,7 +108,7 @@ def torchvision_loader(split: Split, batch_size: int) -> DataLoader[Any]:
 def timm_loader(
     split: Split, batch_size: int, device: torch.device, *, image_size: int = 32, augment: bool
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """timm's own loader with the defaults of its train.py, or with its `--no-aug`."""
+    """Return timm's loader with the defaults of its train.py, or with `--no-aug`."""
     from timm.data import create_loader
 
     return create_loader(
@@ -125,13 +124,13 @@ def timm_loader(
 
 
 def hugging_face_loader(split: Split, batch_size: int, *, augment: bool) -> DataLoader[Any]:
-    """A Hugging Face dataset: an `Image()` column of PNGs and `set_transform`.
+    """Return a Hugging Face dataset with an `Image()` column of PNGs and `set_transform`.
 
-    With `augment`, torchvision's crop, flip and normalisation per item.
+    `augment` adds torchvision's crop, flip and normalization per item.
     """
     import datasets
 
-    rows = min(MOST_ENCODED, len(split.labels))
+    rows = min(MAX_ENCODED, len(split.labels))
     data = datasets.Dataset.from_dict(
         {
             "image": [{"bytes": png(image), "path": None} for image in split.images[:rows].cpu()],
@@ -155,16 +154,16 @@ def hugging_face_loader(split: Split, batch_size: int, *, augment: bool) -> Data
 
 
 def png(image: Tensor) -> bytes:
-    """uint8 [3, 32, 32] as a PNG file."""
+    """Encode an image (uint8 [3, 32, 32]) as PNG."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
 def tensor_batches(split: Split, batch_size: int, *, image_size: int = 32) -> Batches:
-    """The strongest peer: all pictures as one tensor on the device, shuffled by index.
+    """Yield batches of one tensor on the device, shuffled by index: the fastest peer.
 
-    Normalised and, if need be, enlarged there, a batch at a time; no augmentation.
+    Batches are normalized and, if needed, resized on the device. No augmentation.
     """
     device = split.labels.device
     mean = torch.tensor(CIFAR_MEAN, device=device)[:, None, None]

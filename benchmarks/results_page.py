@@ -1,10 +1,11 @@
-"""results/accuracy_*.json and docs/results/*.jsonl -> the tables of docs/results.md; it measures nothing."""
+"""Write the tables and charts of docs/results.md from results/accuracy_*.json and results/curves."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,75 +22,76 @@ from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.files import atomic_write
 
 HERE = Path(__file__).parent
-LOGS = HERE.parent / "docs/results"
-# The colours of the report's page, for a file that stands alone.
+CURVES = HERE / "results/curves"
+CHARTS = HERE.parent / "docs/results"
+# The colors of the HTML report, for standalone SVG files.
 LIGHT = ("#2458b3", "#c2571a", "#1f7a4d", "#a3317f", "#8a6d00", "#0f7c8c", "#6b4bb8", "#6d6d6d")
 DARK = ("#82acff", "#ffa066", "#62c894", "#ee8acb", "#e2c044", "#5fd0df", "#b79bff", "#b5b5b5")
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#555}.mid{text-anchor:middle}.end{text-anchor:end}"
     ".grid,.axis{stroke:#8884;fill:none}.line{fill:none;stroke:currentColor;stroke-width:1.8}"
     ".dot{fill:currentColor}.dash1{stroke-dasharray:6 3}"
-    + "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(LIGHT))
+    + "".join(f".c{index}{{color:{color}}}" for index, color in enumerate(LIGHT))
     + "@media(prefers-color-scheme:dark){text{fill:#bbb}"
-    + "".join(f".c{place}{{color:{colour}}}" for place, colour in enumerate(DARK))
+    + "".join(f".c{index}{{color:{color}}}" for index, color in enumerate(DARK))
     + "}"
 )
-MOST_COLUMNS = 10  # of a table of curves
+MAX_COLUMNS = 10  # of a table of curves
 Rows = Sequence[Row]  # finished runs of one recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Aim:
+class FullLengthRow:
     """A row of the first table."""
 
     what: str
     tutorial: str = ""  # published, best test epoch
-    protocol: str = ""  # the recipe that repeats it
-    field: str = ""  # what others report
-    ours: str = ""  # our recipe for the same end
+    protocol: str = ""  # recipe that reproduces it
+    other: str = ""  # published by others
+    ours: str = ""  # our recipe for the same task
 
 
-FIELD = {  # beside the tutorial's rows
+OTHERS = {
     "resnet18_baseline": "78.43 (3x3 stem, 200 epochs, edadaltocg/resnet18_cifar100)",
     "resnet50_pretrained_arcface": "80.93 (from scratch, 300 epochs, edadaltocg/resnet50_cifar100)",
 }
-AIMS = [
-    Aim(
+FULL_LENGTH = [
+    FullLengthRow(
         what=row.what,
         tutorial=f"{row.published:.2f}" if row.published else "",
         protocol=row.config,
-        field=FIELD.get(row.config, ""),
+        other=OTHERS.get(row.config, ""),
         ours=row.ours or "",
     )
     for row in PUBLISHED
 ] + [
-    Aim(
-        what="the best from scratch at 32 px",
-        field="83.5 to 84 (WRN-28-10, SAM and CutMix class)",
+    FullLengthRow(
+        what="best from scratch at 32 px",
+        other="83.5 to 84 (WRN-28-10, SAM and CutMix class)",
         ours="wrn28_10_32",
     ),
-    Aim(
-        what="R32x4 teaches R8x4: KD", field="73.33 (HobbitLong/RepDistiller)", ours="kd_resnet8x4_kd"
+    FullLengthRow(
+        what="KD, R32x4 to R8x4", other="73.33 (HobbitLong/RepDistiller)", ours="kd_resnet8x4_kd"
     ),
-    Aim(
-        what="R32x4 teaches R8x4: DKD", field="76.32 (mdistiller)", ours="kd_resnet8x4_dkd"
+    FullLengthRow(
+        what="DKD, R32x4 to R8x4", other="76.32 (mdistiller)", ours="kd_resnet8x4_dkd"
     ),
-    Aim(what="EfficientNet-Lite0, ImageNet weights, 224 px", ours="lite0_224"),
-    Aim(what="75 % from scratch, in seconds", field="3.5 to 4.0 s on an A100 (AIDDA-Institute/CIFAR-100-speedrun)", ours="speed_75"),
+    FullLengthRow(what="EfficientNet-Lite0, ImageNet weights, 224 px", ours="lite0_224"),
+    FullLengthRow(what="75 % from scratch in minimum time", other="3.5 to 4.0 s on an A100 (AIDDA-Institute/CIFAR-100-speedrun)", ours="speed_75"),
 ]  # fmt: skip
 
 
-def mean_and_deviation(rows: Rows, value: str) -> str:
-    """ "78.41 +- 0.21": the sample standard deviation, from two runs on."""
+def mean_std(rows: Rows, value: str) -> str:
+    """Format mean and sample standard deviation, for example "78.41 +- 0.21"."""
     values = [row[value] for row in rows]
     if not values:
         return ""
-    deviation = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+    std = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{std}"
 
 
 def conditions(rows: Rows) -> str:
-    """How many runs, how long, on what."""
+    """Format the number of runs, their length, time and hardware."""
     if not rows:
         return ""
     seconds = statistics.median(row["seconds"] for row in rows)
@@ -97,29 +99,35 @@ def conditions(rows: Rows) -> str:
     return f"n = {len(rows)}, {rows[0]['epochs']:g} epochs, {seconds:,.0f} s, {hardware}"
 
 
-def aims_table(of: dict[str, Rows]) -> str:
-    """The tutorial, its protocol by us, the field, ours; blank where no run is."""
-    head = [
-        "what",
-        "tutorial, best test epoch",
-        "its protocol by us, best test epoch",
-        "last epoch",
+def full_length_table(by_recipe: dict[str, Rows]) -> str:
+    """Return the table of full-length runs; cells without a run are empty."""
+    lines = [
+        [
+            "task",
+            "tutorial (published), best test epoch",
+            "reproduced, best test epoch",
+            "reproduced, last epoch",
+            "runs",
+            "published by others",
+            "ours, last epoch",
+            "recipe",
+            "runs",
+        ]
     ]
-    lines = [[*head, "its runs", "the field", "ours, last epoch", "recipe", "runs of ours"]]
-    told = set()
-    for aim in AIMS:
-        name = "" if aim.ours in told else aim.ours  # once, at the first row that it is beside
-        told.add(name)
-        protocol, ours = of.get(aim.protocol, ()), of.get(name, ())
+    listed = set()
+    for row in FULL_LENGTH:
+        name = "" if row.ours in listed else row.ours  # list each recipe once
+        listed.add(name)
+        protocol, ours = by_recipe.get(row.protocol, ()), by_recipe.get(name, ())
         lines.append(
             [
-                aim.what,
-                aim.tutorial,
-                mean_and_deviation(protocol, "best_test_top1"),
-                mean_and_deviation(protocol, "top1"),
+                row.what,
+                row.tutorial,
+                mean_std(protocol, "best_test_top1"),
+                mean_std(protocol, "top1"),
                 conditions(protocol),
-                aim.field,
-                mean_and_deviation(ours, "top1"),
+                row.other,
+                mean_std(ours, "top1"),
                 f"`{name}`" if name else "",
                 conditions(ours),
             ]
@@ -127,35 +135,34 @@ def aims_table(of: dict[str, Rows]) -> str:
     return markdown(lines)
 
 
-def study_table(study: str, of: dict[str, Rows]) -> str:
-    """The rows of a shortened study that have runs."""
-    held_out = any("val_top1" in row for name in STUDIES[study] for row in of.get(name, ()))
+def study_table(study: str, by_recipe: dict[str, Rows]) -> str:
+    """Return the table of a study's rows that have runs."""
     columns = {"top1": "top-1, last epoch", "best_test_top1": "best test epoch", "top5": "top-5"}
-    if held_out:
-        columns = {"val_top1": "held out, last epoch", "top1": "top-1, last epoch"}
+    if any("val_top1" in row for name in STUDIES[study] for row in by_recipe.get(name, ())):
+        columns = {"val_top1": "validation, last epoch", "top1": "top-1, last epoch"}
     lines = [["row", *columns.values(), "runs"]]
     for name in STUDIES[study]:
-        if rows := of.get(name):
-            cells = [mean_and_deviation(rows, column) for column in columns]
+        if rows := by_recipe.get(name):
+            cells = [mean_std(rows, column) for column in columns]
             lines.append([f"`{name}`", *cells, conditions(rows)])
     return markdown(lines)
 
 
 def mean_curves(study: str, logs: Path) -> dict[str, tuple[int, list[float]]]:
-    """row -> (runs, top-1 of the test split after each epoch, their mean), of the logs that are there."""
-    found = {}
+    """Return {row: (number of runs, mean test top-1 after each epoch)} of the available logs."""
+    result = {}
     for name in STUDIES[study]:
         curves = [evaluations(path) for path in sorted(logs.glob(f"{name}_seed*.jsonl"))]
         if curves:
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-            found[name] = (len(curves), means)
-    return found
+            result[name] = (len(curves), means)
+    return result
 
 
 def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
-    """Top-1 after each epoch, or after every N-th where there are many."""
+    """Return the table of top-1 after each epoch, or after every n-th to fit MAX_COLUMNS."""
     epochs = max(len(means) for _, means in curves.values())
-    every = math.ceil(epochs / MOST_COLUMNS)
+    every = math.ceil(epochs / MAX_COLUMNS)
     lines = [
         [f"`{name}`", str(runs), *(f"{value:.1f}" for value in means[every - 1 :: every])]
         for name, (runs, means) in curves.items()
@@ -163,19 +170,19 @@ def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
     return markdown([["row", "n", *map(str, range(every, epochs + 1, every))], *lines])
 
 
-def curves_picture(curves: dict[str, tuple[int, list[float]]]) -> str:
-    """An SVG file: the chart, and the names beside it."""
+def curves_svg(curves: dict[str, tuple[int, list[float]]]) -> str:
+    """Return an SVG file with the chart and its legend."""
     series = [
         Series(
-            name=name, group=place, points=[(epoch + 1, top1) for epoch, top1 in enumerate(means)]
+            name=name, group=index, points=[(epoch + 1, top1) for epoch, top1 in enumerate(means)]
         )
-        for place, (name, (_, means)) in enumerate(curves.items())
+        for index, (name, (_, means)) in enumerate(curves.items())
     ]
     chart = line_chart(series, x_label="epoch", y_label="top-1 of the test split, %")
     names = "".join(
-        f'<path class="line {one.style}" d="M{WIDTH + 8} {45 + 20 * one.group}h22"/>'
-        f'<text class="label" x="{WIDTH + 38}" y="{49 + 20 * one.group}">{one.name}</text>'
-        for one in series
+        f'<path class="line {line.style}" d="M{WIDTH + 8} {45 + 20 * line.group}h22"/>'
+        f'<text class="label" x="{WIDTH + 38}" y="{49 + 20 * line.group}">{line.name}</text>'
+        for line in series
     )
     inner = str(chart).replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
     return (
@@ -185,7 +192,7 @@ def curves_picture(curves: dict[str, tuple[int, list[float]]]) -> str:
 
 
 def evaluations(log: Path) -> list[float]:
-    """Top-1 in percent after each epoch."""
+    """Return test top-1 in percent after each epoch."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return [line["top1"] for line in lines if line["kind"] == "eval"]
 
@@ -199,20 +206,19 @@ def stamps(rows: Rows) -> str:
 
 
 def page_part(rows: Rows, logs: Path) -> str:
-    """Everything between the two marks."""
-    of: dict[str, Rows] = {
+    """Return the generated part of the page."""
+    by_recipe: dict[str, Rows] = {
         name: [row for row in rows if row["recipe"] == name]
         for name in dict.fromkeys(row["recipe"] for row in rows)
     }
-    parts = ["### At full length", aims_table(of)]
+    parts = ["### Full length", full_length_table(by_recipe)]
     for study, titles in STUDIES.items():
-        if any(name in of for name in titles):
-            parts += [f"### Shortened: {study}", study_table(study, of)]
+        if any(name in by_recipe for name in titles):
+            parts += [f"### Shortened: {study}", study_table(study, by_recipe)]
             if curves := mean_curves(study, logs):
-                picture = f"![{study}: top-1 after each epoch]({LOGS.name}/{study}.svg)"
                 parts += [
-                    picture,
-                    "Top-1 of the test split after each epoch, %:",
+                    f"![{study}: top-1 after each epoch]({CHARTS.name}/{study}.svg)",
+                    "Test top-1 after each epoch, %:",
                     curves_table(curves),
                 ]
     if rows:
@@ -221,9 +227,9 @@ def page_part(rows: Rows, logs: Path) -> str:
 
 
 def read_all(folder: Path) -> list[Row]:
-    """The rows of all results files; no mean may mix those of two.
+    """Return the rows of all results files, without mixing files within a recipe.
 
-    A recipe that a GPU has trained has its runs alone. UserError where other files share a recipe.
+    GPU results replace CPU results of the same recipe. Raise UserError if other files share a recipe.
     """
     rows: list[Row] = []
     where: dict[str, Path] = {}
@@ -234,8 +240,8 @@ def read_all(folder: Path) -> list[Row]:
                 continue
             if first != path:
                 raise UserError(
-                    f"{first} and {path} both hold runs of {row['recipe']}, and its logs have one name: "
-                    "remove the runs from one of them"
+                    f"{first} and {path} both contain runs of {row['recipe']}; "
+                    "remove them from one of the files"
                 )
             rows.append(row)
     return rows
@@ -247,14 +253,14 @@ def main(arguments: list[str]) -> int:
         description="Write the tables of docs/results.md from the results files.",
     )
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs/results.md")
-    parser.add_argument("--logs", type=Path, default=LOGS)
+    parser.add_argument("--logs", type=Path, default=CURVES, help="folder with the runs' logs")
     options = parser.parse_args(arguments)
     rows = read_all(HERE / "results")
     write_page(options.page, page_part(rows, options.logs))
     for study in STUDIES:
         if curves := mean_curves(study, options.logs):
-            atomic_write(options.logs / f"{study}.svg", curves_picture(curves))
-    print(f"{options.page}: {len(rows)} runs")
+            atomic_write(CHARTS / f"{study}.svg", curves_svg(curves))
+    print(f"{os.path.relpath(options.page)}: {len(rows)} runs")
     return 0
 
 

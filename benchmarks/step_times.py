@@ -1,9 +1,9 @@
-"""Time the training step of recipes: on the device, on the host, kernel by kernel.
+"""Time training steps of recipes: wall time, host time and kernels.
 
     python benchmarks/step_times.py --output step_times.json
     python benchmarks/step_times.py recipes/r18_32.yaml run.cuda_graphs=off --output one.json
 
-Images and weights are random, so nothing has to be prepared; teachers have random weights too.
+Images and weights are random, including the teacher's, so no data set is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from gpu import GPUS, floor_milliseconds
-from measure import settle
+from gpu import current_gpu, floor_milliseconds
+from measure import synchronize
 from ours import our_batches
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.dataset import Split
 from cifar_dist.distill.teacher import OnlineTeacher
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.freeze import freeze
 from cifar_dist.optim.averaging import build_average
 from cifar_dist.optim.optimizer import build_optimizer, set_learning_rate
@@ -42,12 +42,13 @@ from cifar_dist.training.environment import git_commit
 from cifar_dist.training.graphed_step import build_step
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.host import processor_name
 from cifar_dist.utils.precision import make_scaler
 
 ROWS, CLASSES = 50_000, 100
 
-# (row of the table, recipe, overrides)
+# (row name, recipe, overrides)
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("r18_32: 4 micro-batches of 125", "r18_32", ()),
     ("r18_32: 2 of 250", "r18_32", ("run.micro_batches=2",)),
@@ -70,7 +71,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         "r50_224",
         ("run.batch_size=64", "run.micro_batches=1", "run.cuda_graphs=off"),
     ),
-    ("r18_32_kd, ResNet-50 at 224 px teaches", "r18_32_kd", ()),
+    ("r18_32_kd, ResNet-50 teacher at 224 px", "r18_32_kd", ()),
     ("wrn28_10_32", "wrn28_10_32", ()),
     ("r18_32: 1 of 500, compiled", "r18_32", ("run.micro_batches=1", "run.compile=true")),
 ]
@@ -78,7 +79,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
 
 @dataclass(frozen=True)
 class Loop:
-    """One step of training as train.py takes it, without evaluation, logging and checkpoints."""
+    """The training step of train.py, without evaluation, logging and checkpoints."""
 
     step: Callable[[], None]
     recipe: Recipe
@@ -95,9 +96,9 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
     freeze(model, config.freeze, epoch=0)
     teacher = None
     if any(loss.needs_teacher for loss in recipe.losses.values()):
-        taught_by = ModelConfig(backbone="resnet50", image_size=224, interpolation="bicubic")
+        teacher_config = ModelConfig(backbone="resnet50", image_size=224, interpolation="bicubic")
         teacher = OnlineTeacher(
-            build_model(taught_by, CLASSES).to(device).eval().requires_grad_(False), 1.0
+            build_model(teacher_config, CLASSES).to(device).eval().requires_grad_(False), 1.0
         )
     objective = Objective(Augment(recipe.augment, split), recipe.losses, teacher)
     optimizer = build_optimizer(recipe.optim, model)
@@ -112,14 +113,16 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
         objective,
         optimizer,
         make_scaler(run.precision, device),
+        StepConfig(
+            precision=run.precision,
+            seed=0,
+            batch_size=run.batch_size,
+            max_grad_norm=recipe.optim.max_grad_norm,
+            sam=recipe.optim.sam,
+            grad_reduce_dtype=run.grad_reduce_dtype,
+        ),
         cuda_graphs=run.cuda_graphs,
         micro_batches=micro_batches,
-        precision=run.precision,
-        seed=0,
-        batch_size=run.batch_size,
-        max_grad_norm=recipe.optim.max_grad_norm,
-        sam=recipe.optim.sam,
-        grad_reduce_dtype=run.grad_reduce_dtype,
     )
     numbers = itertools.count()
 
@@ -134,9 +137,9 @@ def build_loop(recipe: Recipe, accelerator: Accelerator) -> Loop:
 
 
 def measure(loop: Loop, *, seconds: float) -> dict[str, Any]:
-    """Return the times of one step; medians over blocks of steps.
+    """Return the times of one step, as medians over blocks of steps.
 
-    `milliseconds`: the clock's, device included. `host_milliseconds`: until everything is enqueued.
+    `milliseconds` is wall time until the device is done, `host_milliseconds` until all is enqueued.
     """
     cuda = loop.device.type == "cuda"
     if cuda:
@@ -144,47 +147,47 @@ def measure(loop: Loop, *, seconds: float) -> dict[str, Any]:
     started = time.perf_counter()
     for _ in range(WARM_UP + 3):
         loop.step()
-    settle(loop.device)
-    found: dict[str, Any] = {"first_steps_seconds": time.perf_counter() - started}
-    begun = time.perf_counter()
+    synchronize(loop.device)
+    result: dict[str, Any] = {"first_steps_seconds": time.perf_counter() - started}
+    started = time.perf_counter()
     loop.step()
-    settle(loop.device)
-    block = max(1, min(20, int(seconds / 5 / (time.perf_counter() - begun))))
-    whole: list[float] = []
+    synchronize(loop.device)
+    block = max(1, min(20, int(seconds / 5 / (time.perf_counter() - started))))
+    wall: list[float] = []
     host: list[float] = []
     deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(whole) < 3:
-        begun = time.perf_counter()
+    while time.perf_counter() < deadline or len(wall) < 3:
+        started = time.perf_counter()
         for _ in range(block):
             loop.step()
-        host.append((time.perf_counter() - begun) / block)
-        settle(loop.device)
-        whole.append((time.perf_counter() - begun) / block)
-    found |= {
-        "milliseconds": 1e3 * statistics.median(whole),
-        "least_milliseconds": 1e3 * min(whole),
-        "most_milliseconds": 1e3 * max(whole),
+        host.append((time.perf_counter() - started) / block)
+        synchronize(loop.device)
+        wall.append((time.perf_counter() - started) / block)
+    result |= {
+        "milliseconds": 1e3 * statistics.median(wall),
+        "least_milliseconds": 1e3 * min(wall),
+        "most_milliseconds": 1e3 * max(wall),
         "host_milliseconds": 1e3 * statistics.median(host),
-        "images_per_second": loop.recipe.run.batch_size / statistics.median(whole),
-        "blocks": len(whole),
+        "images_per_second": loop.recipe.run.batch_size / statistics.median(wall),
+        "blocks": len(wall),
         "steps_per_block": block,
     }
     if cuda:
-        found["allocated_mib"] = torch.cuda.max_memory_allocated() >> 20
-        found["reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
-    return found | kernels(loop)
+        result["allocated_mib"] = torch.cuda.max_memory_allocated() >> 20
+        result["reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
+    return result | kernels(loop)
 
 
 def kernels(loop: Loop, *, longest: int = 12) -> dict[str, Any]:
-    """Return how many kernels a step has, how long they take together, and which take longest.
+    """Return the number of kernels of a step, their total time and the `longest` kernels.
 
-    Copies between host and device are counted with them. On a CPU there are none.
+    Copies between host and device count as kernels. Return nothing on a CPU.
     """
     if loop.device.type != "cuda":
         return {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         loop.step()
-        settle(loop.device)
+        synchronize(loop.device)
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for event in profiler.events() or ():
@@ -209,9 +212,8 @@ def kernels(loop: Loop, *, longest: int = 12) -> dict[str, Any]:
 
 
 def floor(recipe: Recipe) -> float | None:
-    """Return the least time of a step that the card's data sheet allows, in milliseconds."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    gpu = next((gpu for part, gpu in GPUS.items() if part in name), None)
+    """Return the minimum time of a step by the data sheet in milliseconds, if known."""
+    gpu = current_gpu()
     if gpu is None or any(loss.needs_teacher for loss in recipe.losses.values()):
         return None
     return floor_milliseconds(replace(recipe.model, pretrained=False), recipe.run.batch_size, gpu)
@@ -219,14 +221,14 @@ def floor(recipe: Recipe) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", help="one recipe instead of the table's")
+    parser.add_argument("recipe", nargs="?", help="one recipe instead of the built-in rows")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of measuring, each")
-    parser.add_argument("--only", default="", help="rows that contain this text")
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds per row")
+    parser.add_argument("--only", default="", help="substring of the rows to run")
     parser.add_argument("--set", nargs="*", default=[], help="overrides for all rows")
     options = parser.parse_intermixed_args()
-    torch.backends.cudnn.benchmark = True  # as start_processes sets it
+    torch.backends.cudnn.benchmark = True  # as init_distributed sets it
     accelerator = Accelerator()
     root = Path(__file__).parents[1] / "recipes"
     cases = [
@@ -253,20 +255,20 @@ def main() -> None:
     for row, recipe_path, overrides in cases:
         recipe = load_recipe(Path(recipe_path), list(overrides))
         try:
-            found = measure(build_loop(recipe, accelerator), seconds=options.seconds)
-            found["floor_milliseconds"] = floor(recipe)
-        except Exception as error:  # the other rows still count
-            found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        report["steps"][row] = found
+            result = measure(build_loop(recipe, accelerator), seconds=options.seconds)
+            result["floor_milliseconds"] = floor(recipe)
+        except Exception as error:  # continue with the other rows
+            result = {"error": f"{type(error).__name__}: {error}"[:500]}
+        report["steps"][row] = result
         options.output.write_text(json.dumps(report, indent=1))
-        if "error" in found:
-            print(f"{row:44}{found['error'][:110]}", flush=True)
+        if "error" in result:
+            print(f"{row:44}{result['error'][:110]}", flush=True)
         else:
             print(
-                f"{row:44}{found['milliseconds']:8.3f}{found['host_milliseconds']:8.3f}"
-                f"{found.get('kernels', 0):9}{found.get('kernel_milliseconds', 0):8.3f}"
-                f"{found['floor_milliseconds'] or 0:8.3f}{found['images_per_second']:10.0f}"
-                f"{found.get('allocated_mib', 0):8}",
+                f"{row:44}{result['milliseconds']:8.3f}{result['host_milliseconds']:8.3f}"
+                f"{result.get('kernels', 0):9}{result.get('kernel_milliseconds', 0):8.3f}"
+                f"{result['floor_milliseconds'] or 0:8.3f}{result['images_per_second']:10.0f}"
+                f"{result.get('allocated_mib', 0):8}",
                 flush=True,
             )
         gc.collect()

@@ -1,17 +1,13 @@
-"""What a teacher costs: time of a step and memory of a rank, whole, sharded and cached.
+"""Measure the cost of a teacher: step time and memory per rank for each placement.
 
-`steps`: a ResNet-18 at 32 px alone, from cached logits, and with a ResNet-50 at 224 px that looks
-at each view, whole or sharded; they take turns in one run. `memory`: what each rank holds of a
-ViT-L/16 teacher. Weights are random: neither time nor memory depends on them. Both start their own
-gloo processes, one thread each.
+`steps` times a ResNet-18 at 32 px without a teacher, with cached logits, and with a ResNet-50 at
+224 px, replicated or sharded, in turns. `memory` measures the memory of a ViT-L/16 teacher per rank.
+Both use random weights and start gloo processes with one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,11 +17,11 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from measure import Turn, machine, ratios, spread
+from measure import Turn, machine, median_range, ratios, run_ranks
 from safetensors.torch import save_file
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, AugmentedBatch
-from cifar_dist.data.batches import gather_batch, train_batches
+from cifar_dist.data.batches import BatchPlan, gather_batch, train_batches
 from cifar_dist.data.dataset import Split
 from cifar_dist.distill.logit_cache import CacheWriter
 from cifar_dist.distill.teacher import Teacher, TeacherConfig, TeacherWeights, build_teacher
@@ -33,11 +29,12 @@ from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.distributed.ddp import wrap_ddp
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.losses.base import Loss
-from cifar_dist.losses.classification import CrossEntropy, Distill
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.losses.distillation import Distill
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import train_step
+from cifar_dist.training.step import StepConfig, train_step
 from cifar_dist.utils.errors import run_command
 from cifar_dist.utils.files import sha256, write_json
 from cifar_dist.utils.precision import make_scaler
@@ -46,8 +43,10 @@ ROWS, CLASSES, VIEWS = 50_000, 100, 8
 STUDENT = ModelConfig(backbone="resnet18", image_size=32)
 TEACHER = ModelConfig(backbone="resnet50", image_size=224)
 LARGE = ModelConfig(backbone="vit_large_patch16_224", image_size=224)
-STEPS_A_TURN = {"alone": 5, "cached": 5, "replicated": 1, "sharded": 1}
-BATCH_SIZE = {1: 250, 2: 124}  # of a process, by the number of processes
+STEPS_PER_TURN = {"alone": 5, "cached": 5, "replicated": 1, "sharded": 1}
+# Keep glibc from holding freed memory, which would count as memory in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+BATCH_SIZE = {1: 250, 2: 124}  # {number of processes: batch size per process}
 
 
 def make_weights(config: ModelConfig, path: Path) -> None:
@@ -56,56 +55,55 @@ def make_weights(config: ModelConfig, path: Path) -> None:
 
 
 def teacher_of(
-    placement: str, config: ModelConfig, work: Path, ranks: DistContext
+    placement: str, config: ModelConfig, work: Path, context: DistContext
 ) -> Teacher | None:
-    """As train.py builds it, from the files that the parent process has made."""
+    """Build the teacher as train.py does, from the files of the parent process."""
     if placement == "alone":
         return None
     weights = work / "teacher.safetensors"
     cache = str(work / "cache") if placement == "cached" else None
-    asked = TeacherConfig(run=str(work), placement=placement, cache=cache)  # type: ignore[arg-type]
+    teacher = TeacherConfig(run=str(work), placement=placement, cache=cache)  # type: ignore[arg-type]
     cpu = torch.device("cpu")
     return build_teacher(
-        [asked],
+        [teacher],
         [TeacherWeights(model=config, weights=weights, digest="", logit_scale=1.0)],
         num_classes=CLASSES,
         device=cpu,
-        mesh=lambda over: rank_mesh(cpu, ranks.world_size, over=over),
+        mesh=lambda over: rank_mesh(cpu, context.world_size, over=over),
     )
 
 
-# ----------------------------------------------------------------------------- in each process
-
-
 def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
-    """Steps of all placements in turns; on rank 0 what they took."""
+    """Time the steps of all placements in each process; return the times on rank 0, else None."""
     accelerator = init_distributed(timeout_seconds=600, threads=1)
-    ranks = DistContext.of(accelerator)
+    context = DistContext.of(accelerator)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (ROWS, 3, 32, 32), dtype=torch.uint8)
     split = Split(images=images, labels=torch.randint(0, CLASSES, (ROWS,)))
-    batch_size = BATCH_SIZE[ranks.world_size] * ranks.world_size
+    batch_size = BATCH_SIZE[context.world_size] * context.world_size
 
-    def work_of(placement: str) -> Callable[[int], None]:
+    def steps_of(placement: str) -> Callable[[int], None]:
         augment = Augment(AugmentConfig(crop_padding=4, hflip=True, views=VIEWS), split)
         losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(weight=0.3)}
         if placement != "alone":
             losses["distill"] = Distill(weight=0.7)
-        objective = Objective(augment, losses, teacher_of(placement, TEACHER, work, ranks))
+        objective = Objective(augment, losses, teacher_of(placement, TEACHER, work, context))
         model = build_model(STUDENT, CLASSES).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(OptimConfig(), model)
-        wrapped = wrap_ddp(accelerator, model, micro_batches=ranks.world_size)
+        wrapped = wrap_ddp(accelerator, model, micro_batches=context.world_size)
         scaler = make_scaler("bf16", accelerator.device)
         batches = train_batches(
             split,
             torch.arange(ROWS),
-            seed=0,
-            shuffle=True,
-            batch_size=batch_size,
-            micro_batches=ranks.world_size,
+            BatchPlan(
+                seed=0,
+                shuffle=True,
+                batch_size=batch_size,
+                micro_batches=context.world_size,
+                rank=context.rank,
+                world_size=context.world_size,
+            ),
             start_step=0,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
         )
 
         def steps(count: int) -> None:
@@ -116,112 +114,89 @@ def time_steps(work: Path, rounds: int) -> dict[str, Any] | None:
                     objective,
                     optimizer,
                     scaler,
+                    StepConfig(precision="bf16", seed=0, batch_size=batch_size, max_grad_norm=5.0),
                     next(batches),
-                    precision="bf16",
-                    seed=0,
                     step=step,
-                    batch_size=batch_size,
-                    max_grad_norm=5.0,
                 )
 
         return steps
 
-    placements = [name for name in STEPS_A_TURN if name != "sharded" or ranks.world_size > 1]
-    works = {name: work_of(name) for name in placements}
+    placements = [name for name in STEPS_PER_TURN if name != "sharded" or context.world_size > 1]
+    works = {name: steps_of(name) for name in placements}
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, steps in works.items():
-            count = STEPS_A_TURN[name]
+            count = STEPS_PER_TURN[name]
             clock, cpu = time.perf_counter(), time.process_time()
             steps(count)
             elapsed, used = time.perf_counter() - clock, time.process_time() - cpu
             if counted >= 0:
                 turns[name].append(Turn(count / elapsed, count / used))
     destroy_distributed(accelerator)
-    if not ranks.is_main:
+    if not context.is_main:
         return None
     return {
-        "world_size": ranks.world_size,
+        "world_size": context.world_size,
         "batch_size": batch_size,
         "milliseconds": {
             name: {
-                "cpu": spread([1000 / turn.by_cpu for turn in found]),
-                "clock": spread([1000 / turn.by_clock for turn in found]),
+                "cpu": median_range([1000 / turn.by_cpu for turn in row]),
+                "clock": median_range([1000 / turn.by_clock for turn in row]),
             }
-            for name, found in turns.items()
+            for name, row in turns.items()
         },
         "cost_against_alone": {name: ratios(turns, "alone", name) for name in works},
         "cost_against_cached": {name: ratios(turns, "cached", name) for name in works},
     }
 
 
-def own_memory() -> int:
-    """This process's own memory now, in bytes; the pages of mapped files do not count."""
+def anonymous_memory() -> int:
+    """Return the anonymous memory of this process in bytes, without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
     return int(values["RssAnon"].split()[0]) * 1024
 
 
 def watch_memory(work: Path, placement: str) -> dict[str, Any] | None:
-    """What a ViT-L teacher adds to each rank: at rest, and at most while it is built and looks."""
+    """Measure what a ViT-L teacher adds to each rank: at rest, while loading, in a forward pass."""
     accelerator = init_distributed(timeout_seconds=600, threads=1)
-    ranks = DistContext.of(accelerator)
-    before, peak, stop = own_memory(), 0, Event()
+    context = DistContext.of(accelerator)
+    before, peak, stop = anonymous_memory(), 0, Event()
 
     def watch() -> None:
         nonlocal peak
         while not stop.wait(0.005):
-            peak = max(peak, own_memory())
+            peak = max(peak, anonymous_memory())
 
     watcher = Thread(target=watch, daemon=True)
     watcher.start()
-    teacher = teacher_of(placement, LARGE, work, ranks)
+    teacher = teacher_of(placement, LARGE, work, context)
     assert teacher is not None
-    at_rest, built = own_memory(), peak
+    at_rest, built = anonymous_memory(), peak
     peak = 0
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
-            look(teacher, images)
+            teacher_logits(teacher, images)
     stop.set()
     watcher.join()
-    mine = {
+    local = {
         "parameters": teacher.local_num_params,
         "at_rest": at_rest - before,
         "peak_while_built": built - before,
         "peak_of_a_forward": peak - before,
     }
-    everyone = ranks.all_gather_object(mine)
+    all_ranks = context.all_gather_object(local)
     destroy_distributed(accelerator)
-    return {"placement": placement, "ranks": everyone} if ranks.is_main else None
+    return {"placement": placement, "ranks": all_ranks} if context.is_main else None
 
 
-def look(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
+def teacher_logits(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
     rows = torch.zeros(len(images), dtype=torch.int64)
     view = AugmentedBatch(images=images, labels=rows, view_ids=rows)
     return teacher(
         view, gather_batch(Split(images=images, labels=rows), rows, epoch=0, micro_batch=0)
     )
-
-
-# ----------------------------------------------------------------------------- the parent
-
-
-def run_ranks(world_size: int, *arguments: str) -> dict[str, Any]:
-    """This file again as `world_size` processes; what rank 0 wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={world_size}", __file__, *arguments, f"--output={output}"]
-        environment = os.environ | {
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
-            # glibc keeps freed memory of tens of MiB for later, which would pass for weights in use
-            "MALLOC_MMAP_THRESHOLD_": str(2**20),
-        }
-        subprocess.run(command, check=True, env=environment)
-        return json.loads(output.read_text())
 
 
 def measure_steps(work: Path, rounds: int) -> dict[str, Any]:
@@ -231,16 +206,19 @@ def measure_steps(work: Path, rounds: int) -> dict[str, Any]:
         writer.append(torch.randn(ROWS, CLASSES).half())
     writer.finish()
     runs = [
-        run_ranks(size, "--child=steps", f"--work={work}", f"--rounds={rounds}") for size in (1, 2)
+        run_ranks(
+            __file__, size, "--child=steps", f"--work={work}", f"--rounds={rounds}", **ALLOCATOR
+        )
+        for size in (1, 2)
     ]
     for run in runs:
-        print(f"{run['world_size']} process(es), batch {run['batch_size']}, a step:")
-        for name, found in run["milliseconds"].items():
+        print(f"{run['world_size']} process(es), batch {run['batch_size']}, per step:")
+        for name, times in run["milliseconds"].items():
             to_alone = run["cost_against_alone"][name]["by_cpu"]["median"]
             to_cached = run["cost_against_cached"][name]["by_cpu"]["median"]
             print(
-                f"  {name:<8} {found['cpu']['median']:9.1f} ms of CPU  {found['clock']['median']:9.1f} ms"
-                f"  x {to_alone:.2f} of alone, x {to_cached:.2f} of cached (CPU)"
+                f"  {name:<10} {times['cpu']['median']:9.1f} ms CPU  {times['clock']['median']:9.1f} ms"
+                f"  {to_alone:.2f} x alone, {to_cached:.2f} x cached (CPU)"
             )
     return {
         "what": "teacher_cost_steps",
@@ -253,23 +231,23 @@ def measure_steps(work: Path, rounds: int) -> dict[str, Any]:
 def measure_memory(work: Path) -> dict[str, Any]:
     make_weights(LARGE, work / "teacher.safetensors")
     size = (work / "teacher.safetensors").stat().st_size
-    found = []
+    runs = []
     for world_size in (2, 4):
         for placement in ("replicated", "sharded"):
-            child = f"--placement={placement}"
-            found.append(run_ranks(world_size, "--child=memory", child, f"--work={work}"))
-            for rank, numbers in enumerate(found[-1]["ranks"]):
+            arguments = ("--child=memory", f"--placement={placement}", f"--work={work}")
+            runs.append(run_ranks(__file__, world_size, *arguments, **ALLOCATOR))
+            for rank, numbers in enumerate(runs[-1]["ranks"]):
                 mebibytes = "  ".join(
                     f"{name} {value / 2**20:,.0f} MiB"
                     for name, value in numbers.items()
                     if name != "parameters"
                 )
                 print(
-                    f"{placement:<8} rank {rank} of {world_size}: "
+                    f"{placement:<10} rank {rank} of {world_size}: "
                     f"{numbers['parameters']:,} parameters  {mebibytes}"
                 )
     digest = sha256(work / "teacher.safetensors")
-    return {"what": "teacher_cost_memory", "file_bytes": size, "weights": digest, "runs": found}
+    return {"what": "teacher_cost_memory", "file_bytes": size, "weights": digest, "runs": runs}
 
 
 def main(arguments: list[str]) -> int:
@@ -277,7 +255,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="?", choices=("steps", "memory"), default="steps")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
+    parser.add_argument("--output", type=Path, required=True, help="results file (JSON)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--child", choices=("steps", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--placement", help=argparse.SUPPRESS)

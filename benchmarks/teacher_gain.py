@@ -1,8 +1,8 @@
-"""What a teacher is worth: a student with and without it, same rows, same epochs, same seeds.
+"""Measure the gain by distillation: a student with and without a teacher, at equal length and seeds.
 
-An EfficientNet-Lite0 with ImageNet weights is fine-tuned at a higher resolution, its logits are
-cached, the temperature is chosen on held-out rows, and then students are trained on all rows. It is
-made for a CPU: a subset of CIFAR-100, minutes a run. Interrupted, the same command goes on.
+Fine-tune an EfficientNet-Lite0 with ImageNet weights at a higher resolution, cache its logits, choose
+the temperature on validation rows, then train students on all rows of a subset of CIFAR-100. Made for
+a CPU. Run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ VIEWS = 4
 
 
 def subset(data: Path, rows: int, work: Path) -> Path:
-    """The first `rows` / 100 pictures of each class of the training split; the whole test split."""
+    """Write the first `rows` / 100 training images of each class and the full test split."""
     root = work / f"data_{rows}"
     if (root / "digest.json").exists():
         return root
     train, test = read_split(data, "train"), read_split(data, "test")
     order = numpy.argsort(train.fine_labels, kind="stable").reshape(100, -1)
     chosen = numpy.sort(order[:, : rows // 100].ravel())
-    names = read_json(data / "train" / "dataset_info.json")["features"]
+    info = read_json(data / "train" / "dataset_info.json", "prepare the data again")
+    names = (info or {})["features"]
     meta = RawMeta(
         fine_label_names=names["fine_label"]["names"],
         coarse_label_names=names["coarse_label"]["names"],
@@ -57,8 +58,13 @@ def subset(data: Path, rows: int, work: Path) -> Path:
 def recipes(
     data: Path, work: Path, threads: int, *, teacher_size: int, teacher_epochs: int, epochs: int
 ) -> Any:
-    """(the teacher's recipe, the student's alone, what it is with a teacher)."""
-    run = {"batch_size": 100, "micro_batches": 1, "precision": "fp32", "output": str(work / "runs")}
+    """Return the recipes of the teacher, the student alone and the distilled student."""
+    run = {
+        "batch_size": 100,
+        "micro_batches": 1,
+        "precision": "fp32",
+        "output_dir": str(work / "runs"),
+    }
     run |= {"eval_every_epochs": 1000, "save_every_minutes": 2, "threads": threads}
     teacher = {
         "name": "teacher",
@@ -94,12 +100,12 @@ def recipes(
 
 
 def call(module: str, recipe: dict[str, Any], work: Path, *overrides: str) -> None:
-    """Run a command of ours on a recipe until it ends well; else UserError."""
+    """Run a cifar_dist command on a recipe; raise UserError if it fails."""
     path = work / f"{recipe['name']}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", f"cifar_dist.{module}", str(path), *overrides]
     if code := subprocess.call(command):
-        raise UserError(f"{' '.join(command)} ended with code {code}; start this again to go on")
+        raise UserError(f"{' '.join(command)}: exit code {code}; run this again to continue")
 
 
 def finished(work: Path, name: str) -> dict[str, Any]:
@@ -122,18 +128,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     teacher, alone, taught = recipes(data, work, options.threads, **sizes)
     call("train", teacher, work)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     call("cache_logits", taught, work)
-    seconds = {"cache": time.perf_counter() - begun}
+    cache_seconds = time.perf_counter() - started
 
-    chosen_on = {}
+    val_top1 = {}
     for temperature in TEMPERATURES:
         name = f"chosen_t{temperature:g}"
-        held = f"data.val_size={options.rows // 10}"
-        own = f"losses.distill.temperature={temperature}"
-        call("train", taught, work, f"name={name}", held, own)
-        chosen_on[temperature] = finished(work, name)["val_top1"]
-    best = max(TEMPERATURES, key=lambda temperature: chosen_on[temperature])
+        overrides = [
+            f"data.val_size={options.rows // 10}",
+            f"losses.distill.temperature={temperature}",
+        ]
+        call("train", taught, work, f"name={name}", *overrides)
+        val_top1[temperature] = finished(work, name)["val_top1"]
+    best = max(TEMPERATURES, key=lambda temperature: val_top1[temperature])
 
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "taught": []}
     for seed in SEEDS:
@@ -141,12 +149,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             (alone, []),
             (taught, [f"losses.distill.temperature={best}"]),
         )
-        for recipe, changes in kinds:
+        for recipe, overrides in kinds:
             name = f"{recipe['name']}_seed{seed}"
-            call("train", recipe, work, f"name={name}", f"run.seed={seed}", *changes)
+            call("train", recipe, work, f"name={name}", f"run.seed={seed}", *overrides)
             runs[recipe["name"]].append(finished(work, name))
-    top1 = {kind: [run["top1"] for run in found] for kind, found in runs.items()}
-    gains = [ours - theirs for ours, theirs in zip(top1["taught"], top1["alone"], strict=True)]
+    top1 = {kind: [run["top1"] for run in seeds] for kind, seeds in runs.items()}
+    gains = [
+        distilled - alone for distilled, alone in zip(top1["taught"], top1["alone"], strict=True)
+    ]
     return {
         "what": "teacher_gain",
         "machine": machine(),
@@ -156,11 +166,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **sizes,
         "views": VIEWS,
         "teacher": finished(work, "teacher"),
-        "cache_seconds": seconds["cache"],
-        "val_top1_by_temperature": chosen_on,
+        "cache_seconds": cache_seconds,
+        "val_top1_by_temperature": val_top1,
         "temperature": best,
         "runs": runs,
-        "top1": {kind: {"mean": statistics.mean(found)} for kind, found in top1.items()},
+        "top1": {kind: {"mean": statistics.mean(values)} for kind, values in top1.items()},
         "gain": {"each": gains, "mean": statistics.mean(gains)},
     }
 
@@ -169,20 +179,22 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="the prepared CIFAR-100")
+    parser.add_argument("--data", type=Path, required=True, help="prepared CIFAR-100")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the result")
-    parser.add_argument("--rows", type=int, default=5_000, help="a multiple of 1,000")
+    parser.add_argument("--output", type=Path, required=True, help="results file (JSON)")
+    parser.add_argument(
+        "--rows", type=int, default=5_000, help="training rows, a multiple of 1,000"
+    )
     parser.add_argument("--teacher-size", type=int, default=96, help="pixels")
     parser.add_argument("--teacher-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=10, help="of each student")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each student")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     result = measure(options)
     write_json(options.output, result)
-    means = {kind: f"{found['mean']:.2f} %" for kind, found in result["top1"].items()}
+    means = {kind: f"{value['mean']:.2f} %" for kind, value in result["top1"].items()}
     print(
-        f"teacher {result['teacher']['top1']:.2f} %, student alone {means['alone']}, taught "
+        f"teacher {result['teacher']['top1']:.2f} %, student alone {means['alone']}, distilled "
         f"{means['taught']} at T = {result['temperature']:g}; written to {options.output}"
     )
     return 0

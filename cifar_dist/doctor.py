@@ -1,4 +1,4 @@
-"""Is this a place to train at? Start it as the training will be started; it says what is in the way."""
+"""Check a launch: processes, code, recipe, data, storage and network, before a training starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cifar_dist.distributed.launch import destroy_distributed, init_distributed,
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.tracking.tracker import decide_mode
-from cifar_dist.training.resume import check_world_size
+from cifar_dist.training.start import check_world_size
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import UserError, first_line, is_main_rank, run_command, user_message
 from cifar_dist.utils.files import make_folder
@@ -37,192 +37,197 @@ from cifar_dist.utils.log import log_to_terminal
 from cifar_dist.utils.precision import check_precision
 
 MEET_SECONDS = 60
-SEE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders
-CLOCKS_SECONDS = 5
-NODE_BUS = 50  # GB/s that the bus between a machine's GPUs has at least, PCIe 5 or NVLink
-GRADIENT_BYTES = 100 << 20  # those of a ResNet-50 in float32
+VISIBLE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders
+MAX_CLOCK_SKEW_SECONDS = 5
+MIN_BUS_BANDWIDTH = 50  # GB/s between the GPUs of one machine, reached by PCIe 5 and NVLink
+GRADIENT_BYTES = 100 << 20  # the float32 gradients of a ResNet-50
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table; `fine` is None for what is only good to know."""
+    """One line of the table; `ok` is None for a line that is information only."""
 
     name: str
     ok: bool | None
     message: str
 
 
-def same(context: DistContext, what: str, value: str, remedy: str) -> Check:
-    """Whether all ranks have the same of something."""
-    seen = context.all_gather_object(value)
-    other = [rank for rank, theirs in enumerate(seen) if theirs != seen[0]]
-    says = f"{seen[0]} on all ranks"
-    if other:
-        says = f"{seen[0]} on rank 0, {seen[other[0]]} on rank {other[0]}; {remedy}"
-    return Check(what, not other, says)
+def check_equal(context: DistContext, name: str, value: str, remedy: str) -> Check:
+    """Check that `value` is equal on all ranks."""
+    values = context.all_gather_object(value)
+    other = next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
+    if other is None:
+        return Check(name, True, f"{value} on all ranks")
+    return Check(name, False, f"{values[0]} on rank 0, {values[other]} on rank {other}; {remedy}")
 
 
 def code_digest() -> str:
-    """SHA-256 of the package's own files, shortened."""
+    """Return the first 12 digits of the SHA-256 of the package's source files."""
     digest = hashlib.sha256()
     for path in sorted(Path(cifar_dist.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def devices(context: DistContext, device: torch.device) -> Check:
-    """Which device each rank has; two ranks on one GPU cannot talk by NCCL."""
-    mine = platform.processor() or "CPU"
+def check_devices(context: DistContext, device: torch.device) -> Check:
+    """Check that no two ranks share a GPU, which NCCL does not allow."""
+    hosts = context.all_gather_object(host_id())
     if device.type == "cuda":
-        mine = (
-            f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
-        )
-    seen = Counter(context.all_gather_object(f"{host_id()} {mine}"))
-    if device.type == "cuda" and max(seen.values()) > 1:
-        return Check("devices", False, "two ranks share a GPU; start one task a GPU")
-    machines = Counter(name.partition(",")[0] for name in context.all_gather_object(host_id()))
-    here = ", ".join(f"{count} on {name}" for name, count in machines.items())
-    return Check("devices", True, f"{context.world_size} x {device.type}: {here}")
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        gpus = zip(hosts, context.all_gather_object(gpu), strict=True)
+        if max(Counter(gpus).values()) > 1:
+            return Check("devices", False, "two ranks share a GPU; start one task per GPU")
+    machines = Counter(host.partition(",")[0] for host in hosts)
+    counts = ", ".join(f"{count} on {host}" for host, count in machines.items())
+    return Check("devices", True, f"{context.world_size} x {device.type}: {counts}")
 
 
-def shared_folder(context: DistContext, folder: Path) -> Check:
-    """Whether each rank sees within 5 s what every other has written to the folder."""
-    mine = context.run_on_main(lambda: f".doctor_{secrets.token_hex(4)}_")  # another may be at work
+def check_shared_folder(context: DistContext, folder: Path) -> Check:
+    """Check that each rank sees within 5 s the files that all other ranks write to the folder."""
+    name = "run.output_dir"
+    # A random prefix: several doctors may run at once.
+    prefix = context.run_on_main(lambda: f".doctor_{secrets.token_hex(4)}_")
+    file = folder / f"{prefix}{context.rank}"
 
     def write() -> None:
         make_folder(folder)
-        (folder / f"{mine}{context.rank}").write_text(str(context.rank))
+        file.write_text(str(context.rank))
 
     try:
         context.run_on_all(write)
     except (UserError, OSError) as error:
-        with suppress(OSError):  # nothing of it is there
-            (folder / f"{mine}{context.rank}").unlink()
-        return Check("run.output_dir", False, user_message(error) or str(error))
-    wanted = {f"{mine}{rank}" for rank in range(context.world_size)}
-    begun = time.monotonic()
+        with suppress(OSError):
+            file.unlink()
+        return Check(name, False, user_message(error) or str(error))
+    expected = {f"{prefix}{rank}" for rank in range(context.world_size)}
+    start = time.monotonic()
     while True:
-        missing = wanted - {path.name for path in folder.glob(f"{mine}*")}
-        if not missing or time.monotonic() - begun > SEE_SECONDS:
+        missing = expected - {path.name for path in folder.glob(f"{prefix}*")}
+        if not missing or time.monotonic() - start > VISIBLE_SECONDS:
             break
         time.sleep(0.1)
-    blind = [rank for rank, names in enumerate(context.all_gather_object(sorted(missing))) if names]
-    slowest = max(context.all_gather_object(time.monotonic() - begun))
-    (folder / f"{mine}{context.rank}").unlink()
+    blind = [
+        rank
+        for rank, any_missing in enumerate(context.all_gather_object(bool(missing)))
+        if any_missing
+    ]
+    slowest = max(context.all_gather_object(time.monotonic() - start))
+    file.unlink()
     if blind:
-        says = f"rank {blind[0]} does not see what others write; choose a shared run.output_dir"
-        return Check("run.output_dir", False, f"{folder}: {says}")
+        return Check(
+            name,
+            False,
+            f"{folder}: rank {blind[0]} does not see the files of other ranks; choose a shared "
+            "run.output_dir",
+        )
     free = shutil.disk_usage(folder).free / 2**30
-    return Check(
-        "run.output_dir",
-        free > 1,
-        f"{folder}: seen by all after {slowest:.1f} s, {free:,.0f} GiB free",
-    )
+    message = f"{folder}: visible to all ranks after {slowest:.1f} s, {free:,.0f} GiB free"
+    return Check(name, free > 1, message)
 
 
-def data(recipe: Recipe, context: DistContext) -> Check:
-    """Whether all ranks see the same data, whole, and enough for a step."""
+def check_data(recipe: Recipe, context: DistContext) -> Check:
+    """Check that all ranks see the same undamaged data, and enough of it for a batch."""
     path = Path(recipe.data.path)
     if not all(context.all_gather_object((path / "digest.json").exists())):
-        says = f"{path}: some rank sees none; run python -m cifar_dist.prepare"
-        return Check("data", False, says)
+        message = f"{path}: not visible to every rank; run python -m cifar_dist.prepare"
+        return Check("data", False, message)
 
     def digest() -> str:
-        for name in SPLITS:
-            read_split(path, name)
+        for split in SPLITS:
+            read_split(path, split)
         rows = read_digest(path)["train"]["rows"]
         num_steps_per_epoch(rows - recipe.data.val_size, recipe.run.batch_size)
         return data_digest(path)[:12]
 
     try:
-        seen = context.run_on_all(digest)
+        digests = context.run_on_all(digest)
     except (UserError, OSError) as error:
         return Check("data", False, str(error))
-    return same(context, "data", seen[context.rank], "prepare it once, in a shared folder")
+    remedy = "prepare it once, in a shared folder"
+    return check_equal(context, "data", digests[context.rank], remedy)
 
 
-def clocks(context: DistContext) -> Check:
-    """How far the machines' clocks lie apart; only what people read depends on them."""
-    context.all_gather_object(0)  # a barrier: all ranks look at about the same time
-    seen = context.all_gather_object(time.time())
-    apart = max(seen) - min(seen)
-    return Check("clocks", None if apart < CLOCKS_SECONDS else False, f"{apart:.2f} s apart")
+def check_clocks(context: DistContext) -> Check:
+    """Check the skew of the machines' clocks, which affects only the times in logs."""
+    context.all_gather_object(0)  # a barrier, so that all ranks read their clocks together
+    times = context.all_gather_object(time.time())
+    skew = max(times) - min(times)
+    return Check("clocks", None if skew < MAX_CLOCK_SKEW_SECONDS else False, f"{skew:.2f} s apart")
 
 
-def traffic(context: DistContext, device: torch.device) -> list[Check]:
-    """What an all-reduce of gradients and a vote cost here; nothing for a process that is alone."""
+def check_bandwidth(context: DistContext, device: torch.device) -> list[Check]:
+    """Measure an all-reduce of gradients, and the poll of the ranks; [] for a single process."""
     if context.world_size == 1:
         return []
     gradients = torch.zeros(GRADIENT_BYTES // 4, device=device)
     seconds = fastest(lambda: dist.all_reduce(gradients), device)
     bus = 2 * (context.world_size - 1) / context.world_size * GRADIENT_BYTES / seconds / 1e9
-    size = f"{GRADIENT_BYTES >> 20} MiB in {seconds * 1e3:.1f} ms"
-    vote = fastest(lambda: context.all_reduce_max([0.0]), device)
-    says = f"{size}: {bus:.2f} GB/s (bus), {dist.get_backend()}"
-    slow = (
-        device.type == "cuda"
-        and len(set(context.all_gather_object(host_id()))) == 1
-        and bus < NODE_BUS
+    poll = fastest(lambda: context.all_reduce_max([0.0]), device)
+    message = (
+        f"{GRADIENT_BYTES >> 20} MiB in {seconds * 1e3:.1f} ms: {bus:.2f} GB/s (bus), "
+        f"{dist.get_backend()}"
     )
+    one_machine = len(set(context.all_gather_object(host_id()))) == 1
+    slow = device.type == "cuda" and one_machine and bus < MIN_BUS_BANDWIDTH
     if slow:
-        says += f"; GPUs of one machine reach {NODE_BUS} or more (`nvidia-smi topo -m`, NCCL_DEBUG=INFO)"
+        message += (
+            f"; expected at least {MIN_BUS_BANDWIDTH} between the GPUs of one machine "
+            "(check `nvidia-smi topo -m` and NCCL_DEBUG=INFO)"
+        )
     return [
-        Check("all-reduce", False if slow else None, says),
-        Check("vote", None, f"{vote * 1e3:.2f} ms"),
+        Check("all-reduce", False if slow else None, message),
+        Check("poll", None, f"{poll * 1e3:.2f} ms"),
     ]
 
 
-def fastest(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of five."""
+def fastest(function: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of five calls."""
     times = []
     for _ in range(5):
-        begun = time.perf_counter()
-        act()
+        start = time.perf_counter()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
-def tried(context: DistContext, what: str, act: Callable[[], str]) -> Check:
-    """What `act` says on rank 0, or the sentence of the UserError that some rank met."""
+def check_on_all(context: DistContext, name: str, function: Callable[[], str]) -> Check:
+    """Return rank 0's message of `function`, or the first error of any rank."""
     try:
-        return Check(what, True, context.run_on_all(act)[0])
+        return Check(name, True, context.run_on_all(function)[0])
     except (UserError, OSError) as error:
-        return Check(what, False, str(error))
+        return Check(name, False, str(error))
 
 
-def examine(recipe: Recipe, context: DistContext, device: torch.device) -> list[Check]:
-    """All findings; every rank calls it, and each gets the same."""
+def run_checks(recipe: Recipe, context: DistContext, device: torch.device) -> list[Check]:
+    """Run all checks; every rank calls this and gets the same results."""
 
     def precision() -> str:
         check_precision(recipe.run.precision, device)
         return f"{recipe.run.precision} on {device.type}"
 
     def micro_batches() -> str:
-        micro_batches = recipe.run.micro_batches or context.world_size
-        check_world_size(recipe, micro_batches=micro_batches, world_size=context.world_size)
-        return f"{micro_batches} micro-batches of {recipe.run.batch_size} rows on {context.world_size} processes"
+        count = recipe.run.micro_batches or context.world_size
+        check_world_size(recipe, micro_batches=count, world_size=context.world_size)
+        return f"{count} micro-batches of {recipe.run.batch_size} rows on {context.world_size} processes"
 
     packages = " ".join(f"{name} {version(name)}" for name in ("torch", "timm", "accelerate"))
     versions = f"Python {platform.python_version()} {packages}"
+    recipe_digest = hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12]
+    install = "install the same version everywhere"
     mode, reason = decide_mode(recipe.tracking.mode) if context.is_main else ("off", "")
     return [
-        devices(context, device),
-        same(context, "code", code_digest(), "install the same everywhere"),
-        same(context, "versions", versions, "install the same everywhere"),
-        same(
-            context,
-            "recipe",
-            hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12],
-            "start all from one file",
-        ),
-        data(recipe, context),
-        tried(context, "precision", precision),
-        tried(context, "micro_batches", micro_batches),
-        shared_folder(context, Path(recipe.run.output_dir)),
-        clocks(context),
-        *traffic(context, device),
+        check_devices(context, device),
+        check_equal(context, "code", code_digest(), install),
+        check_equal(context, "versions", versions, install),
+        check_equal(context, "recipe", recipe_digest, "start all ranks from one file"),
+        check_data(recipe, context),
+        check_on_all(context, "precision", precision),
+        check_on_all(context, "micro_batches", micro_batches),
+        check_shared_folder(context, Path(recipe.run.output_dir)),
+        check_clocks(context),
+        *check_bandwidth(context, device),
         Check("W&B", None, f"{mode} ({reason})"),
     ]
 
@@ -230,8 +235,8 @@ def examine(recipe: Recipe, context: DistContext, device: torch.device) -> list[
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "doctor",
-        "Check a launch on the spot: start it as the training will be started. Exit code 0: train; "
-        "2: something is in the way.",
+        "Check a launch: start this command as the training will be started. Exit code 0: ready to "
+        "train; 2: fix the lines marked BAD.",
         "python -m cifar_dist.doctor recipes/r18_32.yaml",
         "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.doctor "
         "recipes/r50_224.yaml",
@@ -247,23 +252,23 @@ def main(arguments: list[str]) -> int:
         context = DistContext.of(accelerator, timeout=timedelta(seconds=MEET_SECONDS))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise UserError(
-            f"the processes did not meet within {MEET_SECONDS} s ({first_line(error)}): "
-            f"is MASTER_ADDR the first machine's address as seen from {socket.gethostname()}, "
-            "and its MASTER_PORT open between the machines?"
+            f"the processes did not connect within {MEET_SECONDS} s ({first_line(error)}); check that "
+            f"MASTER_ADDR is the first machine's address as seen from {socket.gethostname()}, and "
+            "that its MASTER_PORT is open between the machines"
         ) from None
     except RuntimeError as error:
         raise UserError(
-            f"the processes cannot start together ({first_line(error)}); if that is about an address or "
-            "a socket, set GLOO_SOCKET_IFNAME, and on GPUs NCCL_SOCKET_IFNAME, to the interface of the "
-            "network between the machines (`ip addr`)"
+            f"the process group cannot start ({first_line(error)}); for an error about an address or "
+            "a socket, set GLOO_SOCKET_IFNAME, and on GPUs NCCL_SOCKET_IFNAME, to the interface of "
+            "the network between the machines (`ip addr`)"
         ) from None
-    findings = examine(recipe, context, accelerator.device)
+    checks = run_checks(recipe, context, accelerator.device)
     destroy_distributed(accelerator)
     if is_main_rank():
-        for finding in findings:
-            mark = {True: "ok ", False: "BAD", None: "   "}[finding.ok]
-            print(f"{mark}  {finding.name:<11} {finding.message}")
-    return 2 if any(finding.ok is False for finding in findings) else 0
+        for check in checks:
+            mark = {True: "ok ", False: "BAD", None: "   "}[check.ok]
+            print(f"{mark}  {check.name:<14} {check.message}")
+    return 2 if any(check.ok is False for check in checks) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Floor 5. `python -m cifar_dist.prepare`: CIFAR-100, or the drawn sample, to what training reads."""
+"""Prepare CIFAR-100 or synthetic data for training."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from cifar_dist.utils.errors import run_command
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "prepare",
-        "Write CIFAR-100 as the Hugging Face data set (Arrow) that training reads.",
+        "Convert CIFAR-100 to the Hugging Face dataset (Arrow) that training reads.",
         "python -m cifar_dist.prepare                      # downloads 169 MB, writes data/cifar100",
         "python -m cifar_dist.prepare --source cifar-100-python.tar.gz",
-        "python -m cifar_dist.prepare --sample             # draws 7,000 pictures, writes data/sample",
+        "python -m cifar_dist.prepare --sample             # 7,000 synthetic images, writes data/sample",
         "python -m cifar_dist.prepare --source my_folder --allow-unofficial --output data/mine",
     )
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument(
-        "--source", help="a .tar.gz, .tar.xz or .tar, a folder with train, test and meta, or a URL"
+        "--source", help=".tar.gz, .tar.xz or .tar file, folder with train, test and meta, or URL"
     )
-    origin.add_argument("--sample", action="store_true", help="draw 100 classes of coloured shapes")
+    origin.add_argument(
+        "--sample",
+        action="store_true",
+        help="generate synthetic images: 100 classes of colored shapes",
+    )
     parser.add_argument("--output", type=Path, help="default: data/cifar100, or data/sample")
     parser.add_argument(
         "--allow-unofficial",
         action="store_true",
-        help="take other pictures in the same layout as well",
+        help="accept data other than CIFAR-100 in the same layout",
     )
-    parser.add_argument("--force", action="store_true", help="write it anew even if it is there")
+    parser.add_argument("--force", action="store_true", help="replace existing data")
     options = parser.parse_args(arguments)
     prepare(
         SYNTHETIC if options.sample else options.source,

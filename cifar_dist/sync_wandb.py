@@ -1,4 +1,4 @@
-"""metrics.jsonl -> one W&B run, whatever number of restarts, offline starts and failures it had."""
+"""Rebuild one W&B run from a run's metrics.jsonl, and upload it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_dict
-from cifar_dist.reporting.comparison import read_logits
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker, decide_mode, offline_folders, wandb_run_id
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import read_json_object, sha256, write_json
+from cifar_dist.utils.files import read_json, sha256, write_json
 from cifar_dist.utils.log import log, log_to_terminal
 
 UPLOAD_SECONDS = 600
 
 
 def rebuild(folder: Path) -> Path:
-    """Replace the run's offline folders by one that holds all of it; the new folder."""
+    """Replace the run's offline folders by one with all records, and return it."""
     recipe = load_recipe(folder / "recipe.yaml")
     lines = MetricsFile(folder / "metrics.jsonl").read()
-    summary = results.read_facts(folder, "summary.json")
-    environment = results.read_facts(folder, "environment.json")
+    summary = results.read_metadata(folder, "summary.json")
+    environment = results.read_metadata(folder, "environment.json")
     if (folder / "wandb_id").exists():
         for old in offline_folders(folder, wandb_run_id(folder)):
             shutil.rmtree(old)
@@ -49,8 +48,8 @@ def rebuild(folder: Path) -> Path:
 
 
 def stored(folder: Path, recipe: Recipe, digest: str | None) -> EvalResult | None:
-    """The final predictions, for tables and pictures; None before the end, or where the data are not here."""
-    predictions = read_logits(folder / "predictions.safetensors")
+    """Return the final predictions; None before the end, or if the data are not available."""
+    predictions = results.read_predictions(folder / "predictions.safetensors")
     data = Path(recipe.data.path)
     if predictions is None or not (data / "digest.json").exists() or data_digest(data) != digest:
         return None
@@ -59,11 +58,11 @@ def stored(folder: Path, recipe: Recipe, digest: str | None) -> EvalResult | Non
 
 
 def upload(offline: Sequence[Path]) -> bool:
-    """Whether W&B took the runs; each replaces what the server has under its id."""
+    """Upload runs, which replace those of the same id on the server; return whether it succeeded."""
     mode, reason = decide_mode("online")
     if mode != "online":
         folders = " ".join(map(str, offline))
-        log.info(f"not uploaded: {reason}; then start this again, or wandb sync {folders}")
+        log.info(f"not uploaded: {reason}; run this again later, or `wandb sync {folders}`")
         return False
     command = [sys.executable, "-m", "wandb", "sync", *map(str, offline)]
     try:
@@ -71,16 +70,15 @@ def upload(offline: Sequence[Path]) -> bool:
     except subprocess.TimeoutExpired:
         raise UserError(f"W&B took longer than {UPLOAD_SECONDS} s; try again later") from None
     if done.returncode:
-        raise UserError(f"`wandb sync` failed with code {done.returncode}; see what it says above")
+        raise UserError(f"`wandb sync` failed with code {done.returncode}; see its output above")
     return True
 
 
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "sync_wandb",
-        "Rebuild one W&B run from a run's metrics.jsonl, and upload it where a server answers, with the "
-        "offline runs of its evaluation and of its cached logits. A second call changes nothing unless "
-        "there is something new.",
+        "Rebuild one W&B run from a run's metrics.jsonl and upload it, with the offline runs of its "
+        "evaluation and cached logits. Uploads nothing that is already uploaded.",
         "python -m cifar_dist.sync_wandb runs/r18_32",
     )
     parser.add_argument("run", type=Path, help="a run folder")
@@ -89,25 +87,25 @@ def main(arguments: list[str]) -> int:
     metrics = folder / "metrics.jsonl"
     for needed in (folder / "recipe.yaml", metrics):
         if not needed.exists():
-            raise UserError(f"{folder} is no run folder with reports (no {needed.name} in it)")
+            raise UserError(f"{folder} is not a run folder with records (it has no {needed.name})")
     summary = folder / "summary.json"
     now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
-    note = folder / "wandb_synced.json"
-    before = read_json_object(note, "remove it and start this again") or {}
+    state_file = folder / "wandb_synced.json"
+    before = read_json(state_file, "remove it and start this again") or {}
     offline = folder / "wandb" / Path(before.get("offline") or "none").name
-    on_server: set[str] = set(before.get("uploaded", []))
+    uploaded: set[str] = set(before.get("uploaded", []))
     if before.get("source_hashes") != now or not offline.is_dir():
         offline = rebuild(folder)
-        on_server -= {offline.name}  # named by the second: within one, as its forerunner was
+        uploaded -= {offline.name}  # its name may be that of a replaced one
         log.info(f"{offline}: all of {metrics}")
-    others = set(folder.glob("wandb/offline-run-*")) - {offline}  # evaluations, caches of logits
-    waiting = [path for path in (offline, *sorted(others)) if path.name not in on_server]
-    if not waiting:
+    others = set(folder.glob("wandb/offline-run-*")) - {offline}  # evaluations, caches
+    pending = [path for path in (offline, *sorted(others)) if path.name not in uploaded]
+    if not pending:
         log.info(f"{folder}: nothing new since the last upload")
         return 0
-    if upload(waiting):
-        on_server = {path.name for path in (offline, *others)}
-    write_json(note, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(on_server)})
+    if upload(pending):
+        uploaded = {path.name for path in (offline, *others)}
+    write_json(state_file, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(uploaded)})
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Small true data sets on disk, made once a session, and a recipe that trains on them in seconds."""
+"""Small data sets on disk, created once per session, and recipes that train on them in seconds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from small_data import quick_recipe, small_data
 
 from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.synthetic import draw_synthetic
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.run_folder.checkpoint import save_checkpoint
 from recipes import RecipeMaker, TeacherMaker, write_recipe
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 + 23 rows of the drawn sample as Arrow; 23 divides by nothing."""
+    """64 + 23 rows of synthetic data as Arrow; 23 is a prime."""
     root = tmp_path_factory.mktemp("small") / "data"
     write_dataset(root, *small_data(), content="other")
     return root
@@ -40,7 +40,7 @@ def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
-    """runs/ with one finished run, `tiny`, that held 100 rows out."""
+    """runs/ with one finished run, `tiny`, with 100 validation rows."""
     folder = tmp_path_factory.mktemp("finished")
     holdout: dict[str, Any] = {"data": {"val_size": 100}}
     train(quick_recipe(folder, "tiny", middle_data, **holdout), cwd=folder)
@@ -49,7 +49,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -
 
 @pytest.fixture
 def run(tmp_path: Path, finished_runs: Path) -> Path:
-    """A copy of the finished run, in runs/ of this test's folder, to do with as one likes."""
+    """A copy of the finished run in this test's folder, free to modify."""
     shutil.copytree(finished_runs, tmp_path / "runs")
     return tmp_path / "runs/tiny"
 
@@ -62,7 +62,7 @@ def recipe(tmp_path: Path, data: Path) -> RecipeMaker:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> TeacherMaker:
-    """A run folder with one checkpoint of a model as it was born from `seed`."""
+    """Create a run folder with one checkpoint of a model initialized with `seed`."""
 
     def make(name: str, *, seed: int = 0, losses: Any = None, **model: Any) -> Path:
         config = ModelConfig(**{"backbone": "test_resnet"} | model)

@@ -1,1 +1,1 @@
-"""Floor 1. From CIFAR's pickles to uint8 pictures on the device."""
+"""Data pipeline: from CIFAR's pickle files to augmented uint8 batches on the device."""

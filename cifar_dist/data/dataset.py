@@ -1,7 +1,7 @@
-"""Floor 1, the second step of the walk: a Hugging Face dataset on disk, read back without a copy.
+"""Write and read the Arrow dataset on disk.
 
-`datasets.load_from_disk(root)` opens what is written here. Training reads the same two files with
-pyarrow alone, as a view of the memory map, after it has compared their content with `digest.json`.
+`datasets.load_from_disk(root)` can open it. Training reads the same files with pyarrow alone, as
+memory-mapped views without a copy, and verifies their content against `digest.json`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ from cifar_dist.data.ingest.pickles import (
     RawSplit,
 )
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import atomic_folder, atomic_write, write_json
+from cifar_dist.utils.files import atomic_folder, atomic_write, read_json, write_json
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
-Place = Literal["device", "host"]  # of the images
+Place = Literal["device", "host"]  # where the images are stored
 TABLE, INFO, DIGEST = "data-00000-of-00001.arrow", "dataset_info.json", "digest.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """One split on its device, that of the labels; with `on_host` the images are not on it.
+    """One split on the device of its labels; with `on_host` the images stay on the CPU.
 
-    On the CPU the images are the file's own pages: never write to them.
+    Images on the CPU are memory-mapped pages of the file: never write to them.
     """
 
     images: Tensor  # uint8 [N, 3, 32, 32]
     labels: Tensor  # int64 [N], fine
-    on_host: bool = False  # too many for the device, so nothing is made of all of them at once
+    on_host: bool = False  # do not copy or transform all images at once
 
     def gather(self, rows: Tensor) -> Tensor:
-        """uint8 [B, 3, 32, 32] on the device: the rows' (int64 [B]) as they are; waits if `on_host`."""
-        picked = self.images.index_select(0, rows.to(self.images.device))
-        return picked.to(self.labels.device)
+        """Return the images of `rows` (int64 [B]) on the device, uint8 [B, 3, 32, 32].
+
+        Synchronizes with the device if `on_host`.
+        """
+        images = self.images.index_select(0, rows.to(self.images.device))
+        return images.to(self.labels.device)
 
 
 def write_dataset(
@@ -60,10 +63,10 @@ def write_dataset(
     meta: RawMeta,
     *,
     content: Literal["official", "sample", "other"],
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `root` as a DatasetDict of train and test, in one step; `beside` are files to add to it."""
-    import datasets  # two seconds, and not on every training machine
+    """Write a DatasetDict of train and test to `root` atomically, with `extra_files` added to it."""
+    import datasets  # takes two seconds to import, and training machines need not have it
 
     features = datasets.Features(
         {
@@ -82,25 +85,25 @@ def write_dataset(
                 [images, raw.fine_labels, raw.coarse_labels, raw.filenames],
                 schema=features.arrow_schema,
             )
-            # save_to_disk would cut the table into 50 chunks, so only an empty one goes through it.
+            # save_to_disk would split the table into 50 chunks, so it only writes an empty one.
             sha256 = content_digest(raw, meta)
             empty = datasets.Dataset(
                 table.slice(0, 0),
                 info=datasets.DatasetInfo(features=features),
                 split=datasets.Split(name),
-                fingerprint=sha256[:16],  # the key of `datasets`' own caches
+                fingerprint=sha256[:16],  # `datasets` keys its caches by this
             )
             _save_quietly(empty, folder / name)
             with pa.ipc.new_stream(folder / name / TABLE, table.schema) as writer:
                 writer.write_table(table, max_chunksize=len(raw.images))
             digest[name] = {"rows": len(raw.images), "sha256": sha256}
-        for path, data in (beside or {}).items():
+        for path, data in (extra_files or {}).items():
             atomic_write(folder / path, data)
         write_json(folder / DIGEST, digest)
 
 
 def content_digest(raw: RawSplit, meta: RawMeta) -> str:
-    """SHA-256 of what a split says: pixels, labels, filenames, class names; not of its encoding."""
+    """Return the SHA-256 of pixels, labels, filenames and class names, whatever their encoding."""
     names = [meta.fine_label_names, meta.coarse_label_names, raw.filenames]
     digest = hashlib.sha256(json.dumps(names).encode())
     for array in (raw.fine_labels, raw.coarse_labels, raw.images):
@@ -109,38 +112,38 @@ def content_digest(raw: RawSplit, meta: RawMeta) -> str:
 
 
 def read_digest(root: Path) -> dict[str, Any]:
-    """`digest.json`: {"content": ..., "train": {"rows": ..., "sha256": ...}, "test": {...}}."""
+    """Return `digest.json`: {"content": ..., "train": {"rows": ..., "sha256": ...}, "test": {...}}."""
     digest = _read_json(root, root / DIGEST)
     try:
         for name in SPLITS:
             int(digest[name]["rows"]), str(digest[name]["sha256"]), str(digest["content"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _damage(root, root / DIGEST, f"lacks {error}") from error
+        raise _corruption_error(root, root / DIGEST, f"lacks {error}") from error
     return digest
 
 
 def data_digest(root: Path) -> str:
-    """One SHA-256 for the content of both splits."""
+    """Return one SHA-256 for the content of both splits."""
     digest = read_digest(root)
     return hashlib.sha256("".join(digest[name]["sha256"] for name in SPLITS).encode()).hexdigest()
 
 
 def class_names(root: Path) -> tuple[str, ...]:
-    """The 100 fine classes' names, in the order of their labels."""
+    """Return the names of the 100 fine classes, ordered by label."""
     return tuple(_read_meta(root, "train").fine_label_names)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hierarchy:
-    """The classes and what they are part of."""
+    """Names of the fine classes, of the superclasses, and the mapping between them."""
 
     fine: tuple[str, ...]
     coarse: tuple[str, ...]
-    coarse_of_fine: Tensor  # int64 [100]; -1 for a class that the data set has no picture of
+    coarse_of_fine: Tensor  # int64 [100]; -1 for a class without images
 
 
 def read_hierarchy(root: Path) -> Hierarchy:
-    """Names from the data set's description, and each class's superclass from the rows."""
+    """Read the class names from the metadata and each class's superclass from the rows."""
     meta = _read_meta(root, "train")
     coarse_of_fine = torch.full((len(meta.fine_label_names),), -1)
     for name in SPLITS:
@@ -159,46 +162,47 @@ def load_split(
     device: torch.device | str = "cpu",
     place: Place = "device",
 ) -> Split:
-    """The split, verified against its digest, on `device`; UserError for damage of any kind.
+    """Load a split onto `device` and verify its digest; raise UserError if the files are corrupt.
 
-    The 50,000 rows of CIFAR-100 take 0.1 s on one core, nearly all of it for their SHA-256.
+    The 50,000 rows of CIFAR-100 take 0.1 s on one core, almost all of it for the SHA-256.
     """
     table = _open_table(root, name)
     _verify(root, name, table)
-    return _split(table, device, place)
+    return _to_split(table, device, place)
 
 
 def open_splits(
     root: Path, device: torch.device | str, place: Place = "device"
 ) -> tuple[Split, Split, Callable[[], None]]:
-    """Train and test at once, and what to call before their numbers count.
+    """Return the train and test splits, and a function that finishes their verification.
 
-    Threads compute the digests meanwhile; the call waits for them and raises the UserError of a
-    damage. What would not even be pictures and labels of the right ranges is refused here.
+    Types, sizes and label ranges are checked at once; threads compute the digests in the background.
+    Call the function before relying on any result: it waits for the digests and raises UserError if
+    the files are corrupt.
     """
     tables = {name: _open_table(root, name) for name in SPLITS}
-    train, test = (_split(tables[name], device, place) for name in SPLITS)
-    pool = ThreadPoolExecutor(len(tables), "digest")  # last, as it would hold up what is above
-    verifying = [pool.submit(_verify, root, name, table) for name, table in tables.items()]
+    train, test = (_to_split(tables[name], device, place) for name in SPLITS)
+    pool = ThreadPoolExecutor(len(tables), "digest")  # last: it would delay the copies above
+    verifications = [pool.submit(_verify, root, name, table) for name, table in tables.items()]
     pool.shutdown(wait=False)
 
     def check() -> None:
-        for verified in verifying:
-            verified.result()
+        for verification in verifications:
+            verification.result()
 
     return train, test, check
 
 
 def read_split(root: Path, name: Literal["train", "test"]) -> RawSplit:
-    """All columns of a split as views of the memory map, verified; UserError for damage of any kind."""
+    """Return all columns of a split as memory-mapped views; raise UserError if they are corrupt."""
     return _verify(root, name, _open_table(root, name))
 
 
 def _open_table(root: Path, name: str) -> Any:
-    """The split's one record batch as a view of the memory map: its types, sizes and labels are right."""
+    """Memory-map the single record batch of a split after checking types, sizes and label ranges."""
     path = root / name / TABLE
     rows = read_digest(root)[name]["rows"]
-    with _naming_damage(root, path):
+    with _report_corruption(root, path):
         with pa.memory_map(str(path)) as file:
             batches = list(pa.ipc.open_stream(file))
         if len(batches) != 1:
@@ -208,7 +212,7 @@ def _open_table(root: Path, name: str) -> Any:
         if batch.num_rows != rows:
             raise ValueError(f"has {batch.num_rows:,} rows instead of {rows:,}")
         if any(column.null_count for column in batch.columns):
-            raise ValueError("has empty cells")
+            raise ValueError("has null values")
         image = batch.column("image")
         if image.type != pa.list_(pa.uint8(), PIXELS):
             raise ValueError(f"has images of type {image.type}")
@@ -220,9 +224,9 @@ def _open_table(root: Path, name: str) -> Any:
 
 
 def _verify(root: Path, name: str, table: Any) -> RawSplit:
-    """All columns of an open split, compared with its digest."""
+    """Return all columns of an open split after comparing their content with its digest."""
     expected, meta = read_digest(root)[name], _read_meta(root, name)
-    with _naming_damage(root, root / name / TABLE):
+    with _report_corruption(root, root / name / TABLE):
         raw = RawSplit(
             images=_images(table),
             fine_labels=_labels(table, "fine_label"),
@@ -230,11 +234,11 @@ def _verify(root: Path, name: str, table: Any) -> RawSplit:
             filenames=table.column("filename").to_pylist(),
         )
         if content_digest(raw, meta) != expected["sha256"]:
-            raise ValueError("differs from what was written (its digest is another)")
+            raise ValueError("does not match its SHA-256 digest")
     return raw
 
 
-def _split(table: Any, device: torch.device | str, place: Place) -> Split:
+def _to_split(table: Any, device: torch.device | str, place: Place) -> Split:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         images = torch.from_numpy(_images(table)).view(-1, 3, 32, 32)
@@ -256,14 +260,14 @@ def _labels(table: Any, name: str) -> np.ndarray:
 
 
 @contextmanager
-def _naming_damage(root: Path, path: Path) -> Iterator[None]:
-    """What goes wrong within is the file's damage."""
+def _report_corruption(root: Path, path: Path) -> Iterator[None]:
+    """Report errors inside the context as corruption of `path`."""
     try:
         yield
     except FileNotFoundError as error:
-        raise _damage(root, path, "is missing") from error
+        raise _corruption_error(root, path, "is missing") from error
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
-        raise _damage(root, path, str(error).splitlines()[0]) from error
+        raise _corruption_error(root, path, str(error).splitlines()[0]) from error
 
 
 def _read_meta(root: Path, name: str) -> RawMeta:
@@ -275,22 +279,23 @@ def _read_meta(root: Path, name: str) -> RawMeta:
             coarse_label_names=list(features["coarse_label"]["names"]),
         )
     except (KeyError, TypeError) as error:
-        raise _damage(root, path, f"lacks {error}") from error
+        raise _corruption_error(root, path, f"lacks {error}") from error
 
 
-def _read_json(root: Path, path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise _damage(root, path, "is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damage(root, path, "is not readable JSON") from error
+def _read_json(root: Path, path: Path) -> dict[str, Any]:
+    if (content := read_json(path, _remedy(root))) is None:
+        raise _corruption_error(root, path, "is missing")
+    return content
 
 
-def _damage(root: Path, path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path}: {reason}; write the data anew with `python -m cifar_dist.prepare --force "
-        f"--output {root}` and the --source or --sample they came from"
+def _corruption_error(root: Path, path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: {reason}; {_remedy(root)}")
+
+
+def _remedy(root: Path) -> str:
+    return (
+        f"recreate the dataset with `python -m cifar_dist.prepare --force --output {root}` and its "
+        "original --source or --sample"
     )
 
 

@@ -1,13 +1,12 @@
 """A teacher's logits for every view of every training row, on disk: float16 [V, N, C].
 
-A cache is a folder: `logits.npy`, which can be memory-mapped, and `manifest.json`, which says what
-it was made of and its SHA-256. While it is being made it is `FOLDER.part`, where `progress.json`
-says how many rows are safe; the last step gives it its name.
+A cache is a folder with `logits.npy`, which can be memory-mapped, and `manifest.json` with its
+fingerprint and SHA-256. While it is being written it is `FOLDER.part`, with the number of rows that
+are safely on disk in `progress.json`; it is renamed when it is complete.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,85 +20,78 @@ import torch
 from torch import Tensor
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import make_folder, sha256, sync, write_json
+from cifar_dist.utils.files import make_folder, read_json, sha256, sync, write_json
 
 LOGITS, MANIFEST, PROGRESS = "logits.npy", "manifest.json", "progress.json"
-SAFE_SECONDS = 10.0  # how much work a kill or a power cut may cost
-REMEDY = "run `accelerate launch -m cifar_dist.cache_logits RECIPE` with this recipe"
-Fingerprint = Mapping[str, Any]  # all that decides the logits, as {"augment.seed": 0, ...}
+SAVE_SECONDS = 10.0  # at most this much work is lost by a kill or a power cut
+CREATE = "run `accelerate launch -m cifar_dist.cache_logits RECIPE` with this recipe"
+Fingerprint = Mapping[
+    str, Any
+]  # everything that determines the logits, as {"augment.seed": 0, ...}
 
 
-def fingerprint_differences(found: Any, wanted: Fingerprint) -> str:
-    """How a cache's `made_of` differs from the wanted one: `augment.seed: 0 -> 1; ...`, or ""."""
-    found = found if isinstance(found, dict) else {}
+def fingerprint_differences(old: Any, new: Fingerprint) -> str:
+    """Return the differences of two fingerprints as `augment.seed: 0 -> 1; ...`, or ""."""
+    old = old if isinstance(old, dict) else {}
     return "; ".join(
-        f"{name}: {short(found.get(name))} -> {short(wanted.get(name))}"
-        for name in sorted({*found, *wanted})
-        if found.get(name) != wanted.get(name)
+        f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
     )
 
 
-def short(value: Any) -> Any:
-    """A digest's first twelve digits, any other value as it is."""
+def _short(value: Any) -> Any:
+    """Abbreviate a SHA-256 to twelve digits."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a manifest or progress file says, None where there is none; UserError for a damaged one."""
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged; make the cache again with --force")
-    return record
+def _read_record(path: Path) -> dict[str, Any] | None:
+    return read_json(path, "create the cache again with --force")
 
 
-# ----------------------------------------------------------------------------- in training
+# ----------------------------------------------------------------------------- reading
 
 
 def check_cache(folder: Path, fingerprint: Fingerprint) -> None:
-    """Refuse a cache that is absent, unfinished, damaged, or made of anything but `made_of`.
+    """Raise UserError unless the cache is complete, undamaged and has this fingerprint.
 
-    Reads all of it once, for the SHA-256.
+    Reads the whole file once, for its SHA-256.
     """
-    manifest = read_record(folder / MANIFEST)
+    manifest = _read_record(folder / MANIFEST)
     if manifest is None:
         unfinished = partial_path(folder).exists() and not folder.exists()
         state = "not finished" if unfinished else "no cache of a teacher's logits"
-        raise UserError(f"{folder} is {state}; {REMEDY}")
+        raise UserError(f"{folder} is {state}; {CREATE}")
     changed = fingerprint_differences(manifest.get("fingerprint"), fingerprint)
     if changed:
         raise UserError(
-            f"the cache {folder} was made for something else ({changed}); {REMEDY} and "
+            f"the cache {folder} was made for something else ({changed}); {CREATE} and "
             "teacher.cache=ANOTHER_FOLDER, or with --force to replace it"
         )
     logits = folder / LOGITS
     if not logits.is_file() or sha256(logits) != manifest.get("sha256"):
-        raise UserError(f"{logits} is damaged; make the cache again: {REMEDY} and --force")
+        raise UserError(f"{logits} is damaged; create the cache again: {CREATE} and --force")
 
 
 def open_logits(folder: Path) -> Tensor:
-    """The logits of a cache that was checked: float16 [V, N, C] over the mapped file."""
-    # "c", copy on write: torch warns of arrays that cannot be written to; nobody writes to this one
+    """Return the logits of a checked cache, float16 [V, N, C], memory-mapped."""
+    # "c" (copy on write), as torch warns about read-only arrays
     return torch.from_numpy(numpy.load(folder / LOGITS, mmap_mode="c", allow_pickle=False))
 
 
-# ----------------------------------------------------------------------------- being made
+# ----------------------------------------------------------------------------- writing
 
 
 def partial_path(folder: Path) -> Path:
-    """Where a cache lies until it is complete."""
+    """Return the folder of a cache that is not complete yet."""
     return folder.with_name(f"{folder.name}.part")
 
 
 class CacheWriter:
-    """Appends rows of logits in their order, and goes on where a kill left them.
+    """Appends rows of logits in order, and resumes after a kill.
 
-    `shape` is (V, N, C). A cache of another kind in the way, begun or complete, is refused unless
-    `force`; a complete one gives way only to its complete successor.
+    `shape` is (V, N, C). Another cache in the same folder, complete or not, is a UserError unless
+    `force`; a complete one is replaced only when its successor is complete.
     """
 
     def __init__(
@@ -107,61 +99,66 @@ class CacheWriter:
     ) -> None:
         self.folder, self.part = folder, partial_path(folder)
         self.shape, self.fingerprint = tuple(shape), dict(fingerprint)
-        self.rows = 0  # of the V * N that are written
+        self.rows = 0  # written so far, of V * N
         self.is_finished = (folder / MANIFEST).exists() and not force
         if self.is_finished:
             check_cache(folder, fingerprint)
             return
-        if folder.exists() and not (folder / MANIFEST).exists():  # forced or not: it is not ours
-            raise UserError(f"{folder} is there but no cache; choose another teacher.cache=FOLDER")
+        if folder.exists() and not (folder / MANIFEST).exists():  # never replaced, even with force
+            raise UserError(f"{folder} exists but is no cache; choose another teacher.cache=FOLDER")
         if force:
             shutil.rmtree(self.part, ignore_errors=True)
-        progress = read_record(self.part / PROGRESS) or {"rows": 0, "fingerprint": self.fingerprint}
+        progress = _read_record(self.part / PROGRESS) or {
+            "rows": 0,
+            "fingerprint": self.fingerprint,
+        }
         changed = fingerprint_differences(progress["fingerprint"], fingerprint)
         if changed:
             raise UserError(
-                f"{self.part} was begun for something else ({changed}); replace it with --force, or "
-                "give this one another folder (teacher.cache=FOLDER)"
+                f"the unfinished cache {self.part} was made for something else ({changed}); replace it "
+                "with --force, or choose another folder (teacher.cache=FOLDER)"
             )
         self.rows = progress["rows"]
-        self.file = self.open()
+        self.file = self._open()
         self.saved_at = time.monotonic()
 
-    def open(self) -> BinaryIO:
-        """The file, at the place where the next row belongs."""
+    def _open(self) -> BinaryIO:
+        """Open the file at the position of the next row."""
         make_folder(self.part)
         file = (self.part / LOGITS).open("r+b" if self.rows else "w+b")
         description = {"descr": "<f2", "fortran_order": False, "shape": self.shape}
         numpy.lib.format.write_array_header_1_0(file, description)
         end = file.tell() + self.rows * self.shape[2] * 2
         if file.seek(0, os.SEEK_END) < end:
-            raise UserError(f"{self.part / LOGITS} was cut; begin again with --force")
+            raise UserError(
+                f"{self.part / LOGITS} is shorter than its progress; start again with --force"
+            )
         file.seek(end)
         file.truncate()
         return file
 
     def append(self, logits: Tensor) -> None:
-        """Write float16 [rows, C] on the CPU; every ten seconds what is written is made safe."""
+        """Write float16 [rows, C] from the CPU; sync to disk every SAVE_SECONDS."""
         if not logits.isfinite().all():
             raise UserError(
-                f"the teacher's logits for row {self.rows % self.shape[1]} and those after it do not "
-                "fit float16: they are not finite or above 65504; look at the teacher"
+                f"the teacher's logits from row {self.rows % self.shape[1]} on do not fit float16: "
+                "they are not finite or above 65504; check the teacher"
             )
         self.file.write(logits.contiguous().numpy().astype("<f2", copy=False).tobytes())
         self.rows += len(logits)
-        if time.monotonic() - self.saved_at > SAFE_SECONDS:
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Put all rows on the disk, then say so."""
+        """Sync all rows to disk, then record their number."""
         self.file.flush()
         os.fsync(self.file.fileno())
         write_json(self.part / PROGRESS, {"rows": self.rows, "fingerprint": self.fingerprint})
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Write the manifest and give the folder its name."""
-        assert self.rows == math.prod(self.shape[:2]), "a cache is finished when it is full"
+        """Write the manifest and rename the folder."""
+        assert self.rows == math.prod(self.shape[:2]), "all rows must have been written"
         self.save()
         self.file.close()
         digest = sha256(self.part / LOGITS)
@@ -173,5 +170,5 @@ class CacheWriter:
             os.rename(self.folder, old)
         os.rename(self.part, self.folder)
         sync(self.folder.parent)
-        (self.folder / PROGRESS).unlink()  # last: a kill before it finishes once more
+        (self.folder / PROGRESS).unlink()  # last: after a kill before it, finish() runs once more
         shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,8 @@
-"""View -> the teacher's logits, which the taught losses call the guide.
+"""Teachers: from an augmented batch to the logits that distillation losses compare with.
 
-A teacher is frozen and in evaluation mode and sees the student's own view at its own resolution.
-Each rank holds it whole, or the ranks share it, or what it says about each view was written down
-before. It is no part of the run's state: a checkpoint has its digest alone, and neither DDP nor an
-optimizer ever sees it.
+A teacher is frozen and sees the student's augmented images, at its own resolution. Each rank has a
+replica, or the ranks shard it with FSDP2, or its logits are read from a cache. It is not part of the
+run's state: a checkpoint only has its digest, and neither DDP nor the optimizer sees its parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from cifar_dist.data.augment.augmentation import AugmentedBatch
 from cifar_dist.data.batches import Batch
 from cifar_dist.distill.logit_cache import open_logits
-from cifar_dist.models.backbones import Classifier, ModelConfig, build_model, num_parameters
+from cifar_dist.models.classifier import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.utils.config import Positive, config
 from cifar_dist.utils.errors import UserError
 
@@ -37,31 +36,31 @@ ShardOver = Literal["world", "node"]
 
 @config
 class TeacherConfig:
-    """Which run teaches, how much it counts among several, and where its weights or logits lie."""
+    """The run to learn from, its weight among several, and how its logits are computed."""
 
     run: str  # a run folder, like runs/r50_224, or a .safetensors file of a whole model
     weight: Positive = 1.0
     placement: Literal["replicated", "sharded", "cached"] = "replicated"
-    shard_over: ShardOver = "world"  # node: sharded within a machine, replicated across machines
+    shard_over: ShardOver = "world"  # node: shard within a machine, replicate across machines
     cache: str | None = None  # folder of the cached logits; None: RUN/logits, or FILE.logits
-    model: ModelConfig | None = None  # of a file: how to build it
-    logit_scale: Positive | None = None  # of a file with a cosine head: its loss's scale
-    train_mode: bool = False  # BatchNorm by the batch, dropout on: as the tutorial has it
+    model: ModelConfig | None = None  # for a file: how to build it
+    logit_scale: Positive | None = None  # for a file with a cosine head: the scale of its loss
+    train_mode: bool = False  # batch statistics in BatchNorm, dropout on: as in the tutorial
 
     def __post_init__(self) -> None:
         if self.is_file and self.model is None:
-            raise ValueError(
-                f"{self.run} is a file: add a `model` section that says how to build it"
-            )
+            raise ValueError(f"{self.run} is a file: add a `model` section to build it from")
         if not self.is_file and (self.model or self.logit_scale):
-            raise ValueError("model and logit_scale are for a file; a run folder has its own")
+            raise ValueError(
+                "model and logit_scale are for a file, a run folder has its own; remove them"
+            )
         if self.model and (self.model.head == "cosine") != (self.logit_scale is not None):
             raise ValueError(
-                "a file with a cosine head needs logit_scale, with a linear one has none"
+                "a file with a cosine head needs logit_scale, one with a linear head has none"
             )
         if self.train_mode and self.placement == "cached":
             raise ValueError(
-                "train_mode has no fixed logits that could be cached; remove one of them"
+                "train_mode has no fixed logits to cache; remove it or placement: cached"
             )
 
     @property
@@ -77,29 +76,31 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherWeights:
-    """A trained model on disk; who calls has looked it up."""
+    """A trained model on disk."""
 
     model: ModelConfig
     weights: Path  # a safetensors file with the whole state dict
     digest: str  # its SHA-256
-    logit_scale: float  # what its own losses multiply cosines with; 1 for a linear head
+    logit_scale: float  # the factor of its own losses on cosines; 1 for a linear head
 
 
 class Teacher(Protocol):
-    local_num_params: int  # that this rank holds
-    capturable: bool  # whether a CUDA graph can hold a call: it has no collective
+    local_num_params: int  # on this rank
+    capturable: bool  # whether a CUDA graph can contain a call: it has no collective
 
     def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
-        """f32 [B, C], without a gradient."""
+        """Return logits, f32 [B, C], without a gradient."""
         ...
 
 
 class OnlineTeacher:
-    """A model that looks at each view anew, under the autocast that it is called in."""
+    """Runs a model on each augmented batch, under the caller's autocast."""
 
     def __init__(self, model: nn.Module, logit_scale: float, *, sharded: bool = False) -> None:
         self.model, self.logit_scale, self.capturable = model, logit_scale, not sharded
-        self.local_num_params = local_parameters(model)
+        self.local_num_params = sum(
+            (p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()
+        )
 
     @torch.no_grad()
     def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
@@ -107,7 +108,7 @@ class OnlineTeacher:
 
 
 class CachedTeacher:
-    """What a live teacher said about each view of each row, rounded to float16: [V, N, C]."""
+    """Looks up an online teacher's logits for each view of each row, float16 [V, N, C]."""
 
     local_num_params = 0
     capturable = True
@@ -121,20 +122,20 @@ class CachedTeacher:
 
 
 class TeacherEnsemble:
-    """The weighted mean of several teachers' logits."""
+    """Averages the logits of several teachers with weights."""
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float]) -> None:
         self.teachers = teachers
-        self.shares = [weight / sum(weights) for weight in weights]
+        self.weights = [weight / sum(weights) for weight in weights]
         self.local_num_params = sum(teacher.local_num_params for teacher in teachers)
         self.capturable = all(teacher.capturable for teacher in teachers)
 
     def __call__(self, view: AugmentedBatch, batch: Batch) -> Tensor:
-        guides = [
-            share * teacher(view, batch)
-            for teacher, share in zip(self.teachers, self.shares, strict=True)
+        weighted = [
+            weight * teacher(view, batch)
+            for teacher, weight in zip(self.teachers, self.weights, strict=True)
         ]
-        return torch.stack(guides).sum(0)
+        return torch.stack(weighted).sum(0)
 
 
 def build_teacher(
@@ -145,74 +146,67 @@ def build_teacher(
     device: torch.device,
     mesh: Callable[[ShardOver], DeviceMesh | None],
 ) -> Teacher | None:
-    """What the recipe's teachers say together; None where it has none.
+    """Return the ensemble of the recipe's teachers, or None if it has none.
 
-    `mesh` gives the ranks to shard over, or None for a process that is alone. All ranks call this
-    together; caches have been checked. UserError for weights that do not fit.
+    `mesh` returns the device mesh to shard over, or None for a single process. A collective: all
+    ranks must call this. Caches must have been checked. Raises UserError for weights that do not fit.
     """
     teachers: list[Teacher] = []
-    for asked, found in zip(configs, trained, strict=True):
-        match asked.placement:
-            case "cached":
-                logits = open_logits(asked.cache_folder).to(device)
-                views, rows, _ = logits.shape
-                log.info(f"teacher {asked.run}: its logits for {views} views of {rows:,} rows")
-                teachers.append(CachedTeacher(logits))
-            case "replicated":
-                teachers.append(build_online_teacher(asked, found, num_classes, device, None))
-            case "sharded":
-                device_mesh = mesh(asked.shard_over)
-                teachers.append(
-                    build_online_teacher(asked, found, num_classes, device, device_mesh)
-                )
+    for teacher, weights in zip(configs, trained, strict=True):
+        if teacher.placement == "cached":
+            logits = open_logits(teacher.cache_folder).to(device)
+            views, rows, _ = logits.shape
+            log.info(f"teacher {teacher.run}: cached logits for {views} views of {rows:,} rows")
+            teachers.append(CachedTeacher(logits))
+        else:
+            over = mesh(teacher.shard_over) if teacher.placement == "sharded" else None
+            teachers.append(build_online_teacher(teacher, weights, num_classes, device, over))
     return TeacherEnsemble(teachers, [config.weight for config in configs]) if teachers else None
 
 
 def build_online_teacher(
-    asked: TeacherConfig,
-    found: TeacherWeights,
+    config: TeacherConfig,
+    trained: TeacherWeights,
     num_classes: int,
     device: torch.device,
     mesh: DeviceMesh | None,
 ) -> OnlineTeacher:
-    """The trained model on this rank, or its share of it where there is a mesh."""
+    """Return the trained model, sharded over `mesh` if it is given."""
     try:
         if mesh is None:
-            model = build_model(found.model, num_classes, load_file(found.weights))
+            model = build_model(trained.model, num_classes, load_file(trained.weights))
             eval_frozen(model).to(device)
         else:
-            model = load_sharded(found, num_classes, mesh)
+            model = load_sharded(trained, num_classes, mesh)
     except UserError as error:
-        raise UserError(f"the teacher {asked.run}: {error}") from None
+        raise UserError(f"the teacher {config.run}: {error}") from None
     except SafetensorError as error:
-        raise UserError(f"the teacher {asked.run} is no safetensors file ({error})") from None
+        raise UserError(
+            f"the teacher {config.run} is not a safetensors file ({error}); check teacher.run"
+        ) from None
     log.info(
-        f"teacher {asked.run}: {found.model.backbone} at {found.model.image_size} px, "
+        f"teacher {config.run}: {trained.model.backbone} at {trained.model.image_size} px, "
         f"{num_parameters(model):,} parameters"
     )
-    return OnlineTeacher(model.train(asked.train_mode), found.logit_scale, sharded=mesh is not None)
+    model.train(config.train_mode)
+    return OnlineTeacher(model, trained.logit_scale, sharded=mesh is not None)
 
 
 def eval_frozen(model: Classifier) -> Classifier:
-    """Evaluation mode for good; weights stay contiguous, as sharding needs it."""
+    """Freeze the model in eval mode. Keeps weights contiguous, which FSDP2 requires."""
     return model.eval().requires_grad_(False)
-
-
-def local_parameters(model: nn.Module) -> int:
-    """How many of the model's numbers this rank holds."""
-    parameters = model.parameters()
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
 # ----------------------------------------------------------------------------- sharded
 
 
 def load_sharded(trained: TeacherWeights, num_classes: int, mesh: DeviceMesh) -> Classifier:
-    """The model with each parameter's rows dealt over the mesh; each rank reads its rows alone.
+    """Return the model sharded over the mesh; each rank reads only its rows of each parameter.
 
-    Parameters are built without numbers. Buffers are built with theirs and kept on every rank: there
-    are some that no file has, like tables of relative positions.
+    Parameters are built on the meta device. Buffers are built with their values and replicated, as
+    some are in no file, like tables of relative positions.
     """
+    unsupported = "its buffers cannot be rebuilt; use placement: replicated"
     with safe_open(trained.weights, "pt") as file:
         names = file.keys()
         shapes = {
@@ -221,32 +215,32 @@ def load_sharded(trained: TeacherWeights, num_classes: int, mesh: DeviceMesh) ->
         try:
             with init_params_on_meta():
                 model = eval_frozen(build_model(trained.model, num_classes, shapes))
-        except NotImplementedError:  # buffers that are filled from what has no numbers yet
-            raise UserError("its buffers cannot be rebuilt; use placement: replicated") from None
+        except NotImplementedError:  # a buffer is computed from a meta tensor
+            raise UserError(unsupported) from None
         shard_frozen(model, mesh)
         state = model.state_dict()
         model.load_state_dict(
             {name: local_shard(file, name, state[name], mesh) for name in names}, assign=True
         )
-    for module in model.modules():  # buffers that were built where the parameters were
+    for module in model.modules():  # buffers created on the device of the parameters
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            rebuild = getattr(module, "init_non_persistent_buffers", None)  # timm's own name for it
+            rebuild = getattr(module, "init_non_persistent_buffers", None)  # timm's method
             if rebuild is None:
-                raise UserError("its buffers cannot be rebuilt; use placement: replicated")
+                raise UserError(unsupported)
             rebuild()
     return model
 
 
 @contextmanager
 def init_params_on_meta() -> Iterator[None]:
-    """Let modules that are built meanwhile have their parameters, not their buffers, on meta."""
+    """Put the parameters of modules built inside the context on the meta device, but not buffers."""
 
-    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
             return parameter
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(move)
+    handle = register_module_parameter_registration_hook(to_meta)
     try:
         yield
     finally:
@@ -254,11 +248,12 @@ def init_params_on_meta() -> Iterator[None]:
 
 
 def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 by blocks: a block is a link of a chain that has parts of its own; then the root.
+    """Apply FSDP2 to each block, then to the rest of the model.
 
-    A block's parameters are whole only while it computes, and so are those that only the root has.
+    A block is a member of a Sequential or ModuleList that has submodules of its own. Its parameters
+    are gathered for its forward pass only; those of the root stay sharded between forward passes.
     """
-    # A scalar has no rows, and FSDP2 refuses it: every rank keeps it.
+    # FSDP2 cannot shard scalars, so every rank keeps them.
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
     chains = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
     for chain in reversed(chains):  # inner ones first
@@ -269,16 +264,16 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
 
 
-def local_shard(file: Any, name: str, place: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's ceil(rows / ranks) rows of a sharded tensor of the file, or all of another one."""
+def local_shard(file: Any, name: str, target: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return this rank's ceil(rows / ranks) rows of a tensor if `target` is sharded, else all."""
     device = torch.device(mesh.device_type)
-    if not isinstance(place, DTensor):
-        return file.get_tensor(name).to(device, place.dtype)
-    dimension = place.placements.index(Shard(0))  # of the mesh; a second one has replicas
-    rows = -(-place.shape[0] // mesh.size(dimension))
-    start = min(rows * mesh.get_local_rank(dimension), place.shape[0])
+    if not isinstance(target, DTensor):
+        return file.get_tensor(name).to(device, target.dtype)
+    dim = target.placements.index(Shard(0))  # of the mesh; a second one has replicas
+    rows = -(-target.shape[0] // mesh.size(dim))
+    start = min(rows * mesh.get_local_rank(dim), target.shape[0])
     local = file.get_slice(name)[start : start + rows]
-    local = local.to(device, place.dtype, copy=True)  # not a view of all
+    local = local.to(device, target.dtype, copy=True)  # a view would keep all rows in memory
     return DTensor.from_local(
-        local, mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
+        local, mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
     )

@@ -1,1 +1,1 @@
-"""Processes, ranks and how they agree."""
+"""Process groups, collectives, and error handling across ranks."""

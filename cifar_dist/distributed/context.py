@@ -1,8 +1,4 @@
-"""The processes of a run: how they start, how they agree, how they end.
-
-Accelerate gives launch, process group, device, DDP and no_sync. The recipe owns the mathematics, so
-what a launcher's configuration says about precision, accumulation or compilation is overridden.
-"""
+"""Collectives of Python values between the ranks of a run."""
 
 from __future__ import annotations
 
@@ -21,22 +17,22 @@ from cifar_dist.utils.errors import UserError
 
 T = TypeVar("T")
 
-
+# Rank 0 may download weights before the watchdog starts, and upload results after it.
 AGREEMENT_TIMEOUT = timedelta(minutes=30)
 
 
 def local_world_size(world_size: int) -> int:
-    """How many of the processes run on this machine."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(here)) if here.isdigit() else world_size
+    """Return the number of processes on this machine; all of them if the launcher does not set it."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(local)) if local.isdigit() else world_size
 
 
 def rank_mesh(
     device: torch.device, world_size: int, *, over: Literal["world", "node"]
 ) -> DeviceMesh | None:
-    """The ranks to shard a model over, None for a process that is alone; all ranks call it together.
+    """Return the mesh to shard a model over, or None for a single process. Collective.
 
-    `node`: two dimensions, replicas across machines and shards within one.
+    `node` gives a mesh with two dimensions: replicate across machines, shard within each.
     """
     if world_size == 1:
         return None
@@ -45,15 +41,15 @@ def rank_mesh(
     local = local_world_size(world_size)
     if world_size % local:
         raise UserError(
-            f"shard_over: node needs as many processes on each machine, but {world_size} in all are "
-            f"not a multiple of {local} here; use shard_over: world"
+            f"shard_over: node needs the same number of processes on each machine, but {world_size} "
+            f"in total is not a multiple of the {local} here; use shard_over: world"
         )
     names = ("replicate", "shard")
     return init_device_mesh(device.type, (world_size // local, local), mesh_dim_names=names)
 
 
 class Heartbeat:
-    """Counts what shows that a rank does not hang while its step stays the same."""
+    """Counter of a rank's progress in work that does not advance its step, such as an evaluation."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,7 +60,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class DistContext:
-    """How ranks agree: over a group of their own on the CPU, so that no vote waits for a device."""
+    """Rank, world size, and collectives over a separate gloo group, which never wait for a GPU."""
 
     rank: int
     world_size: int
@@ -73,14 +69,12 @@ class DistContext:
 
     @classmethod
     def of(cls, accelerator: Accelerator, *, timeout: timedelta = AGREEMENT_TIMEOUT) -> DistContext:
-        """The ranks of a launch. `timeout`: how long one may keep the others waiting.
-
-        Before and after the watchdog's time rank 0 may download weights and upload results.
-        """
-        alone = accelerator.num_processes == 1
+        """Create the group. A collective fails after `timeout`, or the accelerator's if longer."""
         if accelerator.init_handler and accelerator.init_handler.timeout:
             timeout = max(timeout, accelerator.init_handler.timeout)
-        group = None if alone else dist.new_group(backend="gloo", timeout=timeout)
+        group = None
+        if accelerator.num_processes > 1:
+            group = dist.new_group(backend="gloo", timeout=timeout)
         return cls(accelerator.process_index, accelerator.num_processes, group)  # type: ignore[arg-type]
 
     @property
@@ -88,56 +82,63 @@ class DistContext:
         return self.rank == 0
 
     def all_reduce_max(self, values: list[float]) -> list[float]:
-        """Each value's maximum over the ranks; all ranks get the same numbers."""
+        """Return the maximum of each value over the ranks."""
         if self.world_size == 1:
             return values
-        numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.group)
-        return numbers.tolist()
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor.tolist()
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in their order."""
+        """Return the values of all ranks, in rank order."""
         if self.world_size == 1:
             return [value]
-        seen: list[Any] = [None] * self.world_size
-        dist.all_gather_object(seen, value, group=self.group)
-        return seen
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def run_on_main(self, act: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Call `act(*arguments, **options)` on rank 0; all ranks get its result or raise its UserError."""
+    def run_on_main(self, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Call `function(*arguments, **options)` on rank 0, and return its result on all ranks.
+
+        Its UserError or OSError is raised on all ranks.
+        """
         if self.world_size == 1:
-            return act(*arguments, **options)
-        box: list[Any] = [None, None]
+            return function(*arguments, **options)
+        result: list[Any] = [None, None]  # value, error
         if self.is_main:
             try:
-                box[0] = act(*arguments, **options)
+                result[0] = function(*arguments, **options)
             except (UserError, OSError) as error:
-                box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
+                result[1] = error
+        dist.broadcast_object_list(result, src=0, group=self.group)
+        value, raised = result
+        if raised is not None:
+            raise raised
+        return value
 
-    def run_on_all(self, act: Callable[[], T]) -> list[T]:
-        """Every rank acts; all get all results in their order, or all raise the first UserError."""
+    def run_on_all(self, function: Callable[[], T]) -> list[T]:
+        """Call `function` on every rank, and return all results in rank order.
+
+        The first UserError or OSError, by rank, is raised on all ranks.
+        """
         if self.world_size == 1:
-            return [act()]
+            return [function()]
         try:
-            mine: tuple[Any, Any] = (act(), None)
+            local: tuple[Any, Any] = (function(), None)
         except (UserError, OSError) as error:
-            mine = (None, error)
-        seen = self.all_gather_object(mine)
-        errors = [error for _, error in seen if error is not None]
-        if errors:
-            raise errors[0]
-        return [result for result, _ in seen]
+            local = (None, error)
+        gathered = self.all_gather_object(local)
+        for _, raised in gathered:
+            if raised is not None:
+                raise raised
+        return [value for value, _ in gathered]
 
     def require_equal(self, what: str, value: str) -> None:
-        """Stop with one sentence where ranks see different things (code, recipe, data)."""
-        seen = self.all_gather_object(value)
-        other = next((rank for rank in range(self.world_size) if seen[rank] != seen[0]), None)
-        if other is not None:
-            raise UserError(
-                f"rank {other} has another {what} than rank 0 ({seen[other]} against {seen[0]}); "
-                "start all ranks from the same files"
-            )
+        """Raise UserError on all ranks unless `value` (a digest, ...) is equal on all of them."""
+        values = self.all_gather_object(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise UserError(
+                    f"rank {rank} has another {what} than rank 0 ({other} instead of {values[0]}); "
+                    "start all ranks from the same files"
+                )

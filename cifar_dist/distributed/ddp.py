@@ -1,4 +1,4 @@
-"""DDP and the collectives of tensors."""
+"""DDP, and collectives of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from cifar_dist.distributed.context import DistContext
 
-GradReduceDtype = Literal["fp32", "bf16"]  # in which ranks send each other gradients
+GradReduceDtype = Literal["fp32", "bf16"]  # of the gradients that ranks send
 
 
 def wrap_ddp(
@@ -23,16 +23,16 @@ def wrap_ddp(
     micro_batches: int,
     grad_reduce_dtype: GradReduceDtype = "fp32",
 ) -> nn.Module:
-    """The model under DDP, or itself where there is one process; call it anew when other parameters learn.
+    """Return the model under DDP, or the model itself for a single process.
 
-    Accelerate lets go of an earlier one here, and with it of its hooks and its buckets of gradients.
-    The graph is static only where each rank runs one micro-batch: together with `no_sync` a static graph
-    crashes on the first backward or stops reducing.
+    Call it again when other parameters become trainable: `free_memory` releases the hooks and
+    gradient buckets of the earlier wrapper. The graph is static only if each rank runs one
+    micro-batch, since with `no_sync` a static graph crashes in the first backward or stops reducing.
     """
     accelerator.free_memory()
     if accelerator.ddp_handler is not None:
         accelerator.ddp_handler.static_graph = micro_batches == accelerator.num_processes
-    with warnings.catch_warnings():  # torch renames broadcast_buffers; Accelerate has the old name
+    with warnings.catch_warnings():  # Accelerate passes broadcast_buffers, which torch has renamed
         warnings.filterwarnings("ignore", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)
     if grad_reduce_dtype == "bf16" and accelerator.num_processes > 1:
@@ -41,7 +41,7 @@ def wrap_ddp(
 
 
 def all_reduce_gradients(flat: Tensor, world_size: int, *, dtype: GradReduceDtype) -> None:
-    """Make f32 gradients, in place, their mean over all ranks, as DDP does: divided, then added up."""
+    """Replace f32 gradients by their mean over the ranks: divide, then sum, as DDP does."""
     sent = flat.bfloat16() if dtype == "bf16" else flat
     dist.all_reduce(sent.div_(world_size))
     if sent is not flat:
@@ -49,20 +49,20 @@ def all_reduce_gradients(flat: Tensor, world_size: int, *, dtype: GradReduceDtyp
 
 
 def broadcast_buffers(model: nn.Module, context: DistContext) -> None:
-    """Give all ranks rank 0's buffers (BatchNorm's running statistics are micro-batch 0's)."""
+    """Copy rank 0's buffers to all ranks: the BatchNorm statistics are those of micro-batch 0."""
     if context.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Give all ranks rank 0's parameters and buffers, as DDP does when it is made; all call it together."""
+    """Copy rank 0's parameters and buffers to all ranks, as the constructor of DDP does."""
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, src=0)
 
 
 def gather_blocks(local: Tensor, context: DistContext) -> Tensor:
-    """[blocks, ...] of each rank, dealt block by block, back in one row: [blocks * W, ...]."""
+    """Gather blocks that were dealt round-robin: [blocks, ...] per rank to [blocks * W, ...]."""
     if context.world_size == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(context.world_size)]

@@ -1,4 +1,4 @@
-"""What one rank alone cannot mend ends all ranks: one sentence, exit code 2, and nobody waits in a collective."""
+"""If one rank hits an error that the user can fix, stop all ranks with one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,67 +16,69 @@ from accelerate import Accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cifar_dist.distributed.launch import destroy_distributed
-from cifar_dist.utils.errors import USER_ERROR, UserError, print_error, user_message
+from cifar_dist.utils.errors import USER_ERROR, UserError, first_line, print_error, user_message
 
 TICK_SECONDS, POLL_SECONDS = 1.0, 0.05
-SAME_SECONDS = 2.0  # in which ranks that make the same mistake make it
-EXIT_SECONDS = 3.0  # a rank that hangs lets no more than this pass
+SAME_SECONDS = 2.0  # ranks that hit the same error do so within this time
+EXIT_SECONDS = 3.0  # the longest wait for ranks that hang
+
+REPORTED = "errors/reported"  # keys in the ranks' store
+CLAIMED = "errors/claimed"
 
 
 @contextmanager
 def propagate_errors(accelerator: Accelerator) -> Iterator[None]:
-    """All ranks leave together, at the end or with the sentence of a UserError or an error of the storage.
+    """End all ranks together: by leaving the process group, or after a user error on any of them.
 
-    One that all meet is rank 0's to say. One that a rank meets alone it says itself, with its name, and
-    the others, which would wait for it, end too.
+    An error that all ranks hit is printed by rank 0. An error of one rank is printed by that rank,
+    with its name, and ends the other ranks, which would wait for it in a collective.
     """
     if accelerator.num_processes == 1:
         with translate_oom():
             yield
         destroy_distributed(accelerator)
         return
-    ending = ErrorChannel(accelerator.process_index, accelerator.num_processes)
+    channel = ErrorChannel(accelerator.process_index, accelerator.num_processes)
     try:
         with translate_oom():
             yield
         destroy_distributed(accelerator)
     except (UserError, OSError) as error:
-        sentence = user_message(error)
-        if sentence is None:
+        message = user_message(error)
+        if message is None:
             raise
-        ending.over.set()
-        ending.report(sentence)
+        channel.closed.set()
+        channel.report(message)
         if "--traceback" in sys.argv:
             raise
-        # Not by sys.exit: NCCL's destructors may wait for a collective that the others have left.
+        # sys.exit would run NCCL's destructors, which may wait for a collective that others left.
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, AttributeError):  # a closed one has no reader, or is None
+            with suppress(OSError, AttributeError):  # closed by its reader, or None
                 stream.flush()
         os._exit(USER_ERROR)
     except RuntimeError:  # of a collective that another rank has left
-        ending.exit_if_reported()
+        channel.exit_if_reported()
         raise
     finally:
-        ending.over.set()
+        channel.closed.set()
 
 
 @contextmanager
 def translate_oom() -> Iterator[None]:
-    """The sentence for who needs more memory than there is, where nobody nearer by has a better one."""
+    """Turn an out-of-memory error into a UserError; the watchdog's is more specific in training."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more is there'}); look "
-            "what else is on the device, or make less of the run: a smaller model, a teacher with "
-            "placement: sharded or cached, data.place=host"
+            f"out of memory ({first_line(error)}); check what else uses the device, or use less: a "
+            "smaller model, a teacher with placement: sharded or cached, data.place=host"
         ) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the machine had no more memory to give; on a CPU torch has no own error."""
+    """Return whether device or host memory ran out; on a CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError)
         and any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
@@ -84,69 +86,74 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class ErrorChannel:
-    """Ranks meet where they met at the start, in the store that rank 0 or the launcher keeps."""
+    """Exchange of errors over the store that the ranks used to form the process group."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.over = threading.Event()
-        self.store = _get_default_store().clone()  # a connection for each thread
-        heard = _get_default_store().clone()
-        threading.Thread(target=self._listen, args=(heard,), daemon=True, name="ending").start()
+        self.closed = threading.Event()
+        self.store = _get_default_store().clone()  # each thread needs its own connection
+        store = _get_default_store().clone()
+        threading.Thread(target=self._listen, args=(store,), daemon=True, name="errors").start()
 
-    def _listen(self, heard: dist.Store) -> None:
-        with suppress(RuntimeError):  # the store is gone, and with it the run
-            while not self.over.wait(TICK_SECONDS):
-                if heard.check(["ending/said"]):
-                    self._leave(heard)
+    def _listen(self, store: dist.Store) -> None:
+        with suppress(RuntimeError):  # the store has closed because the run has ended
+            while not self.closed.wait(TICK_SECONDS):
+                if store.check([REPORTED]):
+                    self._leave(store)
                     os._exit(USER_ERROR)
 
     def exit_if_reported(self) -> None:
-        """End like the others where one of them has said why before this rank could listen."""
+        """Exit if another rank has reported an error that the listening thread has not seen yet."""
         with suppress(RuntimeError):
-            if self.store.check(["ending/said"]):
+            if self.store.check([REPORTED]):
                 os._exit(USER_ERROR)
 
-    def report(self, sentence: str) -> None:
-        """Say it, if no other rank does, and wait until the others know."""
-        me = f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
+    def report(self, message: str) -> None:
+        """Print the error unless another rank does, and wait until the other ranks know of it."""
         try:
             self.store.set(_failed(self.rank), "")
-            if _until(self.store, [_failed(0 if self.rank else 1)], SAME_SECONDS):  # all met it
-                speaks = self.rank == 0
+            peer = 0 if self.rank else 1
+            if _wait_for(self.store, [_failed(peer)], SAME_SECONDS):  # all ranks hit it
+                prints = self.rank == 0
             else:
-                speaks = self.store.add("ending/alone", 1) == 1
-                sentence = f"{me}: {sentence}"
+                prints = self.store.add(CLAIMED, 1) == 1
+                message = f"{rank_name(self.rank)}: {message}"
         except RuntimeError:
-            speaks = True
-        if speaks:
-            print_error(sentence)
+            prints = True
+        if prints:
+            print_error(message)
         with suppress(RuntimeError):
-            if speaks:
-                self.store.set("ending/said", "")
+            if prints:
+                self.store.set(REPORTED, "")
             self._leave(self.store)
 
     def _leave(self, store: dist.Store) -> None:
-        """Wait for all others: who breaks a connection early makes them fail in their own words."""
+        """Wait for all ranks: one that exits early makes collectives of the others fail."""
         with suppress(RuntimeError):
             if self.rank:
                 store.set(_left(self.rank), "")
-                _until(store, [_left(0)], EXIT_SECONDS)
+                _wait_for(store, [_left(0)], EXIT_SECONDS)
             else:
-                _until(store, [_left(rank) for rank in range(1, self.world_size)], EXIT_SECONDS)
+                _wait_for(store, [_left(rank) for rank in range(1, self.world_size)], EXIT_SECONDS)
                 store.set(_left(0), "")
-                time.sleep(4 * POLL_SECONDS)  # a store that goes while it is asked makes torch warn
+                time.sleep(4 * POLL_SECONDS)  # torch warns if the store closes during a request
+
+
+def rank_name(rank: int) -> str:
+    """Return a rank with its host and process id, for messages."""
+    return f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
 
 
 def _failed(rank: int) -> str:
-    return f"ending/failed/{rank}"
+    return f"errors/failed/{rank}"
 
 
 def _left(rank: int) -> str:
-    return f"ending/left/{rank}"
+    return f"errors/left/{rank}"
 
 
-def _until(store: dist.Store, keys: list[str], seconds: float) -> bool:
-    """Whether somebody has set all of the keys in time; store.wait would warn of its timeout."""
+def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Return whether all keys are set in time; `store.wait` would log a warning on its timeout."""
     deadline = time.monotonic() + seconds
     while not store.check(keys):
         if time.monotonic() > deadline:

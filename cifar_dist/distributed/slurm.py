@@ -1,19 +1,19 @@
-"""What Slurm says about a task -> what torch wants to know about a rank. Pure functions of the environment."""
+"""Conversion of Slurm's environment variables to torch's; pure functions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-FIRST_PORT, PORTS = 15000, 17000  # below 32768, where Linux begins to give out ports by itself
+FIRST_PORT, PORTS = 15000, 17000  # below 32768, where Linux's ephemeral ports begin
 
 
 def torch_env(environment: Mapping[str, str], *, visible_devices: int) -> dict[str, str]:
-    """RANK, WORLD_SIZE, ... of one of several tasks that srun started; {} for any other process.
+    """Return RANK, WORLD_SIZE, ... of one of several tasks of srun, and {} for any other process.
 
-    A device is the local rank modulo the devices that the task sees: `--gpus-per-task=1` shows each
-    task one GPU, as its number 0; other options show each task all GPUs of its node. A batch script
-    has most of srun's variables, but is no task: only srun sets SLURM_STEP_NUM_TASKS.
+    LOCAL_RANK is modulo the visible devices, because `--gpus-per-task=1` shows each task a single
+    GPU with number 0. A batch script has most of srun's variables but is not a task; only srun sets
+    SLURM_STEP_NUM_TASKS.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or tasks == "1":
@@ -33,19 +33,19 @@ def torch_env(environment: Mapping[str, str], *, visible_devices: int) -> dict[s
 
 
 def port(job: int) -> int:
-    """A port of the job's own; slurm/train.sh begins there and takes the next one that is free."""
+    """Return a port for a job; slurm/train.sh starts at it and takes the first free one."""
     return FIRST_PORT + job % PORTS
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's short form: `gpu[03-05,9],login` is gpu03."""
+    """Return the first host of a compressed node list: `gpu[03-05,9],login` gives gpu03."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\])?([^\[,]*)", nodes)
     assert match is not None
     return "".join(part or "" for part in match.groups())
 
 
 def tasks_of(per_node: str, node: int) -> int:
-    """The tasks of one node in Slurm's short form: in `4(x2),1` nodes 0 and 1 have 4, node 2 has 1."""
+    """Return the number of tasks of a node: `4(x2),1` gives 4 for nodes 0 and 1, and 1 for node 2."""
     counts: list[int] = []
     for part in per_node.split(","):
         count, _, times = part.partition("(x")

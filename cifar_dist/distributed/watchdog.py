@@ -1,4 +1,4 @@
-"""A rank that hangs, dies or fails ends the run within a stated time, and the message names it."""
+"""End a run in which a rank hangs, dies or fails, with a message that names the rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,117 +16,123 @@ from typing import Any, Protocol
 from torch.distributed.distributed_c10d import _get_default_store
 
 from cifar_dist.distributed.context import DistContext
-from cifar_dist.distributed.error_propagation import is_out_of_memory
+from cifar_dist.distributed.error_propagation import is_out_of_memory, rank_name
 from cifar_dist.utils.errors import UserError, user_message
 from cifar_dist.utils.host import host_id, process_start_time
 
 TICK_SECONDS = 1.0
-CHECK_SECONDS = 2.0  # a rank that is heard of lets no more than this pass
-GRACE_SECONDS = 2  # the longest end of an interpreter whose collectives failed
+CHECK_SECONDS = 2.0  # a rank that responds sends a heartbeat within this time
+GRACE_SECONDS = 2  # the longest exit of an interpreter whose collectives failed
 
 
 class HasStep(Protocol):
-    step: int  # updates done
+    step: int  # optimizer steps done
 
 
 class HeartbeatTable:
-    """What ranks say of themselves every second, kept where they met at the start (rank 0's host)."""
+    """Each rank's heartbeat (step and tick, every second), in the store of the process group."""
 
     def __init__(self, context: DistContext, state: HasStep) -> None:
         self.context, self.state = context, state
-        self.me = {
+        self.process = {
             "machine": host_id(),
             "pid": os.getpid(),
             "start": process_start_time(os.getpid()),
         }
         self.stop = threading.Event()
         if context.world_size > 1:
-            # A connection of its own for each thread: a rank that is stopped answers nobody.
-            self.mine, self.others = _get_default_store().clone(), _get_default_store().clone()
-            threading.Thread(target=self._write, daemon=True, name="register").start()
+            # Each thread needs its own connection: a read blocks if rank 0, which serves the store,
+            # is stopped.
+            self.write_store = _get_default_store().clone()
+            self.read_store = _get_default_store().clone()
+            threading.Thread(target=self._write, daemon=True, name="heartbeat").start()
 
     def _write(self) -> None:
         tick = 0
-        with suppress(RuntimeError):  # rank 0 is gone: the others learn it by their collectives
+        with suppress(RuntimeError):  # rank 0 has died, so the collectives fail
             while not self.stop.wait(TICK_SECONDS if tick else 0):
                 tick += 1
-                said = {**self.me, "tick": tick, "step": self.state.step}
-                self.mine.set(f"register/{self.context.rank}", json.dumps(said))
+                entry = {**self.process, "tick": tick, "step": self.state.step}
+                self.write_store.set(_key(self.context.rank), json.dumps(entry))
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """What each rank said last; ranks that never said anything are missing."""
-        found: dict[int, dict[str, Any]] = {}
+        """Return the last entry of each rank that has written one."""
+        entries: dict[int, dict[str, Any]] = {}
         with suppress(RuntimeError):
             for rank in range(self.context.world_size):
-                if self.others.check([f"register/{rank}"]):
-                    found[rank] = json.loads(self.others.get(f"register/{rank}"))
-        return found
+                if self.read_store.check([_key(rank)]):
+                    entries[rank] = json.loads(self.read_store.get(_key(rank)))
+        return entries
 
     def describe_missing_ranks(self) -> str:
-        """Which other ranks are gone or silent, in words; looks for at most 3 seconds."""
+        """Return which ranks have died or do not respond, in words. Takes at most 3 seconds."""
         if self.context.world_size == 1:
-            return "it is alone"
-        answer: list[str] = []
-        thread = threading.Thread(target=lambda: answer.append(self._missing()), daemon=True)
+            return "there are no other ranks"
+        result: list[str] = []
+        thread = threading.Thread(target=lambda: result.append(self._describe()), daemon=True)
         thread.start()
         thread.join(CHECK_SECONDS + 1)
-        return answer[0] if answer else "rank 0 does not answer"
+        return result[0] if result else "rank 0 does not respond"
 
-    def _missing(self) -> str:
+    def _describe(self) -> str:
         before = self._read()
         if not before:
-            return "rank 0 is gone"
-        gone = [
-            f"rank {rank} is gone, last heard of after step {said['step']}"
-            for rank, said in before.items()
-            if said["machine"] == self.me["machine"]
-            and process_start_time(said["pid"]) != said["start"]
+            return "rank 0 has died"
+        dead = [
+            f"rank {rank} has died, last heartbeat after step {entry['step']}"
+            for rank, entry in before.items()
+            if entry["machine"] == self.process["machine"]
+            and process_start_time(entry["pid"]) != entry["start"]
         ]
-        if gone:
-            return "; ".join(gone)
+        if dead:
+            return "; ".join(dead)
         time.sleep(CHECK_SECONDS)
         now = self._read()
         silent = [
-            f"rank {rank} does not answer, last heard of after step {said['step']}"
-            for rank, said in before.items()
-            if now.get(rank, said)["tick"] == said["tick"]
+            f"rank {rank} does not respond, last heartbeat after step {entry['step']}"
+            for rank, entry in before.items()
+            if now.get(rank, entry)["tick"] == entry["tick"]
         ]
-        steps = ", ".join(f"{rank}: {said['step']}" for rank, said in sorted(now.items()))
-        return "; ".join(silent) or f"all ranks answer; steps they have done: {steps}"
+        steps = ", ".join(f"{rank}: {entry['step']}" for rank, entry in sorted(now.items()))
+        return "; ".join(silent) or f"all ranks respond, after steps {steps}"
+
+
+def _key(rank: int) -> str:
+    return f"heartbeat/{rank}"
 
 
 @contextmanager
 def watchdog(
     context: DistContext, state: HasStep, *, seconds: int, micro_batches: int
 ) -> Iterator[Callable[[], None]]:
-    """End this process when it makes no progress for so long; say rank and step of what goes wrong.
+    """End this process after `seconds` without progress, and add rank and step to exceptions.
 
-    A rank that waits for another notices no progress either, so a hung rank ends all of them. SIGUSR2
-    prints what every thread is doing and changes nothing: `scancel --signal=USR2 JOB`. Gives what
-    ends the watch over progress.
+    A hung rank ends all ranks, since those that wait for it make no progress either. SIGUSR2 prints
+    the stack of every thread and changes nothing: `scancel --signal=USR2 JOB`. Yields a function
+    that stops the check for progress.
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
-    register, over = HeartbeatTable(context, state), threading.Event()
-    me = f"rank {context.rank} ({socket.gethostname()}, process {os.getpid()})"
+    table, over = HeartbeatTable(context, state), threading.Event()
+    name = rank_name(context.rank)
 
-    def now() -> tuple[int, int]:
+    def progress() -> tuple[int, int]:
         return state.step, context.heartbeat.count
 
     def watch() -> None:
-        seen, ticks = now(), 0
+        current, ticks = progress(), 0
         while not over.wait(TICK_SECONDS):
-            before, seen = seen, now()
-            # Ticks, not the clock: a job that was suspended as a whole goes on.
-            ticks = ticks + 1 if seen == before else 0
+            last, current = current, progress()
+            # Ticks instead of a clock, so that suspending the whole job is not a timeout.
+            ticks = ticks + 1 if current == last else 0
             if ticks * TICK_SECONDS < seconds - CHECK_SECONDS:
                 continue
-            missing = register.describe_missing_ranks()
-            if now() != seen:
+            missing = table.describe_missing_ranks()
+            if progress() != current:
                 continue
             print(
-                f"error: {me}: nothing has happened for run.timeout_seconds={seconds} since step "
-                f"{seen[0]}; {missing}. What this rank is doing:",
+                f"error: {name}: no progress for run.timeout_seconds={seconds} since step "
+                f"{current[0]}; {missing}. The threads of this rank:",
                 file=sys.stderr,
                 flush=True,
             )
@@ -140,21 +145,23 @@ def watchdog(
     except Exception as error:
         over.set()
         if is_out_of_memory(error):
-            remedy = f"cut the batch finer: run.micro_batches={2 * micro_batches} --force"
-            raise UserError(f"out of memory after step {state.step}; {remedy}") from error
+            raise UserError(
+                f"out of memory after step {state.step}; use smaller micro-batches: "
+                f"run.micro_batches={2 * micro_batches} --force"
+            ) from error
         if "more than 1 value per channel" in str(error):  # BatchNorm's
             raise UserError(
-                f"a micro-batch of the batch is too small: BatchNorm needs two rows to compare; lower "
+                "a micro-batch is too small: BatchNorm needs at least two rows; lower "
                 f"run.micro_batches ({micro_batches}) or raise run.batch_size"
             ) from error
         if isinstance(error, UserError | OSError) and user_message(error):
             raise
-        error.add_note(f"This is {me}, after step {state.step}.")
+        error.add_note(f"Raised on {name}, after step {state.step}.")
         if context.world_size > 1:
-            if isinstance(error, RuntimeError):  # a collective that another rank has left
-                error.add_note(f"The others: {register.describe_missing_ranks()}.")
+            if isinstance(error, RuntimeError):  # of a collective that another rank has left
+                error.add_note(f"Other ranks: {table.describe_missing_ranks()}.")
             faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True)
         raise
     finally:
         over.set()
-        register.stop.set()
+        table.stop.set()

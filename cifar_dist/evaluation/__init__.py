@@ -1,1 +1,1 @@
-"""Evaluate a model and describe the result."""
+"""Evaluate a model and write evaluation reports."""

@@ -1,4 +1,4 @@
-"""Exact evaluation: fixed blocks of rows, each dealt whole to one rank, the same bits in any world."""
+"""Evaluate a model exactly: fixed blocks of rows give the same bits at any world size."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from cifar_dist.models.heads import Outputs
 from cifar_dist.utils.log import progress_bar
 from cifar_dist.utils.precision import Precision, autocast
 
-BLOCK_SIZE = 250  # rows; part of the result's identity, so a constant
-SMALL_BLOCK_SIZE, SMALL = 1000, 64  # up to so many pixels a side, where a GPU waits for launches
+# The block size affects the last bits of the logits, so it is a constant. Small images use larger
+# blocks because a GPU would otherwise wait for kernel launches.
+BLOCK_SIZE, SMALL_IMAGE_BLOCK_SIZE = 250, 1000  # rows
+SMALL_IMAGE_SIZE = 64  # pixels per side
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
     metrics: dict[str, float]  # loss, top1 and top5 in percent
-    logits: Tensor  # f32 [N, C] on the CPU, in the order of the rows, times the recipe's scale
+    logits: Tensor  # f32 [N, C] on the CPU, in row order, multiplied by the logit scale
     labels: Tensor  # int64 [N] on the CPU
 
 
 class FlipTTA(nn.Module):
-    """A model that looks at each picture and at its mirror image, and gives the mean logits."""
+    """Test-time augmentation: average the logits of each image and its mirror image."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,12 +58,12 @@ def update_bn(
     context: DistContext,
     frozen: Collection[str] = (),
 ) -> None:
-    """Give BatchNorm the statistics of these very weights: means over blocks of an epoch's pictures.
+    """Recompute BatchNorm running statistics for the current weights.
 
-    As Izmailov et al. 2018 do for an average, whose statistics no training has seen. Blocks are
-    shuffled rows as that epoch shows them, the last partial one left out, and nothing is dropped.
-    A norm all of whose parameters are `frozen`, by name, keeps those that the others learnt behind.
-    The same bits at any world size.
+    Averaged weights need this because no training step saw them (Izmailov et al. 2018). The
+    statistics are means over shuffled, augmented blocks of `epoch`, without dropout and without the
+    last partial block. Layers whose parameters are all `frozen` (by name) keep their statistics.
+    The result has the same bits at any world size.
     """
     norms = [
         module
@@ -72,34 +74,34 @@ def update_bn(
     if not norms:
         return
     device = split.labels.device
-    kept = [(module.training, module.momentum) for module in norms]
+    modes = [(module.training, module.momentum) for module in norms]
     for module in norms:
         module.train()
-        module.momentum = 1.0  # what is left behind is the block's own
+        module.momentum = 1.0  # keeps only the statistics of the current block
     size = min(BLOCK_SIZE, len(rows))
-    blocks = len(rows) // size
-    order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=True)[: blocks * size]
+    num_blocks = len(rows) // size
+    order = epoch_order(rows, seed=seed, epoch=epoch, shuffle=True)[: num_blocks * size]
     statistics: list[Any] = [
         buffer for module in norms for buffer in (module.running_mean, module.running_var)
     ]
     widths = [len(buffer) for buffer in statistics]
-    seen = torch.zeros(-(-blocks // context.world_size), sum(widths), device=device)
-    dealt = eval_blocks(
+    per_block = torch.zeros(-(-num_blocks // context.world_size), sum(widths), device=device)
+    batches = eval_blocks(
         split, order, block_size=size, rank=context.rank, world_size=context.world_size
     )
-    for place, batch in enumerate(dealt):
+    for index, batch in enumerate(batches):
         with autocast(precision, device):
             model(augment(replace(batch, epoch=epoch)).images)
-        seen[place] = torch.cat(statistics)
+        per_block[index] = torch.cat(statistics)
         context.heartbeat.beat()
-    means = gather_blocks(seen, context).flatten(0, -2)[:blocks].mean(0)
+    means = gather_blocks(per_block, context).flatten(0, -2)[:num_blocks].mean(0)
     for buffer, mean in zip(statistics, means.split(widths), strict=True):
         buffer.copy_(mean)
-    for module, (training, momentum) in zip(norms, kept, strict=True):
+    for module, (training, momentum) in zip(norms, modes, strict=True):
         module.train(training)
         module.momentum = momentum
         if module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(blocks)
+            module.num_batches_tracked.fill_(num_blocks)
 
 
 @torch.no_grad()
@@ -113,38 +115,38 @@ def evaluate(
     context: DistContext,
     show_progress: bool = False,
 ) -> EvalResult:
-    """Run the bare model (no DDP) over `rows` (int64, ascending); all ranks get the same result.
+    """Evaluate the unwrapped model on `rows` (int64, ascending); all ranks get the same result.
 
-    `logit_scale` is what the loss multiplies cosines with; without it their softmax says nothing.
-    `shown`: with a progress bar of its own.
+    `logit_scale` is the factor that the loss applies to cosine logits: without it their softmax is
+    nearly uniform. The training mode of each module is restored.
     """
     device = split.labels.device
     broadcast_buffers(model, context)
-    was_training = [
-        (module, module.training) for module in model.modules()
-    ]  # not all: frozen norms
+    # Per module, because frozen BatchNorm layers stay in evaluation mode during training.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     size = block_size(model)
-    blocks = -(-len(rows) // size)
-    mine = -(-blocks // context.world_size)  # as many places on each rank; the last may stay empty
+    num_blocks = -(-len(rows) // size)
+    blocks_per_rank = -(-num_blocks // context.world_size)
     logits: Tensor | None = None
-    bar = progress_bar(0, mine, shown=show_progress and context.is_main, unit="block")
-    for place, batch in enumerate(
-        eval_blocks(split, rows, block_size=size, rank=context.rank, world_size=context.world_size)
-    ):
+    batches = eval_blocks(
+        split, rows, block_size=size, rank=context.rank, world_size=context.world_size
+    )
+    bar = progress_bar(0, blocks_per_rank, enabled=show_progress and context.is_main, unit="block")
+    for index, batch in enumerate(batches):
         with autocast(precision, device):
             outputs = model(batch.images)
         if logits is None:
-            logits = torch.zeros(mine, size, outputs.logits.shape[1], device=device)
-        logits[place, : len(batch.rows)] = outputs.logits.float() * logit_scale
+            logits = torch.zeros(blocks_per_rank, size, outputs.logits.shape[1], device=device)
+        logits[index, : len(batch.rows)] = outputs.logits.float() * logit_scale
         context.heartbeat.beat()
         bar.update()
     bar.close()
-    for module, training in was_training:
+    for module, training in modes:
         module.training = training
-    classes = context.all_reduce_max([0.0 if logits is None else float(logits.shape[2])])[0]
-    if logits is None:  # fewer blocks than ranks
-        logits = torch.zeros(mine, size, int(classes), device=device)
+    num_classes = context.all_reduce_max([0.0 if logits is None else float(logits.shape[2])])[0]
+    if logits is None:  # this rank has no block
+        logits = torch.zeros(blocks_per_rank, size, int(num_classes), device=device)
     gathered = gather_blocks(logits, context).flatten(0, 1)[: len(rows)]
     labels = split.labels.index_select(0, rows.to(device))
     metrics = classification_metrics(gathered, labels)
@@ -152,6 +154,6 @@ def evaluate(
 
 
 def block_size(model: nn.Module) -> int:
-    """How many rows an evaluation gives this model at once."""
-    image_size = getattr(getattr(model, "pixels", None), "image_size", SMALL + 1)
-    return SMALL_BLOCK_SIZE if image_size <= SMALL else BLOCK_SIZE
+    """Return the number of rows per evaluation block, which depends on the model's image size."""
+    image_size = getattr(getattr(model, "preprocess", None), "image_size", SMALL_IMAGE_SIZE + 1)
+    return SMALL_IMAGE_BLOCK_SIZE if image_size <= SMALL_IMAGE_SIZE else BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""Floor 5. Logits -> evaluation.json and its tables: how good a run is, and where it is wrong."""
+"""Build evaluation.json and its CSV tables from logits and labels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cifar_dist.data.dataset import Hierarchy
+from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
@@ -26,13 +27,51 @@ from cifar_dist.evaluation.scores import (
     superclass_scores,
 )
 from cifar_dist.utils.files import atomic_write, write_json
+from cifar_dist.utils.log import log
+
+VAL_PREDICTIONS = "val_predictions.safetensors"
+
+
+def build_report(
+    evaluation: EvalResult,
+    hierarchy: Hierarchy,
+    *,
+    val: EvalResult | None = None,
+    near_duplicates: dict[str, Any] | None = None,
+    cifair: tuple[EvalResult, bool] | None = None,
+) -> dict[str, Any]:
+    """Return the metrics of evaluation.json; parts without input are None.
+
+    `val` is used to fit the temperature. `near_duplicates` is a stored list of rows. `cifair` is a
+    result on ciFAIR-100 and whether that is the published file.
+    """
+    logits, labels = evaluation.logits, evaluation.labels
+    report = compute_metrics(logits, labels, hierarchy)
+    report |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
+    if val is not None:
+        value = fit_temperature(val.logits, val.labels)
+        report["temperature"] = {
+            "value": value,
+            "fitted_on": "validation rows",
+            "rows": len(val.labels),
+            **after_temperature(logits, labels, value),
+        }
+    if near_duplicates is not None:
+        report["without_near_duplicates"] = {
+            **excluding_rows(logits, labels, near_duplicates["test_rows"]),
+            "found_by": {name: near_duplicates[name] for name in ("min_detail", "min_layout")},
+            "note": "found by cifar_dist.near_duplicates; a lower bound: ciFAIR lists 891",
+        }
+    if cifair is not None:
+        result, published = cifair
+        report["cifair"] = {"rows": len(result.labels), "published": published, **result.metrics}
+    return report
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, Any]:
-    """Every number about predictions: f32 [N, C] logits, int64 [N] labels; accuracies in percent."""
+    """Return all metrics of f32 [N, C] logits and int64 [N] labels; accuracies in percent."""
     predicted = logits.argmax(1)
-    right = predicted == labels
-    low, high = bootstrap_interval(right)
+    low, high = bootstrap_interval(predicted == labels)
     table = confusion(labels, predicted, logits.shape[1])
     calibration = reliability(logits, labels)
     return {
@@ -49,9 +88,9 @@ def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dic
         "classes": [
             {
                 "class": name,
-                "superclass": name_of(hierarchy.coarse, int(coarse)),
+                "superclass": class_name(hierarchy.coarse, int(coarse)),
                 **asdict(scores),
-                "most_confused_with": name_of(hierarchy.fine, scores.most_confused_with),
+                "most_confused_with": class_name(hierarchy.fine, scores.most_confused_with),
             }
             for name, coarse, scores in zip(
                 hierarchy.fine, hierarchy.coarse_of_fine, class_scores(table), strict=True
@@ -60,12 +99,13 @@ def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dic
     }
 
 
-def name_of(names: Sequence[str], place: int | None) -> str | None:
-    return None if place is None or place < 0 else names[place]
+def class_name(names: Sequence[str], index: int | None) -> str | None:
+    """Return the name of a class, or None for an index that is None or -1."""
+    return None if index is None or index < 0 else names[index]
 
 
 def after_temperature(logits: Tensor, labels: Tensor, temperature: float) -> dict[str, Any]:
-    """How calibrated the same predictions are after a division by the temperature."""
+    """Return loss and calibration after dividing the logits by `temperature`."""
     calibration = reliability(logits / temperature, labels)
     return {
         "loss": classification_metrics(logits / temperature, labels)["loss"],
@@ -74,59 +114,83 @@ def after_temperature(logits: Tensor, labels: Tensor, temperature: float) -> dic
     }
 
 
-def fitted_temperature(val_logits: Tensor, val_labels: Tensor) -> dict[str, Any]:
-    """The temperature that fits held-out rows best, and how many there were."""
-    value = fit_temperature(val_logits, val_labels)
-    return {"value": value, "fitted_on": "validation rows", "rows": len(val_labels)}
-
-
 def excluding_rows(logits: Tensor, labels: Tensor, rows: Iterable[int]) -> dict[str, Any]:
-    """Accuracy on all rows but these, and on these alone; None for one that has no rows."""
-    left_out = torch.zeros(len(labels), dtype=torch.bool)
-    left_out[list(rows)] = True
-    right = logits.argmax(1) == labels
+    """Return top-1 without `rows` and top-1 of `rows` alone; None for an empty set."""
+    excluded = torch.zeros(len(labels), dtype=torch.bool)
+    excluded[list(rows)] = True
+    correct = logits.argmax(1) == labels
     return {
-        "top1": percent(right[~left_out]) if (~left_out).any() else None,
-        "num_excluded": int(left_out.sum()),
-        "top1_excluded": percent(right[left_out]) if left_out.any() else None,
+        "top1": percent(correct[~excluded]) if (~excluded).any() else None,
+        "num_excluded": int(excluded.sum()),
+        "top1_excluded": percent(correct[excluded]) if excluded.any() else None,
     }
+
+
+def log_report(report: dict[str, Any], title: str) -> None:
+    """Log the headline metrics of an evaluation, calibration and further test sets."""
+    interval = report["top1_interval"]
+    log.info(
+        f"{title}: loss {report['loss']:.4f}  top1 {report['top1']:.2f} %  "
+        f"top5 {report['top5']:.2f} %"
+    )
+    log.info(
+        f"  95 % interval of top1 {interval['low']:.2f} to {interval['high']:.2f} %  superclass top1 "
+        f"{report['superclass_top1']:.2f} %  errors inside the superclass "
+        f"{report['errors_inside_superclass']:.2f} %, outside "
+        f"{report['errors_outside_superclass']:.2f} %"
+    )
+    line = f"  expected calibration error {report['calibration']['ece']:.2f} %"
+    if temperature := report["temperature"]:
+        line += (
+            f"; {temperature['ece']:.2f} % at temperature {temperature['value']:.3f}, fitted on "
+            "validation rows"
+        )
+    log.info(line)
+    if without := report["without_near_duplicates"]:
+        top1 = "no rows left" if without["top1"] is None else f"top1 {without['top1']:.2f} %"
+        log.info(f"  without {without['num_excluded']} near-duplicates of training images: {top1}")
+    if cifair := report["cifair"]:
+        published = "" if cifair["published"] else " (not the published file)"
+        log.info(f"  ciFAIR-100{published}: top1 {cifair['top1']:.2f} %")
 
 
 # ----------------------------------------------------------------------------- files
 
 
 def write_evaluation(
-    folder: Path, report: dict[str, Any], logits: Tensor, labels: Tensor, hierarchy: Hierarchy
+    folder: Path,
+    report: dict[str, Any],
+    evaluation: EvalResult,
+    hierarchy: Hierarchy,
+    val: EvalResult | None = None,
 ) -> None:
-    """evaluation.json, classes.csv, confusion.csv and superclass_confusion.csv in `folder`."""
-    table = confusion(labels, logits.argmax(1), logits.shape[1])
+    """Write evaluation.json, classes.csv, both confusion tables and the predictions for `val`.
+
+    `ensemble` chooses its weights from the predictions for the validation rows.
+    """
+    if val is not None:
+        tensors = {"logits": val.logits.contiguous(), "labels": val.labels}
+        atomic_write(folder / VAL_PREDICTIONS, save(tensors))
+    table = confusion(evaluation.labels, evaluation.logits.argmax(1), evaluation.logits.shape[1])
     coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
-    rows = report["classes"]
+    classes = report["classes"]
     atomic_write(
-        folder / "classes.csv", to_csv(list(rows[0]), [list(row.values()) for row in rows])
+        folder / "classes.csv", to_csv(list(classes[0]), [row.values() for row in classes])
     )
     atomic_write(folder / "confusion.csv", confusion_csv(table, hierarchy.fine))
     atomic_write(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
-    write_json(folder / "evaluation.json", report)
+    write_json(folder / "evaluation.json", report)  # last: it names the checkpoint of the others
 
 
 def confusion_csv(table: Tensor, names: Sequence[str]) -> str:
-    """A row for each true class, a column for each predicted one."""
+    """Return a confusion matrix as CSV: a row per true class, a column per predicted class."""
     rows = [[name, *counts] for name, counts in zip(names, table.tolist(), strict=True)]
     return to_csv(["true \\ predicted", *names], rows)
 
 
-def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def to_csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue()
-
-
-VAL_PREDICTIONS = "held_out.safetensors"
-
-
-def write_val_predictions(folder: Path, logits: Tensor, labels: Tensor) -> None:
-    """What the run says about its held-out rows, for those who choose by them (`ensemble`)."""
-    atomic_write(folder / VAL_PREDICTIONS, save({"logits": logits.contiguous(), "labels": labels}))

@@ -1,4 +1,4 @@
-"""Floor 5. The README of an exported folder: what it is, how good, how to load it; ready for the Hub."""
+"""Write the README of an exported folder, a model card for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from cifar_dist.data.ingest.near_duplicates import OFFICIAL_LIST
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.recipe.schema import to_yaml
-from cifar_dist.run_folder import results
-from cifar_dist.utils.files import read_json
+from cifar_dist.run_folder.results import last_checkpoint, read_metadata
+from cifar_dist.utils.files import try_read_json
 
 LOAD = {
     "timm": """import timm, torch
@@ -30,27 +30,32 @@ teacher: {{run: THIS_FOLDER}}""",
 }
 
 
-def model_card(usable: TrainedModel, run: Path, *, to: str, from_bytes: bool, said: str) -> str:
-    """Markdown with the Hub's YAML header; numbers come from the run's files."""
-    summary, found = results.read_facts(run, "summary.json"), usable.evaluation or {}
-    surroundings = results.read_facts(run, "environment.json")
-    official = read_json(OFFICIAL_LIST)["data"]
-    is_official = surroundings.get("data") == official
+def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check: str) -> str:
+    """Return Markdown with the Hub's YAML header; metrics come from the files of the run.
+
+    `check` says how the export compares with the original.
+    """
+    summary = read_metadata(run, "summary.json")
+    environment = read_metadata(run, "environment.json")
+    official = (try_read_json(OFFICIAL_LIST) or {})["data"]
+    is_official = environment.get("data") == official
     data = "CIFAR-100" if is_official else "other data in the layout of CIFAR-100"
-    is_last = usable.checkpoint.name == results.last_checkpoint(summary)
-    recipe, side = usable.recipe, usable.recipe.model.image_size
+    recipe, size = trained.recipe, trained.recipe.model.image_size
     shape = (
         "uint8 [N, 3, 32, 32], RGB"
-        if from_bytes
-        else f"float32 [N, 3, {side}, {side}], resized and normalised as config.json says"
+        if uint8
+        else f"float32 [N, 3, {size}, {size}], resized and normalized as in config.json"
     )
-    code = LOAD[to].format(input=shape) if "{" in LOAD[to] else LOAD[to]
-    weights = "the moving average of the weights" if recipe.averaging else "the last weights"
+    weights = "averaged weights" if recipe.averaging else "final weights"
     temperature = (
-        f"Divide the logits by {usable.temperature:.4f}, fitted on held-out rows, for calibrated probabilities."
-        if usable.temperature and not (to == "timm" and recipe.model.head == "cosine")
+        f"For calibrated probabilities, divide the logits by {trained.temperature:.4f} (fitted on "
+        "validation rows)."
+        if trained.temperature and not (to == "timm" and recipe.model.head == "cosine")
         else ""
     )
+    metrics = "Not the last checkpoint of the run, so the metrics of the run do not apply."
+    if trained.checkpoint.name == last_checkpoint(summary):
+        metrics = metrics_table(summary, trained.evaluation or {})
     return f"""---
 library_name: {"timm" if to == "timm" else "cifar_dist"}
 tags: [image-classification, cifar-100, {recipe.model.backbone}]
@@ -59,25 +64,25 @@ metrics: [accuracy]
 ---
 # {recipe.name}
 
-{recipe.model.backbone} at {side} px on {data} (100 classes), trained by cifar_dist:
-{weights} at `{usable.checkpoint.name}`. No teacher is inside. When it was written, {said}.
+{recipe.model.backbone} at {size} px on {data} (100 classes), trained with cifar_dist: {weights} of
+`{trained.checkpoint.name}`. Check at export: {check}.
 
 ```python
-{code}
+{LOAD[to].format(input=shape)}
 ```
 
-Trained on pictures of 32 px: shrink others to 32 px first, then enlarge to {side} px ({recipe.model.interpolation},
-no anti-aliasing). {temperature}
+Trained on images of 32 px: shrink other images to 32 px first, then enlarge them to {size} px
+({recipe.model.interpolation}, no anti-aliasing). {temperature}
 
-## How good
+## Results
 
-{metrics_table(summary, found) if is_last else "Not the run's last checkpoint, so its numbers are not these weights'."}
+{metrics}
 
-## What it was made of
+## Training
 
-Data digest (SHA-256 over both splits) `{surroundings.get("data", "unknown")}`; commit
-`{surroundings.get("commit") or "unknown"}`; {surroundings.get("hardware", "unknown hardware")},
-{summary.get("world_size", "?")} process(es), {summary.get("micro_batches", "?")} micro-batch(s).
+Data digest (SHA-256 over both splits) `{environment.get("data", "unknown")}`; commit
+`{environment.get("commit") or "unknown"}`; {environment.get("hardware", "unknown hardware")},
+{summary.get("world_size", "?")} process(es), {summary.get("micro_batches", "?")} micro-batch(es).
 
 ```yaml
 {to_yaml(recipe).strip()}
@@ -85,17 +90,17 @@ Data digest (SHA-256 over both splits) `{surroundings.get("data", "unknown")}`; 
 """
 
 
-def metrics_table(summary: dict[str, Any], found: dict[str, Any]) -> str:
-    """What the run's files say, a line each; nothing where they say nothing."""
+def metrics_table(summary: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """Return the known metrics as a Markdown table."""
     rows = [
         ("top-1, % of the test split, last epoch", summary.get("top1")),
         ("top-5, %", summary.get("top5")),
         ("loss", summary.get("loss")),
-        ("superclass top-1, %", found.get("superclass_top1")),
-        ("expected calibration error, %", (found.get("calibration") or {}).get("ece")),
-        ("top-1 without near-duplicates of training pictures, %",
-         (found.get("without_near_duplicates") or {}).get("top1")),
+        ("superclass top-1, %", evaluation.get("superclass_top1")),
+        ("expected calibration error, %", (evaluation.get("calibration") or {}).get("ece")),
+        ("top-1 without near-duplicates of training images, %",
+         (evaluation.get("without_near_duplicates") or {}).get("top1")),
         ("val top-1, %", summary.get("val_top1")),
     ]  # fmt: skip
     lines = [f"| {name} | {value:.4g} |" for name, value in rows if value is not None]
-    return "\n".join(["| | |", "|---|---|", *lines]) if lines else "The run has no numbers yet."
+    return "\n".join(["| | |", "|---|---|", *lines]) if lines else "This run has no metrics yet."

@@ -1,1 +1,1 @@
-"""A trained model to predict with."""
+"""Load trained models and runs: evaluate, predict, combine and cache logits."""

@@ -1,4 +1,4 @@
-"""Floor 5. A trained run as something to use: its judged weights, its classes' names, its calibration."""
+"""Load a trained model with its class names and calibration."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_dist.data.dataset import Hierarchy, read_hierarchy
+from cifar_dist.data.dataset import read_hierarchy
 from cifar_dist.evaluation.evaluator import block_size
-from cifar_dist.losses.classification import logit_scale
-from cifar_dist.models.backbones import Classifier
+from cifar_dist.evaluation.report import class_name
+from cifar_dist.losses.registry import logit_scale
+from cifar_dist.models.classifier import Classifier
 from cifar_dist.recipe.runs import load_model, load_run
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
-from cifar_dist.run_folder.results import read_facts
+from cifar_dist.run_folder.results import read_metadata
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.precision import autocast
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainedModel:
-    """A model in evaluation mode, and what its outputs mean."""
+    """A model in evaluation mode, with its class names and calibration."""
 
     recipe: Recipe
     checkpoint: Path
     model: Classifier
     fine: tuple[str, ...]
-    superclass: tuple[str, ...]  # of each fine class; "" where the data do not say
-    evaluation: dict[str, Any] | None  # what `evaluate` wrote about this very checkpoint
-    temperature: float | None  # fitted on held-out rows by `evaluate`; None where it was not
+    superclass: tuple[str, ...]  # of each fine class; "" if unknown
+    evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
+    temperature: float | None  # fitted on validation rows by `evaluate`
 
     @property
     def logit_scale(self) -> float:
@@ -39,59 +40,65 @@ class TrainedModel:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """f32 [N, C] on the CPU of uint8 [N, 3, 32, 32], as an evaluation computes them."""
+        """Return f32 logits [N, C] on the CPU for uint8 images [N, 3, 32, 32].
+
+        Uses the blocks of an evaluation, which gives the same bits.
+        """
         device = next(self.model.parameters()).device
         parts = []
-        for block in images.split(block_size(self.model)):  # as an evaluation does: the same bits
+        for block in images.split(block_size(self.model)):
             with autocast(self.recipe.run.precision, device):
                 outputs = self.model(block.to(device))
             parts.append(outputs.logits.float().cpu() * self.logit_scale)
         return torch.cat(parts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """f64 [N, C], calibrated where a temperature is known."""
+        """Return f64 probabilities [N, C], calibrated if the temperature is known."""
         return (logits.double() / (self.temperature or 1.0)).softmax(1)
 
 
 def load_trained_model(
     run: Path, checkpoint: str | None = None, data: Path | None = None
 ) -> TrainedModel:
-    """A run's newest checkpoint, or one by name, on this machine's accelerator where it has one."""
-    recipe, saved = load_run(run, checkpoint)
-    fine, superclass = class_names_of(run, data or Path(recipe.data.path))
+    """Load a checkpoint of a run (default: the newest) on the accelerator, or on the CPU."""
+    recipe, checkpoint_path = load_run(run, checkpoint)
+    fine, superclass = class_names(run, data or Path(recipe.data.path))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = load_model(recipe, saved, len(fine)).eval().requires_grad_(False)
-    found = read_matching_evaluation(run, saved.name)
-    fitted = (found or {}).get("temperature")
+    model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
+    evaluation = read_matching_evaluation(run, checkpoint_path.name)
+    temperature = (evaluation or {}).get("temperature")
     return TrainedModel(
         recipe=recipe,
-        checkpoint=saved,
+        checkpoint=checkpoint_path,
         model=model.to(device).to(memory_format=torch.channels_last),
         fine=fine,
         superclass=superclass,
-        evaluation=found,
-        temperature=fitted["value"] if fitted else None,
+        evaluation=evaluation,
+        temperature=temperature["value"] if temperature else None,
     )
 
 
-def class_names_of(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Fine classes and the superclass of each: from the run's data, or else from its evaluation."""
-    environment = read_facts(run, "environment.json")
+def class_names(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the fine classes and their superclasses, from the data or from the stored evaluation."""
+    environment = read_metadata(run, "environment.json")
     if (data / "digest.json").exists():
         if not same_data(environment, data):
             raise UserError(
-                f"{data} holds other data than {run} was trained on; give the place of those with --data"
+                f"{data} is not the data that {run} was trained on; give the path of that data "
+                "with --data"
             )
-        return names_of(read_hierarchy(data))
-    found = read_evaluation(run)
-    if found is None or found.get("data") != environment.get("data") or "classes" not in found:
+        hierarchy = read_hierarchy(data)
+        groups = hierarchy.coarse_of_fine.tolist()
+        return hierarchy.fine, tuple(class_name(hierarchy.coarse, group) or "" for group in groups)
+    evaluation = read_evaluation(run)
+    if (
+        evaluation is None
+        or evaluation.get("data") != environment.get("data")
+        or "classes" not in evaluation
+    ):
         raise UserError(
-            f"{data} has no data, so the classes have no names; give its place with --data"
+            f"there is no data in {data}, so the class names are unknown; give the path of the "
+            "run's data with --data"
         )
-    rows = found["classes"]
+    rows = evaluation["classes"]
     return tuple(row["class"] for row in rows), tuple(row["superclass"] or "" for row in rows)
-
-
-def names_of(hierarchy: Hierarchy) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    places = hierarchy.coarse_of_fine.tolist()
-    return hierarchy.fine, tuple("" if place < 0 else hierarchy.coarse[place] for place in places)

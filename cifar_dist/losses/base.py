@@ -1,10 +1,11 @@
-"""Floor 2. What every loss is: knobs, a formula, and what it says of itself."""
+"""The base class of all losses."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from cifar_dist.models.heads import HeadName, Outputs
@@ -13,26 +14,35 @@ from cifar_dist.utils.config import NonNegative, config
 
 @config
 class Loss(ABC):
-    """Outputs and labels in, one number a sample out. A loss names those of these that differ for it."""
+    """Maps outputs and labels to one value per sample; subclasses override the class variables."""
 
     head: ClassVar[HeadName | None] = None  # the head it needs; None: any
-    needs_teacher: ClassVar[bool] = False  # whether it needs a teacher
-    trains_classifier: ClassVar[bool] = (
-        True  # or else it stands beside one from which the logits learn
-    )
-    # Whether share * loss(labels) + (1 - share) * loss(partner_labels) is the loss of a mixed picture.
-    # It is the definition with hard labels, and the loss of the mixed target where the loss is linear
-    # in it; it says nothing where samples are compared by whether their labels agree.
+    needs_teacher: ClassVar[bool] = False
+    trains_classifier: ClassVar[bool] = True  # False: must be combined with a loss that does
+    # Whether lam * loss(labels) + (1 - lam) * loss(partner_labels) is the loss of a mixed image. For a
+    # loss that is linear in the target it is the loss of the mixed target. It is meaningless for a
+    # loss that compares samples by whether their labels agree.
     supports_mixup: ClassVar[bool] = True
 
     weight: NonNegative = 1.0
 
-    @abstractmethod
     def __call__(
         self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None
     ) -> Tensor:
-        """labels int64 [B], guide f32 [B, C] -> float32 [B], not yet multiplied by `weight`."""
+        """Return the loss of each sample, float32 [B], not multiplied by `weight`.
+
+        `labels` is int64 [B], `teacher_logits` float [B, C]. Computed in float32 without autocast.
+        """
+        with torch.autocast(labels.device.type, enabled=False):
+            if teacher_logits is not None:
+                teacher_logits = teacher_logits.float()
+            outputs = Outputs(*(part.float() for part in outputs))
+            return self.per_sample(outputs, labels, teacher_logits)
+
+    @abstractmethod
+    def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """Return the loss of each sample, [B], from float32 arguments with autocast disabled."""
 
     def weight_at(self, epoch: int) -> float:
-        """Its weight in an epoch, counted from 0."""
+        """Return the weight in an epoch, counted from 0."""
         return self.weight

@@ -1,1 +1,1 @@
-"""Networks: backbones, heads, preprocessing, weights."""
+"""Models: backbones, heads, preprocessing, and weights."""

@@ -1,4 +1,4 @@
-"""Floor 1. Which parameters do not learn in an epoch."""
+"""Freeze parameters, for good or for the first epochs."""
 
 from __future__ import annotations
 
@@ -14,57 +14,61 @@ from cifar_dist.utils.errors import UserError
 
 @config
 class FreezeConfig:
-    """Parameters whose name matches `pattern` (`backbone.*`) do not learn, for so many epochs."""
+    """Freeze the parameters whose names match `pattern`, a file-name pattern like `backbone.*`."""
 
     pattern: str
-    until_epoch: Count | None = None  # frozen for the first that many; None: for good
+    until_epoch: Count | None = None  # frozen for this many epochs; None: for the whole run
 
 
 def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: int | None) -> bool:
-    """Let learn what learns in `epoch` (from 0; None: in any), nothing else; whether anything has changed.
+    """Set `requires_grad` of each parameter for `epoch`; return whether any value changed.
 
-    BatchNorm all of whose parameters are frozen is in eval mode: its running statistics are used, and
-    stay. UserError for a pattern that names nothing, and where nothing is left to learn.
+    Epochs count from 0; None keeps trainable whatever is trained in any epoch. A BatchNorm whose
+    parameters are all frozen is put in eval mode: it uses its running statistics and keeps them.
+    Raise UserError for a pattern without a match and if no parameter is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    for each in freezes or ():
-        if not any(fnmatchcase(name, each.pattern) for name in names):
+    for freeze_config in freezes or ():
+        pattern = freeze_config.pattern
+        if not any(fnmatchcase(name, pattern) for name in names):
             some = ", ".join(sorted({".".join(name.split(".")[:2]) + ".*" for name in names})[:6])
-            raise UserError(f"model.freeze: nothing is called {each.pattern!r}; there are {some}")
-    begins = find_unfreeze_epochs(model, freezes)
+            raise UserError(f"model.freeze: no parameter matches {pattern!r}; there are {some}")
+    unfreeze_epochs = find_unfreeze_epochs(model, freezes)
     changed = False
     for name, parameter in model.named_parameters():
-        now = is_trainable(begins[name], epoch)
-        changed |= parameter.requires_grad != now
-        parameter.requires_grad_(now)
+        trainable = is_trainable(unfreeze_epochs[name], epoch)
+        changed |= parameter.requires_grad != trainable
+        parameter.requires_grad_(trainable)
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        when = "any epoch" if epoch is None else f"epoch {epoch + 1}"
         raise UserError(
-            f"model.freeze: nothing learns in {'any epoch' if epoch is None else f'epoch {epoch + 1}'}; "
-            "leave out head.* at least"
+            f"model.freeze: all parameters are frozen in {when}; leave out head.* at least"
         )
     for module in model.modules():
-        own = list(module.parameters())
-        if isinstance(module, _BatchNorm) and own:
-            module.train(any(parameter.requires_grad for parameter in own))
+        parameters = list(module.parameters())
+        if isinstance(module, _BatchNorm) and parameters:
+            module.train(any(parameter.requires_grad for parameter in parameters))
     return changed
 
 
-def is_trainable(begin: int | None, epoch: int | None) -> bool:
-    """Whether what begins to learn in epoch `begin` (None: in none) does so in `epoch` (None: in any)."""
-    return begin is not None and (epoch is None or begin <= epoch)
+def is_trainable(unfreeze_epoch: int | None, epoch: int | None) -> bool:
+    """Return whether a parameter is trained in `epoch` (None: in any epoch)."""
+    return unfreeze_epoch is not None and (epoch is None or unfreeze_epoch <= epoch)
 
 
-def frozen_parameters(begins: Mapping[str, int | None], epoch: int) -> set[str]:
-    """Names of the parameters that do not learn in `epoch`."""
-    return {name for name, begin in begins.items() if not is_trainable(begin, epoch)}
+def frozen_parameters(unfreeze_epochs: Mapping[str, int | None], epoch: int) -> set[str]:
+    """Return the names of the parameters that are frozen in `epoch`."""
+    return {name for name, first in unfreeze_epochs.items() if not is_trainable(first, epoch)}
 
 
 def find_unfreeze_epochs(
     model: nn.Module, freezes: Sequence[FreezeConfig] | None
 ) -> dict[str, int | None]:
-    """The epoch (from 0) in which each parameter begins to learn, by its name; None: in none."""
-    begins: dict[str, int | None] = {}
+    """Return the first epoch (from 0) in which each parameter is trained; None: never."""
+    unfreeze_epochs: dict[str, int | None] = {}
     for name, _ in model.named_parameters():
-        ends = [each.until_epoch for each in freezes or () if fnmatchcase(name, each.pattern)]
-        begins[name] = None if None in ends else max((end for end in ends if end), default=0)
-    return begins
+        ends = [f.until_epoch for f in freezes or () if fnmatchcase(name, f.pattern)]
+        unfreeze_epochs[name] = (
+            None if None in ends else max((end for end in ends if end), default=0)
+        )
+    return unfreeze_epochs

@@ -1,6 +1,6 @@
-"""Floor 1. A head turns a backbone's features into logits; margins and scales belong to the losses.
+"""Heads map features to logits; margins and scales belong to the losses.
 
-Heads compute in float32 with autocast disabled: bfloat16 cannot tell angles under 5 degrees apart.
+Heads compute in float32 with autocast disabled: bfloat16 cannot resolve angles under 5 degrees.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ HeadName = Literal["linear", "cosine"]
 
 
 class Outputs(NamedTuple):
-    """What every model returns; float32, also under autocast."""
+    """The outputs of every model, float32 also under autocast."""
 
     logits: Tensor  # [B, C]
-    embedding: Tensor  # [B, D]; what the classes are compared with, its length kept
+    embedding: Tensor  # [B, D]; compared with the class weights, not normalized
     class_weight: Tensor  # [C, D]
 
 
 class LinearHead(nn.Module):
-    """float [B, in_features] -> logits = features @ weight.T + bias; embedding = the features."""
+    """logits = features @ weight.T + bias; the embedding is the features. Input: [B, in_features]."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -36,10 +36,11 @@ class LinearHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """float [B, in_features] -> logits = cosines between embedding and class weights, -1 to 1.
+    """logits = cosines between embedding and class weights, -1 to 1. Input: [B, in_features].
 
-    Linear without bias, BatchNorm1d: the embedding, with its length. The class weights are given
-    out with length 1. Wang et al. 2018 (arXiv 1801.09414), Deng et al. 2019 (arXiv 1801.07698).
+    The embedding is a linear layer without bias and BatchNorm1d of the features, not normalized; the
+    returned class weights have length 1. Wang et al. 2018 (arXiv 1801.09414), Deng et al. 2019 (arXiv
+    1801.07698).
     """
 
     def __init__(self, in_features: int, num_classes: int, embedding_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Floor 1. Pretrained weights as files: from a cache, or from the network if there is one."""
+"""Pretrained weights as local files, from the cache or downloaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 
 def fetch_weights(cfg: Any, backbone: str) -> Path:
-    """The local file of the weights that timm's `cfg` describes, downloaded if need be.
+    """Return the local file of the weights of timm's `cfg`, downloaded if it is not cached.
 
-    Cheap, and silent on the network, when the file is in the cache. UserError within seconds, not half
-    a minute, when there is no network.
+    Makes no network request for a cached file. Raises UserError within seconds if the server is
+    unreachable, where the hub's client would retry for half a minute.
     """
     remedy = (
         "build this model once on a machine with network and copy its cache "
@@ -58,24 +58,24 @@ def fetch_weights(cfg: Any, backbone: str) -> Path:
             make_folder(file.parent)
             torch.hub.download_url_to_file(cfg.url, str(file), progress=False)
             return file
-        listed = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
-        name = next(name for name in names if name in listed)
+        available = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
+        name = next(name for name in names if name in available)
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # the hub's errors share no base class across its versions
         raise UserError(f"{problem} the download failed ({error}); {remedy}") from error
 
 
 def is_reachable(address: str) -> bool:
-    """Whether the server of an address answers within 3 seconds, through the proxy if one is set."""
+    """Return whether the server of a URL answers within 3 seconds, through a proxy if one is set."""
 
-    def ask() -> None:
-        with suppress(HTTPError):  # a refusal is an answer
+    def request() -> None:
+        with suppress(HTTPError):  # an HTTP error is an answer, too
             urlopen(Request(address, method="HEAD"), timeout=RESPONSE_SECONDS).close()
 
-    return responds(ask)
+    return responds(request)
 
 
 def weight_names(name: str) -> tuple[str, ...]:
-    """The file names to try on the hub, safetensors before pickles, as timm does."""
+    """Return the file names to try on the hub; like timm, safetensors before pickles."""
     safe = "model.safetensors" if name == "pytorch_model.bin" else f"{Path(name).stem}.safetensors"
     return (safe, name) if name.endswith(".bin") else (name,)

@@ -1,9 +1,9 @@
-"""Floor 1. `resnet9`: a small network for 32 px that learns fast, known from timed contests.
+"""`resnet9`, a small network for 32 px that trains fast: float [B, 3, S, S], S >= 8 -> [B, 512].
 
 Page 2019, "How to Train Your ResNet" (myrtle.ai), the DAWNBench entry for CIFAR-10: eight 3x3
-convolutions, three of them followed by a max-pool, two residual blocks, and a linear layer, which
-is the project's head here. He multiplies the logits by 0.125; here the features are, which for a
-linear layer is the same. float [B,3,S,S], S at least 8 -> [B, 512].
+convolutions, three of them followed by a max-pool, two residual blocks, and a linear layer, here
+the head. Page multiplies the logits by 0.125; here the features are, which is the same for a linear
+layer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 
 def resnet9(in_chans: int = 3) -> nn.Module:
+    """Return the network without its linear layer."""
     return nn.Sequential(
         OrderedDict(
             stem=conv_norm(in_chans, 64),
@@ -27,7 +28,7 @@ def resnet9(in_chans: int = 3) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """x + two convolutions of x, each with norm and ReLU."""
+    """x + two convolutions of x, each with BatchNorm and ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,14 +39,17 @@ class Residual(nn.Module):
 
 
 class GlobalMaxPool(nn.Module):
-    """[B, C, H, W] -> [B, C]; on a GPU AdaptiveMaxPool2d has no deterministic gradient."""
+    """[B, C, H, W] -> [B, C]; AdaptiveMaxPool2d has no deterministic gradient on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).max(2).values
 
 
 class Scale(nn.Module):
-    """factor * x. A head's steps are as long as its input squared: maxima would make them diverge."""
+    """factor * x.
+
+    An update changes the logits by the squared length of the head's input: unscaled maxima diverge.
+    """
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -55,6 +59,6 @@ class Scale(nn.Module):
         return self.factor * x
 
 
-def conv_norm(before: int, after: int) -> nn.Module:
-    convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
+def conv_norm(in_channels: int, out_channels: int) -> nn.Module:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())

@@ -1,4 +1,4 @@
-"""Floor 1. A trained classifier as the folder that `timm.create_model("local-dir:FOLDER")` loads."""
+"""Export a classifier as a folder that `timm.create_model("local-dir:FOLDER")` loads."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_dist.models.backbones import Classifier, ModelConfig, pretrained_cfg
+from cifar_dist.models.backbones import pretrained_cfg
+from cifar_dist.models.classifier import Classifier, ModelConfig
 from cifar_dist.models.heads import CosineHead, LinearHead
 
 
 def timm_blocker(config: ModelConfig) -> str | None:
-    """Why timm has no name for this network, or None where it may have one."""
+    """Return why timm cannot build this network, or None if it can."""
     if not timm.is_model(config.backbone):
-        return f"{config.backbone} is cifar_dist's own"
+        return f"{config.backbone} is defined in cifar_dist only"
     if config.stem == "small":
         return "timm has no argument for stem: small"
     if config.whiten:
-        return "timm has no layer that whitens"
+        return "timm has no whitening layer"
     if not isinstance(pretrained_cfg(config.backbone).classifier, str):
         return f"{config.backbone} has no single classifier in timm"
     return None
 
 
 def as_linear(head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight [C, F] and bias [C] of one linear layer that ranks the classes as the head does.
+    """Return weight [C, F] and bias [C] of a linear layer that ranks the classes as the head does.
 
-    A linear head is that layer. A cosine head's projection, BatchNorm and class weights are one linear
-    map but for the length of the embedding, which all classes of a picture share: the ranking is the
-    same, the probabilities are not.
+    A cosine head's projection, BatchNorm and class weights form one linear map, up to the length of
+    the embedding. That is common to all classes of an image, so the ranking is the same, but not the
+    probabilities.
     """
     if isinstance(head, LinearHead):
         return head.linear.weight, head.linear.bias
     assert isinstance(head, CosineHead), "there are two heads"
-    norm, directions = head.norm, F.normalize(head.weight)
+    norm, class_weight = head.norm, F.normalize(head.weight)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gain = norm.weight / (norm.running_var + norm.eps).sqrt()
     shift = norm.bias - norm.running_mean * gain
-    return (directions * gain) @ head.project.weight, directions @ shift
+    return (class_weight * gain) @ head.project.weight, class_weight @ shift
 
 
 def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
-    """The whole network's tensors under timm's names, on the CPU."""
+    """Return the state dict of the whole network under timm's names, on the CPU."""
     layer = pretrained_cfg(config.backbone).classifier
     weight, bias = as_linear(model.head)
     with torch.device("meta"):
         whole = timm.create_model(config.backbone.partition(".")[0], num_classes=len(bias))
-    # some have a 1x1 convolution
+    # in some models the classifier is a 1x1 convolution
     weight = weight.reshape(whole.get_parameter(f"{layer}.weight").shape)
     state = dict(model.backbone.state_dict())
     state |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
@@ -59,14 +60,14 @@ def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def pixel_statistics(model: Classifier) -> tuple[list[float], list[float]]:
-    """Mean and deviation that the first layer takes pixels of 0 ... 1 apart with."""
+    """Return the mean and standard deviation with which the model normalizes pixels in 0 to 1."""
     std = 1 / (255 * model.preprocess.scale.double())
     mean = -model.preprocess.shift.double() * std
-    return [[round(value, 6) for value in one.flatten().tolist()] for one in (mean, std)]  # type: ignore[return-value]
+    return [[round(value, 6) for value in x.flatten().tolist()] for x in (mean, std)]  # type: ignore[return-value]
 
 
 def timm_config(model: Classifier, config: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    """config.json: the architecture, the pixels it expects, the classes' names."""
+    """Return the content of config.json: architecture, input size, normalization, class names."""
     mean, std = pixel_statistics(model)
     side, cfg = config.image_size, pretrained_cfg(config.backbone)
     return {
@@ -91,6 +92,6 @@ def timm_config(model: Classifier, config: ModelConfig, names: tuple[str, ...]) 
 
 @torch.no_grad()
 def reload_logits(folder: Path, images: Tensor) -> Tensor:
-    """What timm's own loading of the folder says about normalised pixels, f32 [N, 3, S, S]."""
+    """Load the folder with timm; return its logits of normalized images, f32 [N, 3, S, S]."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return model(images)

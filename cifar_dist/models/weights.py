@@ -1,8 +1,7 @@
-"""Floor 1. Weights from a file: read without running code, and fitted to a backbone or refused."""
+"""Read weights from files without running code, and load them into a backbone."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -15,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import try_read_json
 
 log = logging.getLogger(__name__)
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or torch file, wrappers' prefixes removed; runs no code."""
+    """Return the state dict of a .safetensors or torch file, without wrappers' prefixes."""
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}; give the path of a weights file")
     try:
@@ -29,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile file makes the readers raise
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise UserError(
             f"model.weights: {path} is not a file of plain tensors ({type(error).__name__}); "
             "save its state dict with safetensors.torch.save_file and give that"
@@ -40,7 +40,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
-        raise UserError(f"model.weights: {path} holds no state dict (a dict of tensors); save one")
+        raise UserError(
+            f"model.weights: {path} has no state dict (a dict of tensors); save one with "
+            "safetensors.torch.save_file"
+        )
     state = {}
     for name, value in content.items():
         while name.startswith(("module.", "_orig_mod.")):
@@ -50,17 +53,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def normalization_from_config(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation of the pixels that a file's network takes, where timm's config.json lies beside it."""
+    """Return mean and std from timm's config.json in the folder of a weights file, if there is one."""
     try:
-        found = json.loads((path.parent / "config.json").read_text())["pretrained_cfg"]
-        mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # none, or of another kind
+        cfg = (try_read_json(path.parent / "config.json") or {})["pretrained_cfg"]
+        mean, std = (tuple(float(value) for value in cfg[name]) for name in ("mean", "std"))
+    except (ValueError, KeyError, TypeError):
+        return None  # no such file, or not timm's
     return mean, std
 
 
-def split_state(state: State) -> tuple[State, State]:
-    """(backbone's tensors, head's tensors); the latter only from a state dict of a `Classifier`."""
+def split_state(state: StateDict) -> tuple[StateDict, StateDict]:
+    """Return (backbone's tensors, head's tensors); no head unless it is a Classifier's state dict."""
     if not any(name.startswith("backbone.") for name in state):
         return state, {}
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
@@ -70,78 +73,87 @@ def split_state(state: State) -> tuple[State, State]:
     return parts["backbone"], parts["head"]
 
 
-def load_backbone(backbone: nn.Module, state: State, cfg: Any, source: str) -> None:
-    """Load `state` by name, or in order where no name but every shape fits; else UserError.
+def load_backbone(backbone: nn.Module, state: StateDict, cfg: Any, source: str) -> None:
+    """Load `state` by name, or in order if no name but every shape fits; else raise UserError.
 
-    Files in their authors' format go through timm's converter for the architecture first.
+    Files in the format of a model's authors first go through timm's converter of the architecture.
     """
     classifier = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
     dropped = {f"{layer}.{kind}" for layer in classifier for kind in ("weight", "bias")}
-    wanted = backbone.state_dict()
+    target = backbone.state_dict()
 
     converted = dict(state)
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if convert and shapes(state) != shapes(wanted):
-        # A converter may stumble over a format that it does not know, in any way: then the file as it is.
-        with suppress(Exception):
+    if convert and shapes(state) != shapes(target):
+        with suppress(Exception):  # it may fail on another format in any way: then load unconverted
             converted = dict(convert(dict(state), backbone))
-    found = {name: value for name, value in converted.items() if name not in dropped}
-    if not found.keys() & wanted.keys():
-        in_order = match_in_order(state, wanted)
+    loaded = {name: value for name, value in converted.items() if name not in dropped}
+    if not loaded.keys() & target.keys():
+        in_order = match_in_order(state, target)
         if in_order is None:
             raise UserError(
                 f"{source}: neither names nor shapes fit {cfg.architecture} (it has "
-                f"{next(iter(state), 'nothing')!r}, the model {next(iter(wanted))!r}); "
+                f"{next(iter(state), 'nothing')!r}, the model {next(iter(target))!r}); "
                 "check model.backbone"
             )
-        log.info("%s: no name fits, every shape does; loaded in order", source)
-        found = in_order
+        log.info("%s: all shapes fit, but no names; loaded in order", source)
+        loaded = in_order
 
-    problems = [
-        f"{name} is missing" for name in wanted if name not in found and affects_output(name)
-    ]
-    problems += [f"{name} is unknown" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {list(value.shape)}, not {list(wanted[name].shape)}"
-        for name, value in found.items()
-        if name in wanted and value.shape != wanted[name].shape
-    ]
+    problems = mismatches(loaded, target)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"{source} does not fit {cfg.architecture}: {'; '.join(problems[:3])}{more}; "
             "check model.backbone, model.stem and model.image_size"
         )
-    load_state(backbone, found)
+    load_state(backbone, loaded)
 
 
-def load_state(module: nn.Module, state: State) -> None:
-    """Load by name; tensors on the meta device, which have no numbers to copy, take the places."""
+def mismatches(loaded: StateDict, target: StateDict) -> list[str]:
+    """Return one phrase for each tensor that is missing, unknown, or of another shape."""
+    return [
+        *(f"{name} is missing" for name in target if name not in loaded and affects_output(name)),
+        *(f"{name} is unknown" for name in loaded if name not in target),
+        *(
+            f"{name} is {list(value.shape)}, not {list(target[name].shape)}"
+            for name, value in loaded.items()
+            if name in target and value.shape != target[name].shape
+        ),
+    ]
+
+
+def load_state(module: nn.Module, state: StateDict) -> None:
+    """Load tensors by name; meta tensors have no data to copy, so they replace the module's."""
     is_meta = any(tensor.is_meta for tensor in state.values())
     module.load_state_dict(state, strict=False, assign=is_meta)
 
 
-def match_in_order(state: State, wanted: State) -> dict[str, Tensor] | None:
-    """`state` under the names of `wanted` if the shapes agree one to one, but for a last layer."""
-    theirs = [item for item in state.items() if affects_output(item[0])]
-    ours = [item for item in wanted.items() if affects_output(item[0])]
-    if not len(ours) <= len(theirs) <= len(ours) + 2:  # a classifier's weight and bias may follow
+def match_in_order(state: StateDict, target: StateDict) -> dict[str, Tensor] | None:
+    """Return `state` under the names of `target`, or None unless the shapes agree in order.
+
+    A classifier may follow in `state`; it is dropped.
+    """
+    sources = [item for item in state.items() if affects_output(item[0])]
+    targets = [item for item in target.items() if affects_output(item[0])]
+    if not len(targets) <= len(sources) <= len(targets) + 2:  # a classifier's weight and bias
         return None
     kinds = ("weight", "bias", "running_mean", "running_var")
-    for (their_name, their_value), (our_name, our_value) in zip(theirs, ours, strict=False):
-        kind = their_name.rpartition(".")[2]
-        # A safetensors file is sorted by name: the four vectors of a norm would change places.
-        if kind in kinds and kind != our_name.rpartition(".")[2]:
+    matched = {}
+    for (source_name, value), (name, target_value) in zip(sources, targets, strict=False):
+        kind = source_name.rpartition(".")[2]
+        # A safetensors file is sorted by name, which would permute the four vectors of a norm.
+        if kind in kinds and kind != name.rpartition(".")[2]:
             return None
-        if their_value.shape != our_value.shape:
+        if value.shape != target_value.shape:
             return None
-    return {ours[index][0]: theirs[index][1] for index in range(len(ours))}
+        matched[name] = value
+    return matched
 
 
 def affects_output(name: str) -> bool:
-    """Whether a tensor says anything about the function: BatchNorm's step counter does not."""
+    """Return False for BatchNorm's step counter, which some files lack."""
     return not name.endswith("num_batches_tracked")
 
 
-def shapes(state: State) -> dict[str, torch.Size]:
+def shapes(state: StateDict) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}

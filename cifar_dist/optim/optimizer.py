@@ -1,8 +1,7 @@
-"""Floor 2. Any optimizer that timm's factory knows, and the learning rate of every step."""
+"""Build any optimizer of timm's factory, and set learning rates."""
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -14,76 +13,111 @@ from torch import Tensor, nn
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.utils.config import Factor, NonNegative, Positive, Share, config
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.suggest import closest
 
 
 @config
 class OptimConfig:
-    """The optimizer, its groups, and its schedule; times in epochs."""
+    """The optimizer, its parameter groups, and its schedule; times are in epochs."""
 
-    name: str = "adamw"  # timm's names: "sgd" is Nesterov's, "momentum" is the plain one
+    name: str = "adamw"  # timm's name; "sgd" has Nesterov momentum, "momentum" has plain momentum
     lr: Positive = 0.001
     weight_decay: NonNegative = 0.0
-    momentum: Share = 0.9  # used where the optimizer has one, as are betas and eps
+    momentum: Share = 0.9  # used if the optimizer has one, as are betas and eps
     betas: tuple[Share, Share] | None = None
     eps: Positive | None = None
     decay_norm_and_bias: bool = False
-    layer_decay: Factor | None = (
-        None  # the head learns at lr, each layer below at this times as much
-    )
+    layer_decay: Factor | None = None  # factor on lr for each layer further from the head
     max_grad_norm: Positive | None = None
     schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: NonNegative = 0.0
     milestones: tuple[float, ...] = ()
     gamma: Positive = 0.1
     final_lr_fraction: Share = 0.0
-    sam: SamConfig | None = None  # two forwards and backwards a step
+    sam: SamConfig | None = None  # two forward and backward passes per step
 
     def __post_init__(self) -> None:
         if self.milestones and self.schedule != "multistep":
             raise ValueError(
-                f"milestones belong to schedule: multistep, not to {self.schedule}: remove one"
+                f"milestones need schedule: multistep, not {self.schedule}: remove one"
             )
         if self.layer_decay is not None and self.decay_norm_and_bias:
             raise ValueError(
-                "layer_decay groups parameters with norms and biases undecayed: remove it, or "
-                "decay_norm_and_bias"
+                "layer_decay never decays norms and biases: remove it, or decay_norm_and_bias"
             )
 
 
-# What the step cannot keep its promises with, by the beginning of the name.
+# Prefixes of names that the training step cannot support, with the reason.
 UNSUPPORTED = {
-    "adahessian": "needs second derivatives, which the step does not take",
-    "kron": "draws random numbers of its own, so a run would not resume to the same bits",
-    "bnb": "is bitsandbytes', which is not installed",
-    "fused": "is apex's, which is not installed (torch's own are fused already)",
+    "adahessian": "needs second derivatives, which the training step does not compute",
+    "kron": "draws unseeded random numbers, so a resumed run would differ",
+    "bnb": "needs bitsandbytes, which is not installed",
+    "fused": "needs apex, which is not installed (torch's own optimizers are already fused)",
 }
 
 
 def build_optimizer(
     config: OptimConfig, model: nn.Module, unfreeze_epochs: Mapping[str, int | None] | None = None
 ) -> torch.optim.Optimizer:
-    """timm's optimizer over the parameters of `model` that learn; fused where torch has it so.
+    """Return timm's optimizer over the trainable parameters of `model`, fused if torch supports it.
 
-    Unless `decay_norm_and_bias`, norms, biases and what the model itself names are not decayed.
-    With `layer_decay` (Bao et al. 2022, arXiv 2106.08254) groups have an `lr_scale`, by the model's
-    `group_matcher`. LAMB does not clip beside the step. Muon leaves the head and what the model does
-    not decay to AdamW, as its author does (Jordan et al. 2024). What `begins` to learn in another epoch
-    has groups of its own: torch's fused SGD needs the momentum of all of a group or none. UserError for a name that timm lacks.
+    Unless `decay_norm_and_bias`, norms, biases and what `model.no_weight_decay()` names are not
+    decayed. With `layer_decay` (Bao et al. 2022, arXiv 2106.08254) groups have an `lr_scale` from the
+    model's `group_matcher`. LAMB's own clipping is off. Muon leaves the head and undecayed parameters
+    to AdamW, as its author does (Jordan et al. 2024). Parameters with different `unfreeze_epochs` get
+    separate groups: torch's fused SGD needs the momentum of all of a group or of none.
+    Raise UserError for an unknown or unsupported name and for settings that the optimizer rejects.
     """
+    _check_name(config.name)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        optimizer = create_optimizer_v2(
+            trainable if config.decay_norm_and_bias else model,
+            config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **_factory_options(config, model),
+        )
+    except (ValueError, LookupError) as error:
+        raise UserError(
+            f"optim: {config.name} does not accept these settings ({error}); "
+            "change momentum, betas or eps"
+        ) from None
+    if type(optimizer) is torch.optim.SGD and config.momentum:
+        # If fused SGD skips its first update, it leaves the momentum uninitialized.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if unfreeze_epochs:
+        by_id = {id(p): unfreeze_epochs[name] for name, p in model.named_parameters()}
+        _split_groups(optimizer, by_id)
+    return optimizer
+
+
+def _check_name(full_name: str) -> None:
     names = list_optimizers()
-    name = config.name.removeprefix("lookahead_")
+    name = full_name.removeprefix("lookahead_")
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3) or names
-        raise UserError(f"optim.name: timm has no {config.name!r}; choose {', '.join(close)}")
-    for start, reason in UNSUPPORTED.items():
-        if name.startswith(start):
+        choices = closest(name, names) or ", ".join(names)
+        raise UserError(f"optim.name: timm has no {full_name!r}; choose {choices}")
+    for prefix, reason in UNSUPPORTED.items():
+        if name.startswith(prefix):
             raise UserError(
                 f"optim.name: {name} {reason}; choose adamw, sgd, lamb, muon or another"
             )
-    options: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
-    options = {key: value for key, value in options.items() if value is not None}
+
+
+def _factory_options(config: OptimConfig, model: nn.Module) -> dict[str, Any]:
+    """Return the options of timm's factory that depend on the optimizer or the model."""
+    name = config.name.removeprefix("lookahead_")
+    options: dict[str, Any] = {}
+    if config.betas is not None:
+        options["betas"] = config.betas
+    if config.eps is not None:
+        options["eps"] = config.eps
     kind = get_optimizer_class(name, bind_defaults=False)
-    # Lookahead's own part would not hear that the fused one left an update out
+    # Lookahead would not know when the fused optimizer inside it skips an update.
     if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) and name == config.name:
         options["fused"] = True
     if "lamb" in name:
@@ -92,59 +126,41 @@ def build_optimizer(
         options |= {"fallback_list": ("head.*",), "fallback_no_weight_decay": True}
     if hasattr(model, "group_matcher"):
         options["layer_decay"] = config.layer_decay
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        optimizer = create_optimizer_v2(
-            learning if config.decay_norm_and_bias else model,
-            config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **options,
-        )
-    except (ValueError, LookupError) as error:  # of its own numbers: betas, eps, momentum
-        raise UserError(f"optim: {config.name} cannot be had with these numbers: {error}") from None
-    if type(optimizer) is torch.optim.SGD and config.momentum:
-        # Fused SGD leaves a momentum as memory happens to be where its first update is left out.
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    if unfreeze_epochs:
-        split_groups(
-            optimizer, {id(p): unfreeze_epochs[name] for name, p in model.named_parameters()}
-        )
-    return optimizer
+    return options
 
 
-def split_groups(optimizer: torch.optim.Optimizer, marks: Mapping[int, object]) -> None:
-    """Divide each group by what its parameters are marked with, by id; in place, as wrappers share it."""
-    divided = []
+def _split_groups(optimizer: torch.optim.Optimizer, keys: Mapping[int, object]) -> None:
+    """Split each group by its parameters' keys, given by id.
+
+    Done in place, as wrappers such as Lookahead share the list of groups.
+    """
+    groups = []
     for group in optimizer.param_groups:
         parts: dict[object, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            parts.setdefault(marks[id(parameter)], []).append(parameter)
-        divided += [group | {"params": part} for part in parts.values()]
-    optimizer.param_groups[:] = divided
+            parts.setdefault(keys[id(parameter)], []).append(parameter)
+        groups += [group | {"params": part} for part in parts.values()]
+    optimizer.param_groups[:] = groups
 
 
 def max_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Return the largest learning rate of the groups where the schedule's is `lr`."""
+    """Return the largest learning rate of the groups when the schedule's is `lr`."""
     return lr * max(group.get("lr_scale", 1.0) for group in optimizer.param_groups)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set every group's learning rate to `lr` times its `lr_scale`, in place where it is a tensor."""
+    """Set every group's learning rate to `lr` times its `lr_scale`, in place if it is a tensor."""
     for group in optimizer.param_groups:
         value = lr * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], Tensor):  # a captured graph reads the tensor it was made with
+        if isinstance(group["lr"], Tensor):  # a CUDA graph reads the tensor it was captured with
             group["lr"].fill_(value)
         else:
             group["lr"] = value
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let what changes from step to step be tensors there, which a captured graph reads."""
-    # torch warns of the eager steps before the recording
+    """Keep the learning rate and step counts in tensors on `device`, for a CUDA graph to read."""
+    # torch warns in the eager steps before the capture
     warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
@@ -152,28 +168,32 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             group["capturable"] = True
 
 
-HYPERPARAMS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")  # a recipe's
+# Settings that come from the recipe when a run resumes, not from the checkpoint.
+HYPERPARAMS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")
 
 
 def load_portable_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Go on from a `saved_state`, with the recipe's numbers; UserError for another optimizer's state."""
+    """Load a `portable_state_dict`, but keep this optimizer's HYPERPARAMS.
+
+    Raise UserError for the state of another optimizer.
+    """
     groups = optimizer.param_groups
-    numbers = [{name: group[name] for name in HYPERPARAMS if name in group} for group in groups]
+    settings = [{name: group[name] for name in HYPERPARAMS if name in group} for group in groups]
     try:
         optimizer.load_state_dict(state)
     except (ValueError, LookupError) as error:
         raise UserError(
-            f"the saved optimizer is another ({error}), so this change cannot go on from its state; "
-            "give the run a name (name=...)"
+            f"the saved optimizer is another ({error}), so this change cannot resume from its state; "
+            "give the run a new name (name=...)"
         ) from None
-    for group, own in zip(optimizer.param_groups, numbers, strict=True):
-        group |= own
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group |= kept
 
 
 def portable_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state dict, the same wherever it keeps its scalars."""
+    """Return the state dict without the effects of `make_capturable`."""
     state = optimizer.state_dict()
-    for group in state["param_groups"]:  # copies of the optimizer's own
+    for group in state["param_groups"]:  # copies, not the optimizer's groups
         group["lr"] = float(group["lr"])
         if "capturable" in group:
             group["capturable"] = False

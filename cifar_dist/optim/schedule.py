@@ -1,4 +1,4 @@
-"""Learning rate of every step."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from cifar_dist.optim.optimizer import OptimConfig
 def learning_rate(
     config: OptimConfig, step: int, *, total_steps: int, steps_per_epoch: int
 ) -> float:
-    """The learning rate of update number `step`, counted from 0.
+    """Return the learning rate of update `step`, counted from 0.
 
     Warm-up is linear and reaches `lr` at its last update (Goyal et al. 2017). Then `constant`;
     `multistep`: times gamma at each milestone; `cosine`: half a cosine that would reach
     lr * final_lr_fraction at update `total_steps` (Loshchilov and Hutter 2017).
-    `one_cycle` (Smith and Topin 2018) is torch's OneCycleLR: over `warmup_epochs`, or 30 % of the
-    run where that is 0, half a cosine from lr / 25 up to lr, then another down to its last
-    update, to lr * final_lr_fraction, but at least lr / 250,000.
+    `one_cycle` (Smith and Topin 2018) is torch's OneCycleLR: half a cosine from lr / 25 to lr over
+    `warmup_epochs`, or 30 % of the run if that is 0, then half a cosine down to
+    lr * final_lr_fraction, at least lr / 250,000, at the last update.
     """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "one_cycle":
@@ -36,10 +36,10 @@ def learning_rate(
             passed = sum(step >= round(epoch * steps_per_epoch) for epoch in config.milestones)
             return config.lr * config.gamma**passed
         case "cosine":
-            share = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-            return cosine_interpolate(config.lr, config.lr * config.final_lr_fraction, share)
+            fraction = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+            return cosine_interpolate(config.lr, config.lr * config.final_lr_fraction, fraction)
 
 
-def cosine_interpolate(start: float, end: float, share: float) -> float:
-    """Half a cosine from `start` at share 0 to `end` at share 1 and beyond."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1))) / 2
+def cosine_interpolate(start: float, end: float, fraction: float) -> float:
+    """Return half a cosine from `start` at fraction 0 to `end` at fraction 1 and above."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1))) / 2

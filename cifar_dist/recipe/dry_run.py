@@ -15,7 +15,7 @@ from cifar_dist.data.augment.padded_images import padded_bytes
 from cifar_dist.data.batches import check_val_size, num_steps_per_epoch
 from cifar_dist.data.dataset import Place, class_names, read_digest
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.models.backbones import Classifier, ModelConfig, build_model, num_parameters
+from cifar_dist.models.classifier import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.estimate import activation_bytes, estimate, human_readable, optimizer_states

@@ -1,4 +1,4 @@
-"""What a recipe will cost, before it is run: parameters, FLOPs, steps, memory."""
+"""Estimate parameters, FLOPs and memory of a training without running it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_dist.models.backbones import num_parameters
+from cifar_dist.models.classifier import num_parameters
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 
-SAMPLES = 4  # BatchNorm needs two to train, in each half where these have sizes of their own
+SAMPLES = 4  # BatchNorm needs two, and mixed resolution halves them
 
 
 def activation_bytes(model: nn.Module) -> tuple[int, int]:
-    """(bytes that one sample keeps for the backward in float32, FLOPs of one sample's forward).
+    """Return (activation bytes of one sample in float32, forward FLOPs of one sample).
 
-    `model` lives under a FakeTensorMode, as its inputs here do: nothing is computed.
+    Call it under FakeTensorMode, with a model built there: nothing is computed.
     """
     images = torch.zeros(SAMPLES, 3, 32, 32, dtype=torch.uint8)
     weights = {storage_id(parameter) for parameter in model.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # a storage's address is only its own while it lives
+    alive = []  # keeps storages alive, so that their addresses stay unique
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in weights:
@@ -41,7 +41,7 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 
 def optimizer_states(config: OptimConfig) -> int:
-    """How many values an optimizer keeps for each weight, found by one step of a tiny model."""
+    """Return how many values the optimizer keeps per weight, found by a step of a tiny model."""
     model = nn.Linear(8, 8, bias=False)
     model.weight.grad = torch.zeros_like(model.weight)
     optimizer = build_optimizer(config, model)
@@ -60,10 +60,10 @@ def estimate(
     averaging: bool,
     half: bool,
 ) -> dict[str, Any]:
-    """Numbers about a model in training; `states` float32 values an optimizer keeps a parameter.
+    """Return parameters, forward FLOPs per image, and the memory of one process in bytes.
 
-    Memory is one process's: weights, gradients, optimizer, average, and one micro-batch's activations
-    (half as large under autocast). A lower bound: workspaces and fragmentation come on top.
+    Memory is a lower bound: weights, gradients, `states` values per weight of the optimizer, average, and the
+    activations of one micro-batch (half as large under autocast), without workspaces.
     """
     parameters = num_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

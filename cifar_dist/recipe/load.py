@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from pydantic import ValidationError
 from cifar_dist.recipe.schema import ADAPTER, Recipe
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.strict_yaml import parse_yaml
-from cifar_dist.utils.unknown_keys import refuse_unknown_keys
+from cifar_dist.utils.suggest import closest, refuse_unknown_keys
 
-MAX_BYTES = 1 << 16  # a recipe is a page, not a program
+MAX_BYTES = 1 << 16
 
-
-# What people write from habit, and where it lives here.
+# Keys of other trainers and of earlier versions -> the key here.
 ALIASES = {
     "gradient_accumulation_steps": "run.micro_batches (parts of the global batch)",
     "accumulate_grad_batches": "run.micro_batches (parts of the global batch)",
@@ -63,30 +61,30 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's file as plain data, of which nothing is checked yet."""
+    """Return the content of a YAML file as plain data, not validated."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES} bytes; this is no recipe")
+            raise UserError(f"{path}: larger than {MAX_BYTES} bytes: not a recipe")
         text = path.read_text()
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; see recipes/"
+        near = closest(path.name, (file.name for file in path.parent.glob("*.yaml")))
+        hint = f"; did you mean {path.parent / near}?" if near else "; see recipes/"
         raise UserError(f"{path}: no such recipe{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     raw = parse_yaml(text, where=str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping that begins with `name: ...`")
+        raise UserError(f"{path}: a recipe is a mapping with a `name`")
     return raw
 
 
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
-    """Check plain data against the config classes; types are exact, unknown keys are refused."""
-    refuse_unknown_keys(raw, Recipe, where=where, habits=ALIASES)
+    """Build a recipe from plain data; types are strict and unknown keys are an error."""
+    refuse_unknown_keys(raw, Recipe, where=where, aliases=ALIASES)
     try:
         text = json.dumps(raw, allow_nan=False)
     except ValueError:
-        raise UserError(f"{where}: a number in it is not finite; write one that is") from None
+        raise UserError(f"{where}: contains a number that is not finite") from None
     try:
         return ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
@@ -104,15 +102,17 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in plain data; may open a section that the file lacks."""
+    """Set `section.key=value` in plain data, creating missing sections."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"{override!r}: write an override as section.key=value, like run.epochs=2")
+        raise UserError(
+            f"{override!r}: overrides have the form section.key=value, like run.epochs=2"
+        )
     *sections, last = dotted.split(".")
-    place = raw
+    node = raw
     for section in sections:
-        inner = place.get(section)
-        if inner is not None and not isinstance(inner, dict):
-            raise UserError(f"{override!r}: {section} is a value, not a section")
-        place[section] = place = inner or {}
-    place[last] = parse_yaml(text, where=override)
+        child = node.get(section)
+        if child is not None and not isinstance(child, dict):
+            raise UserError(f"{override!r}: {section} is not a section")
+        node[section] = node = child or {}
+    node[last] = parse_yaml(text, where=override)

@@ -1,7 +1,7 @@
-"""Floor 4. YAML -> Recipe, strictly: what is not understood exactly is refused with a suggestion.
+"""The recipe: one experiment, made of the config classes of the packages below.
 
-The only file that knows the validator. A recipe is made of the config classes of the floors below;
-their defaults are the defaults, and there is no inheritance between recipes.
+Their defaults are the defaults; recipes do not inherit from each other. Only this package knows the
+validator.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.dataset import Place
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.distributed.ddp import GradReduceDtype
 from cifar_dist.losses.base import Loss
-from cifar_dist.losses.classification import LOSSES, CrossEntropy
-from cifar_dist.models.backbones import ModelConfig
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.losses.registry import LOSSES
+from cifar_dist.models.classifier import ModelConfig
 from cifar_dist.optim.averaging import AveragingConfig
 from cifar_dist.optim.optimizer import OptimConfig
 from cifar_dist.tracking.tracker import TrackingConfig
@@ -31,47 +32,47 @@ from cifar_dist.utils.precision import Precision
 
 if TYPE_CHECKING:
     Losses = dict[str, Loss]
-else:  # a key for each loss; one line in LOSSES is all that a new loss needs
+else:  # one key per loss
     Losses = TypedDict("Losses", dict(LOSSES), total=False)  # noqa: UP013
     Losses.__pydantic_config__ = {"extra": "forbid"}
+
+CudaGraphs = Literal["auto", "on", "off"]
 
 
 @config
 class RunConfig:
-    """How long, how large, how exact, and where to."""
+    """Length, batch, precision, and how a run is executed."""
 
     epochs: Count = 200
-    batch_size: Count = 250  # global, whatever the number of processes
-    micro_batches: Count | None = (
-        None  # parts of the global batch; None: the first start's world size
-    )
+    batch_size: Count = 250  # of the global batch, for any number of processes
+    micro_batches: Count | None = None  # of the global batch; None: world size of the first start
     precision: Precision = "bf16"
     seed: Index = 0
     output_dir: str = "runs"
-    threads: Count | None = None  # CPU threads a process; None: the machine's, divided
+    threads: Count | None = None  # CPU threads per process; None: those of the machine, divided
     eval_every_epochs: Count = 1
-    early_stopping_patience: Count | None = None  # in held-out accuracy, never in the test's
+    early_stopping_patience: Count | None = None  # epochs without better validation top-1
     save_every_minutes: Positive = 10.0
     log_every_steps: Count = 50
     keep_checkpoints: Count = 2
     compile: bool = False
-    cuda_graphs: CudaGraphs = "auto"  # record the step and replay it; on: an error where that fails
-    grad_reduce_dtype: GradReduceDtype = "fp32"  # in which ranks send each other gradients
+    cuda_graphs: CudaGraphs = "auto"  # on: an error if the step cannot be captured
+    grad_reduce_dtype: GradReduceDtype = "fp32"  # of gradients in the all-reduce
     timeout_seconds: Count = 600  # how long a rank may keep the others waiting
     on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite
-    deterministic: bool = False  # the same bits twice on a GPU, at a price
+    deterministic: bool = False  # reproducible bits on a GPU, but slower
 
     def __post_init__(self) -> None:
         if self.micro_batches is not None and self.micro_batches > self.batch_size:
             raise ValueError(
-                f"micro_batches={self.micro_batches} is more than batch_size={self.batch_size} rows"
+                f"micro_batches={self.micro_batches} must be at most batch_size={self.batch_size}"
             )
         if self.timeout_seconds < 4:
-            raise ValueError("timeout_seconds: a watch that looks each second needs 4 or more")
+            raise ValueError("timeout_seconds must be at least 4")
 
     @property
     def max_consecutive_skips(self) -> int:
-        """Steps in a row that may be left out; fp16's scaler leaves some out when it grows."""
+        """Steps in a row that may be skipped; the loss scaler of fp16 skips some when it grows."""
         return 20 if self.may_skip else 1
 
     @property
@@ -81,18 +82,18 @@ class RunConfig:
 
 @config
 class DataConfig:
-    """Where the Arrow data lie and what makes them when they are missing."""
+    """Where the Arrow data are, and what they are made from if they are missing."""
 
     path: str = "data/cifar100"
     source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    place: Place = "device"  # of the pictures; host: in the file's pages, fetched step by step
+    place: Place = "device"  # of the images; host: in the page cache, fetched for each step
     shuffle: bool = True
-    val_size: Index = 0  # rows of train, stratified by class, to choose hyper-parameters on
+    val_size: Index = 0  # training rows for validation, stratified by class
 
 
 @config
 class Recipe:
-    """One experiment: all that decides its numbers, and the few things that do not."""
+    """One experiment."""
 
     name: str
     run: RunConfig = RunConfig()
@@ -109,6 +110,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name {self.name!r}: use letters, digits, '.', '_' and '-'")
+        self._check_losses()
+        self._check_teachers()
+        self._check_batches()
+        self._check_epochs()
+
+    def _check_losses(self) -> None:
         if not self.losses:
             raise ValueError("losses is empty; name at least one, like cross_entropy: {}")
         for name, loss in self.losses.items():
@@ -118,55 +125,60 @@ class Recipe:
                 raise ValueError(f"losses.{name} needs a teacher: add teacher.run=runs/NAME")
             if self.augment.uses_mixing and not loss.supports_mixup:
                 raise ValueError(
-                    f"losses.{name} compares pictures of one label each: remove it, "
-                    "or augment.mixup and augment.cutmix"
+                    f"losses.{name} needs images with one label: remove it, or augment.mixup and "
+                    "augment.cutmix"
                 )
         if not any(loss.trains_classifier and loss.weight for loss in self.losses.values()):
             raise ValueError(
-                f"losses ({', '.join(self.losses)}): none with a weight teaches the classifier, so its "
-                "accuracy would say nothing; add cross_entropy: {weight: 1.0}, or arcface with "
-                "model.head=cosine"
-            )
-        if self.teacher and self.teachers:
-            raise ValueError("teacher and teachers both say who teaches: remove one of them")
-        if self.all_teachers and not any(loss.needs_teacher for loss in self.losses.values()):
-            teacher_losses = ", ".join(name for name, kind in LOSSES.items() if kind.needs_teacher)
-            raise ValueError(
-                f"no loss listens to the teacher: add one of {teacher_losses}, or remove it"
+                f"losses ({', '.join(self.losses)}): none with a weight trains the classifier, so "
+                "its accuracy would be meaningless; add cross_entropy: {weight: 1.0}, or arcface "
+                "with model.head=cosine"
             )
 
-        if self.run.batch_size % self.augment.repeated:
+    def _check_teachers(self) -> None:
+        if self.teacher and self.teachers:
+            raise ValueError("teacher and teachers exclude each other: remove one of them")
+        if self.all_teachers and not any(loss.needs_teacher for loss in self.losses.values()):
+            names = ", ".join(name for name, kind in LOSSES.items() if kind.needs_teacher)
+            raise ValueError(f"no loss uses the teacher: add one of {names}, or remove the teacher")
+        if self.augment.views is None and "cached" in (t.placement for t in self.all_teachers):
+            raise ValueError("a cached teacher needs augment.views: a number of views, or all")
+
+    def _check_batches(self) -> None:
+        repeated = self.augment.repeated
+        if self.run.batch_size % repeated:
             raise ValueError(
-                f"augment.repeated={self.augment.repeated} does not divide "
-                f"run.batch_size={self.run.batch_size}: change one of them"
+                f"augment.repeated={repeated} does not divide run.batch_size="
+                f"{self.run.batch_size}: change one of them"
             )
-        if self.augment.repeated > 1 and not self.data.shuffle:
+        if repeated > 1 and not self.data.shuffle:
             raise ValueError(
-                "augment.repeated would show the same part of the rows in each epoch where their order is "
-                "fixed: remove it, or set data.shuffle"
-            )
-        if self.run.early_stopping_patience and not self.data.val_size:
-            raise ValueError(
-                "run.early_stopping_patience judges by held-out rows, as the test rows are for "
-                "the last word: set data.val_size, like 5000, or remove it"
+                "augment.repeated would show the same rows in each epoch if their order is fixed: "
+                "remove it, or set data.shuffle"
             )
         if self.data.place == "host" and self.augment.albumentations and self.augment.workers:
             raise ValueError(
-                "data.place=host: the workers of augment.albumentations fill whole epochs, which go to the device "
-                "at once; set augment.workers=0, or data.place=device"
+                "data.place=host: albumentations workers fill whole epochs, which are copied to the "
+                "device at once; set augment.workers=0, or data.place=device"
+            )
+
+    def _check_epochs(self) -> None:
+        if self.run.early_stopping_patience and not self.data.val_size:
+            raise ValueError(
+                "run.early_stopping_patience needs validation rows: set data.val_size, like 5000, "
+                "or remove it"
             )
         resize = self.model.progressive_resize
         if resize and resize.epochs > self.run.epochs:
             raise ValueError(
-                f"model.progressive_resize.epochs={resize.epochs} is past run.epochs={self.run.epochs}, so the network "
-                "would be judged at a size that it was never trained at: lower it, like run.epochs"
+                f"model.progressive_resize.epochs={resize.epochs} must be at most run.epochs="
+                f"{self.run.epochs}: the model would be evaluated at a size it was never trained at"
             )
         if self.averaging and (self.averaging.start_epoch or 0) > self.run.epochs:
             raise ValueError(
-                f"averaging.start_epoch={self.averaging.start_epoch} is past run.epochs={self.run.epochs}"
+                f"averaging.start_epoch={self.averaging.start_epoch} must be at most run.epochs="
+                f"{self.run.epochs}"
             )
-        if self.augment.views is None and "cached" in (t.placement for t in self.all_teachers):
-            raise ValueError("a cached teacher needs augment.views: a number of views, or all")
 
     @property
     def all_teachers(self) -> tuple[TeacherConfig, ...]:
@@ -180,20 +192,17 @@ class Recipe:
 ADAPTER = TypeAdapter(Recipe)
 
 
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe with its defaults as plain data."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
 def to_yaml(recipe: Recipe | dict[str, Any]) -> str:
     content = recipe if isinstance(recipe, dict) else to_dict(recipe)
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors: recipes/schema.json."""
+    """Return the JSON Schema of a recipe, for editors: recipes/schema.json."""
     schema = ADAPTER.json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-CudaGraphs = Literal["auto", "on", "off"]
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """All that the recipe says, defaults included, as plain data."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))

@@ -11,7 +11,7 @@ from typing import Any
 from cifar_dist.data.dataset import class_names, data_digest, read_digest
 from cifar_dist.distill.logit_cache import check_cache
 from cifar_dist.distill.teacher import TeacherConfig, TeacherWeights
-from cifar_dist.losses.classification import logit_scale
+from cifar_dist.losses.registry import logit_scale
 from cifar_dist.recipe.load import validate
 from cifar_dist.recipe.runs import eval_weights_file, load_run
 from cifar_dist.recipe.schema import Recipe
@@ -25,10 +25,11 @@ TEACHER_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how 
 
 
 def exported_teacher(folder: Path) -> TeacherWeights:
-    """What `export --to teacher` wrote."""
-    said, weights = read_json(folder / TEACHER_EXPORT), folder / "model.safetensors"
+    """Load a folder of `export --to teacher`."""
+    weights = folder / "model.safetensors"
+    said = read_json(folder / TEACHER_EXPORT, "export the teacher again")
     if (
-        not isinstance(said, dict)
+        said is None
         or said.keys() != {"model", "logit_scale"}
         or not isinstance(said["logit_scale"], int | float)
         or not weights.is_file()
@@ -45,15 +46,15 @@ def exported_teacher(folder: Path) -> TeacherWeights:
     )
 
 
-def find_teacher(asked: TeacherConfig) -> TeacherWeights:
-    """The weights that a run is judged by, at its newest checkpoint, or those of an export or a file."""
-    path = Path(asked.run)
-    if asked.model is not None:
+def find_teacher(config: TeacherConfig) -> TeacherWeights:
+    """Return the evaluated weights of a run's newest checkpoint, of an export, or of a file."""
+    path = Path(config.run)
+    if config.model is not None:
         if not path.is_file():
-            raise UserError(f"teacher.run: there is no file {path}")
-        scale = asked.logit_scale or 1.0
+            raise UserError(f"teacher.run: {path} does not exist")
+        scale = config.logit_scale or 1.0
         return TeacherWeights(
-            model=asked.model, weights=path, digest=sha256(path), logit_scale=scale
+            model=config.model, weights=path, digest=sha256(path), logit_scale=scale
         )
     if (path / TEACHER_EXPORT).exists():
         return exported_teacher(path)
@@ -68,18 +69,18 @@ def find_teacher(asked: TeacherConfig) -> TeacherWeights:
 
 
 def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]:
-    """All that decides a teacher's logits for the recipe's views; `run.seed` does not."""
+    """Return everything that a teacher's logits for the recipe's views depend on."""
     data, augment = Path(recipe.data.path), asdict(recipe.augment)
     rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
-    del augment["repeated"]  # copies are views like any other
-    del augment["workers"]  # whoever makes a picture, it is the same
+    del augment["repeated"]  # repeated copies are views like any other
+    del augment["workers"]  # images do not depend on who makes them
     if recipe.augment.views == "all":
-        del augment["seed"]  # whatever is drawn, it is one of them
-    if recipe.augment.uses_mixing:  # partners are rows that are trained on
+        del augment["seed"]  # every draw is one of the enumerated views
+    if recipe.augment.uses_mixing:  # partners are training rows
         augment["val_size"] = recipe.data.val_size
     model = asdict(teacher.model)
-    del model["freeze"]  # what it says was frozen is no part of a trained model
-    made_of = {
+    del model["freeze"]  # does not change a trained model
+    fingerprint = {
         "shape": [recipe.augment.num_views, rows, classes],
         "data": data_digest(data),
         "precision": recipe.run.precision,
@@ -88,11 +89,11 @@ def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]
         **{f"teacher.model.{name}": value for name, value in model.items()},
         **{f"augment.{name}": value for name, value in augment.items()},
     }
-    return json.loads(json.dumps(made_of))  # as a manifest has it
+    return json.loads(json.dumps(fingerprint))  # as a manifest stores it
 
 
 def check_caches(recipe: Recipe, teachers: Sequence[TeacherWeights]) -> None:
-    """Refuse a cache of logits that is not exactly that of this recipe and this teacher."""
-    for asked, found in zip(recipe.all_teachers, teachers, strict=True):
-        if asked.placement == "cached":
-            check_cache(asked.cache_folder, cache_fingerprint(recipe, found))
+    """UserError for a cache of logits that was made for another recipe or teacher."""
+    for config, weights in zip(recipe.all_teachers, teachers, strict=True):
+        if config.placement == "cached":
+            check_cache(config.cache_folder, cache_fingerprint(recipe, weights))

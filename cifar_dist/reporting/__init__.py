@@ -1,1 +1,1 @@
-"""Floor 5. What the page of `report` is made of: runs compared, charts, pictures."""
+"""Compare runs on an HTML page."""

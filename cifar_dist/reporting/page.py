@@ -1,4 +1,4 @@
-"""Floor 5. Runs -> one HTML page that needs no network and no script."""
+"""Render runs as one HTML page without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from cifar_dist import __version__
 from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import load_split, read_digest, read_hierarchy
-from cifar_dist.evaluation.report import compute_metrics, name_of
+from cifar_dist.evaluation.report import class_name, compute_metrics
 from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
+from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import flatten
 from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.reporting.charts import (
@@ -25,13 +26,7 @@ from cifar_dist.reporting.charts import (
     reliability_chart,
     small_heat_map,
 )
-from cifar_dist.reporting.comparison import (
-    Group,
-    Run,
-    group_runs,
-    mean_std,
-    paired_tests,
-)
+from cifar_dist.reporting.comparison import Group, group_runs, mean_std, paired_tests
 from cifar_dist.reporting.images import (
     augmented_views,
     confident_mistakes,
@@ -42,7 +37,7 @@ from cifar_dist.reporting.tutorial import compare_with_published
 from cifar_dist.run_folder.evaluations import same_data
 from cifar_dist.utils.log import progress_bar
 
-CURVES = (  # kind of line, its value, and the axis's name
+CURVES = (  # kind of record, key, axis label
     ("eval", "top1", "test top-1, %"),
     ("train", "loss", "training loss"),
     ("eval", "loss", "test loss"),
@@ -50,10 +45,11 @@ CURVES = (  # kind of line, its value, and the axis's name
     ("eval", "val_top1", "val top-1, %"),
     ("train", "lr", "learning rate"),
 )
+HARDEST_CLASSES = 12
 
 
 def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
-    """A chart for each value that some run has."""
+    """Return a chart for each quantity that some run has recorded."""
     charts = [
         line_chart(
             [
@@ -61,9 +57,9 @@ def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
                     name=run.recipe.name,
                     group=group_of[run.folder],
                     points=[
-                        (line["epoch"], line[value])
-                        for line in run.records
-                        if line["kind"] == kind and isinstance(line.get(value), int | float)
+                        (record["epoch"], record[key])
+                        for record in run.records
+                        if record["kind"] == kind and isinstance(record.get(key), int | float)
                     ],
                 )
                 for run in runs
@@ -71,66 +67,69 @@ def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
             x_label="epoch",
             y_label=label,
         )
-        for kind, value, label in CURVES
+        for kind, key, label in CURVES
     ]
     return [chart for chart in charts if chart is not None]
 
 
-def data_of(run: Run, asked: Path | None) -> tuple[Path | None, str]:
-    """Where the run's data lie, or None and why its pictures and class names cannot be shown."""
-    data = asked or Path(run.recipe.data.path)
-    remedy = "give its place with --data to see classes, confusions and pictures"
-    if not (data / "digest.json").exists():
-        return None, f"{run.recipe.name}: {data} has no data here; {remedy}"
-    if not same_data(run.environment, data):
-        return None, f"{run.recipe.name}: {data} holds other data than it was trained on; {remedy}"
-    return data, ""
+def find_data(run: Run, data: Path | None) -> tuple[Path | None, str]:
+    """Return the folder of the run's data, or None and why images and class names are missing."""
+    path = data or Path(run.recipe.data.path)
+    remedy = "give its path with --data to see classes, confusions and images"
+    if not (path / "digest.json").exists():
+        return None, f"{run.recipe.name}: there is no data in {path}; {remedy}"
+    if not same_data(run.environment, path):
+        return None, f"{run.recipe.name}: {path} is not the data it was trained on; {remedy}"
+    return path, ""
 
 
-def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
-    """All that the page shows of one run's predictions and pictures."""
+def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the (name, value) pairs at the top of a run's details."""
+    interval, without = evaluation["top1_interval"], evaluation.get("without_near_duplicates")
+    metrics = [
+        ("top-1", f"{evaluation['top1']:.2f} %"),
+        ("95 % interval of top-1", f"{interval['low']:.2f} to {interval['high']:.2f}"),
+        ("top-5", f"{evaluation['top5']:.2f} %"),
+        ("superclass top-1", f"{evaluation['superclass_top1']:.2f} %"),
+        ("errors inside the superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
+        ("errors outside the superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
+    ]
+    if without and without["top1"] is not None:
+        name = f"top-1 without {without['num_excluded']} near-duplicates"
+        metrics.append((name, f"{without['top1']:.2f} %"))
+    if evaluation.get("cifair"):
+        metrics.append(("ciFAIR-100 top-1", f"{evaluation['cifair']['top1']:.2f} %"))
+    return metrics
+
+
+def run_details(group: Group, run: Run, data: Path) -> dict[str, Any]:
+    """Return the template values for one run's predictions and images."""
     assert run.predictions is not None
     logits, labels = run.predictions
     hierarchy, test = read_hierarchy(data), load_split(data, "test")
     table = confusion(labels, logits.argmax(1), logits.shape[1])
-    found = run.evaluation or compute_metrics(logits, labels, hierarchy)
-    scores = zip(class_scores(table), hierarchy.fine, strict=True)
+    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+    evaluation = run.evaluation or compute_metrics(logits, labels, hierarchy)
+    calibration, temperature = evaluation["calibration"], evaluation.get("temperature")
     hardest = sorted(
-        [(one.recall, name, one) for one, name in scores if one.recall is not None],
+        (
+            (scores.recall, name, scores)
+            for scores, name in zip(class_scores(table), hierarchy.fine, strict=True)
+            if scores.recall is not None
+        ),
         key=lambda row: row[:2],
     )
-    calibration, tempered = found["calibration"], found.get("temperature")
-    interval, without = found["top1_interval"], found.get("without_near_duplicates")
-    facts = [
-        ("top-1", f"{found['top1']:.2f} %"),
-        ("its 95 % interval", f"{interval['low']:.2f} to {interval['high']:.2f}"),
-        ("top-5", f"{found['top5']:.2f} %"),
-        ("superclass", f"{found['superclass_top1']:.2f} %"),
-        ("errors inside the superclass", f"{found['errors_inside_superclass']:.2f} %"),
-        ("errors outside it", f"{found['errors_outside_superclass']:.2f} %"),
-    ]
-    if without and without["top1"] is not None:
-        facts.append(
-            (
-                f"top-1 without {without['num_excluded']} near-duplicates",
-                f"{without['top1']:.2f} %",
-            )
-        )
-    if found.get("cifair"):
-        facts.append(("ciFAIR-100", f"{found['cifair']['top1']:.2f} %"))
     train = load_split(data, "train")
     rows = torch.arange(len(train.labels))
     if run.recipe.data.val_size:
         rows, _ = split_train_val(train.labels, run.recipe.data.val_size)
-    views = data_uri(augmented_views(run.recipe.augment, train, rows))
     label = f"confusion of {run.recipe.name}"
-    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     return {
         "label": group.label,
         "folder": run.folder,
         "rows": f"{len(labels):,}",
-        "others": len(group.runs) - 1,
-        "facts": [{"name": name, "value": value} for name, value in facts],
+        "other_runs": len(group.runs) - 1,
+        "metrics": headline_metrics(evaluation),
         "note": ""
         if run.evaluation
         else f"For temperature and near-duplicates: python -m cifar_dist.evaluate {run.folder}",
@@ -141,24 +140,25 @@ def closer_look(group: Group, run: Run, data: Path) -> dict[str, Any]:
             {
                 "name": name,
                 "recall": recall,
-                "precision": one.precision,
-                "most_confused_with": name_of(hierarchy.fine, one.most_confused_with),
+                "precision": scores.precision,
+                "most_confused_with": class_name(hierarchy.fine, scores.most_confused_with),
             }
-            for recall, name, one in hardest[:12]
+            for recall, name, scores in hardest[:HARDEST_CLASSES]
         ],
         "reliability": reliability_chart(calibration["counts"], calibration["top1"], "reliability"),
         "ece": calibration["ece"],
-        "temperature": tempered["value"] if tempered else None,
-        "tempered": tempered
-        and reliability_chart(tempered["counts"], tempered["top1"], "reliability, tempered"),
-        "tempered_ece": tempered["ece"] if tempered else None,
+        "temperature": temperature,
+        "calibrated": temperature
+        and reliability_chart(
+            temperature["counts"], temperature["top1"], "reliability after temperature scaling"
+        ),
         "mistakes": confident_mistakes(logits, labels, test.images, hierarchy.fine),
-        "views": views,
+        "views": data_uri(augmented_views(run.recipe.augment, train, rows)),
     }
 
 
-def changed(recipe: Recipe) -> list[tuple[str, Any]]:
-    """What a recipe says beside the defaults."""
+def non_default_values(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Return the recipe's keys that differ from the defaults."""
     defaults = flatten(to_dict(Recipe(name=recipe.name)))
     return [
         (name, value)
@@ -168,39 +168,40 @@ def changed(recipe: Recipe) -> list[tuple[str, Any]]:
 
 
 def repeated_seeds(groups: Sequence[Group]) -> list[str]:
-    """A sentence for each group in which a seed counts more than once."""
+    """Return a notice for each group with several runs of the same seed."""
     return [
-        f"{group.label}: {len(group.runs)} runs, but {len(seeds)} seed(s), so its deviation is too "
-        "small; leave out the runs that repeat a seed."
+        f"{group.label}: {len(group.runs)} runs, but {len(seeds)} seed(s), so the standard deviation "
+        "is too small; leave out the runs that repeat a seed."
         for group in groups
         if len(seeds := {run.recipe.run.seed for run in group.runs}) < len(group.runs)
     ]
 
 
-def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) -> str:
-    """The whole page; all names in it are escaped."""
+def render_page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) -> str:
+    """Return the whole page as HTML; names from recipes and data are escaped."""
     groups = group_runs(runs)
-    group_of = {run.folder: place for place, group in enumerate(groups) for run in group.runs}
-    for run in runs:  # those that have not finished have a colour of their own
+    group_of = {run.folder: index for index, group in enumerate(groups) for run in group.runs}
+    for run in runs:  # an unfinished run is in no group and gets its own color
         group_of.setdefault(run.folder, len(set(group_of.values())))
     legend = {group_of[run.folder]: f"{run.recipe.name} (not finished)" for run in runs}
-    legend |= {place: group.label for place, group in enumerate(groups)}
+    legend |= {index: group.label for index, group in enumerate(groups)}
     notices = repeated_seeds(groups)
-    closer, drawn = [], []
-    bar = progress_bar(0, len(groups), shown=True, unit="recipe")
+    details, synthetic = [], []
+    bar = progress_bar(0, len(groups), enabled=True, unit="recipe")
     for group in groups:
-        for shown in [run for run in group.runs if run.predictions is not None][:1]:
-            where, problem = data_of(shown, data)
-            if where is None:
+        run_with_logits = next((run for run in group.runs if run.predictions is not None), None)
+        if run_with_logits is not None:
+            path, problem = find_data(run_with_logits, data)
+            if path is None:
                 notices.append(problem)
-                continue
-            if read_digest(where)["content"] == "sample":
-                drawn.append(group.label)
-            closer.append(closer_look(group, shown, where))
+            else:
+                if read_digest(path)["content"] == "sample":
+                    synthetic.append(group.label)
+                details.append(run_details(group, run_with_logits, path))
         bar.update()
     bar.close()
-    if drawn:
-        notices.append(f"Trained on the drawn sample, not on CIFAR-100: {', '.join(drawn)}.")
+    if synthetic:
+        notices.append(f"Trained on synthetic data, not on CIFAR-100: {', '.join(synthetic)}.")
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),
         autoescape=True,
@@ -209,16 +210,16 @@ def page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) 
     )
     return templates.get_template("page.html").render(
         title=title,
-        made=time.strftime("%Y-%m-%d %H:%M"),
+        created=time.strftime("%Y-%m-%d %H:%M"),
         version=__version__,
         runs=runs,
         groups=groups,
         tests=paired_tests(groups),
         tutorial=compare_with_published(groups) if tutorial else None,
-        legend=[{"colour": place % COLORS, "name": name} for place, name in sorted(legend.items())],
+        legend=[{"color": index % COLORS, "name": name} for index, name in sorted(legend.items())],
         charts=curves(runs, group_of),
-        closer=closer,
+        details=details,
         notices=notices,
-        spread=mean_std,
-        changed=changed,
+        mean_std=mean_std,
+        non_default_values=non_default_values,
     )

@@ -1,6 +1,6 @@
-"""Floor 5. The tutorial's published table, and which of our runs stand beside each of its rows.
+"""Compare runs with the published results of the tutorial.
 
-https://github.com/DocsaidLab/cifar100-training-demo: its accuracies are its best *test* epoch's.
+https://github.com/DocsaidLab/cifar100-training-demo reports the accuracy of the best *test* epoch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from cifar_dist.tracking.tracker import SEED_IN_NAME
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    config: str  # the tutorial's, and that of recipes/tutorial/CONFIG.yaml
+    config: str  # of the tutorial, and of recipes/tutorial/CONFIG.yaml
     what: str
     published: float | None  # percent
     epoch: int | None
-    ours: str | None  # our recipe for the same end, of recipes/
+    ours: str | None  # the comparable recipe in recipes/
 
 
 PUBLISHED = (
@@ -28,43 +28,43 @@ PUBLISHED = (
     Row(config="resnet18_baseline_lbsmooth", what="+ label smoothing 0.1", published=44.81, epoch=59, ours="r18_32"),
     Row(config="resnet18_pretrained", what="ImageNet weights, 32 px", published=56.70, epoch=112, ours=None),
     Row(config="resnet18_pretrained_arcface", what="+ ArcFace", published=57.92, epoch=199, ours=None),
-    Row(config="resnet18_pretrained_cosface", what="+ CosFace: similar, without a number", published=None, epoch=None, ours=None),
+    Row(config="resnet18_pretrained_cosface", what="+ CosFace: reported as similar", published=None, epoch=None, ours=None),
     Row(config="resnet18_pretrained_arcface_224x224", what="+ 224 px", published=79.57, epoch=29, ours="r18_224"),
     Row(config="resnet50_pretrained_arcface", what="ResNet-50, ArcFace, 32 px", published=61.76, epoch=199, ours="r50_32"),
     Row(config="resnet50_pretrained_arcface_224x224", what="ResNet-50, ArcFace, 224 px", published=81.21, epoch=174, ours="r50_224"),
-    Row(config="resnet18_pretrained_arcface_kd", what="ResNet-18 at 32 px, taught by ResNet-50 at 224 px", published=57.37, epoch=None, ours="r18_32_kd"),
-    Row(config="resnet18_pretrained_arcface_mst", what="at 32 or 64 px by coin", published=None, epoch=None, ours=None),
+    Row(config="resnet18_pretrained_arcface_kd", what="ResNet-18 at 32 px, distilled from ResNet-50 at 224 px", published=57.37, epoch=None, ours="r18_32_kd"),
+    Row(config="resnet18_pretrained_arcface_mst", what="randomly at 32 or 64 px", published=None, epoch=None, ours=None),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    said: str  # mean ± standard deviation
-    of: str  # how many runs, how long
+    accuracy: str  # mean ± standard deviation
+    runs: str  # number of runs and epochs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """A row with what we have measured; None where no run exists."""
+    """A published row with measured results; None if there is no such run."""
 
     row: Row
-    protocol_best: Measured | None  # our run of its protocol, best test epoch: what it publishes
-    protocol_last: Measured | None  # the same run, last epoch
-    ours: Measured | None  # our recipe, last epoch
+    protocol_best: Measured | None  # the tutorial's protocol at the best test epoch, as published
+    protocol_last: Measured | None  # the same runs at the last epoch
+    ours: Measured | None  # the comparable recipe at the last epoch
 
 
 def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
-    """The published rows and the groups whose runs bear the names of the recipes."""
+    """Return the published rows with the results of the groups named like their recipes."""
     by_name = {SEED_IN_NAME.sub("", group.runs[0].recipe.name): group for group in groups}
 
     def measured(name: str | None, value: str) -> Measured | None:
         group = by_name.get(name or "")
-        said = mean_std(group, value) if group else None
-        if group is None or said is None:
+        accuracy = mean_std(group, value) if group else None
+        if group is None or accuracy is None:
             return None
         epochs = group.mean("epochs")
-        of = f"n = {len(group.runs)}, {epochs:g} epoch{'s' if epochs != 1 else ''}"
-        return Measured(said, of)
+        runs = f"n = {len(group.runs)}, {epochs:g} epoch{'s' if epochs != 1 else ''}"
+        return Measured(accuracy, runs)
 
     return [
         PublishedRow(

@@ -1,1 +1,1 @@
-"""Files in a run folder: checkpoints, records, results."""
+"""Read and write the files of a run folder."""

@@ -1,8 +1,9 @@
-"""State of a run on disk: model + optimizer + averages + progress.json, complete or absent.
+"""Save and load checkpoints: model, optimizer, averaged weights and progress.json.
 
-A checkpoint is written aside, fsynced and renamed; its manifest has each file's SHA-256. What is
-damaged is named and skipped. No random state, sampler or loader is saved: a run is a fold over the
-step. Nothing that is read here can execute code.
+A checkpoint is written to a temporary folder, fsynced and renamed, so it is complete or absent. Its
+manifest holds the SHA-256 of each file; damaged checkpoints are reported and skipped. No random
+state or sampler state is saved: everything random is a function of the step. Loading cannot execute
+code.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     progress: Progress,
 ) -> Path:
-    """Write `folder/step_00000600` with one safetensors file for each entry of `tensors`.
+    """Write `folder/step_00000600`, with one safetensors file per entry of `tensors`, and return it.
 
-    All tensors on the CPU.
+    All tensors must be on the CPU.
     """
     final = folder / f"step_{step:08d}"
-    with atomic_folder(final) as aside:
+    with atomic_folder(final) as temporary:
         digests = {}
 
         def write(name: str, content: bytes) -> None:
-            # not by the libraries, whose errors hide that the disk is full, and whose modes differ
+            # The libraries' own writers hide a full disk and differ in file modes.
             with with_path(final / name):
-                (aside / name).write_bytes(content)
+                (temporary / name).write_bytes(content)
             digests[name] = hashlib.sha256(content).hexdigest()
 
         for name, state in tensors.items():
@@ -60,7 +61,7 @@ def save_checkpoint(
 
 
 def to_cpu(value: Any) -> Any:
-    """Plain data and tensors, nested, with copies of all tensors on the CPU."""
+    """Return nested dicts and lists with all tensors copied to the CPU."""
     match value:
         case Tensor():
             return value.detach().to("cpu", copy=True)
@@ -73,18 +74,18 @@ def to_cpu(value: Any) -> Any:
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, as a short phrase, or None when every byte is right."""
+    """Return a short description of what is wrong with a checkpoint, or None if it is intact."""
     try:
         digests = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
         if not isinstance(digests, dict):
-            raise ValueError("sha256 is no table")
+            raise ValueError("sha256 is not an object")
     except FileNotFoundError:
         return "manifest.json is missing"
     except (ValueError, KeyError, TypeError):
         return "manifest.json is damaged"
-    for needed in ("model.safetensors", "optimizer.pt", "progress.json"):
-        if needed not in digests:
-            return f"manifest.json does not list {needed}"
+    for required in ("model.safetensors", "optimizer.pt", "progress.json"):
+        if required not in digests:
+            return f"manifest.json does not list {required}"
     for name, digest in digests.items():
         path = checkpoint / Path(name).name
         if not path.is_file():
@@ -95,48 +96,47 @@ def find_corruption(checkpoint: Path) -> str | None:
 
 
 def digest_of(checkpoint: Path, name: str) -> str:
-    """The SHA-256 of one of its files, as the manifest of a checkpoint without damage has it."""
+    """Return the SHA-256 of a file from the manifest of an intact checkpoint."""
     return json.loads((checkpoint / "manifest.json").read_text())["sha256"][name]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, newest first."""
+    """Return the complete checkpoints of a run, newest first."""
     if not folder.is_dir():
         return []
-    names = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(names, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    paths = [path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def latest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint without damage; damaged ones are named in the log.
+    """Return the newest intact checkpoint, or None if there are no checkpoints.
 
-    None when there is none at all; UserError when there are some and all are damaged, since a run
-    must never silently start from zero.
+    Damaged checkpoints are skipped with a warning. UserError if all of them are damaged, because a
+    run must never silently restart from step 0.
     """
-    found = checkpoints(folder)
     reasons = []
-    for checkpoint in found:
+    for checkpoint in checkpoints(folder):
         reason = find_corruption(checkpoint)
         if reason is None:
             return checkpoint
         reasons.append(f"{checkpoint.name} ({reason})")
-        log.warning(f"skipping the checkpoint {checkpoint}: {reason}")
-    if found:
+        log.warning(f"skipping damaged checkpoint {checkpoint}: {reason}")
+    if reasons:
         raise UserError(
             f"{folder}: every checkpoint is damaged: {', '.join(reasons)}; restore one, or delete "
-            "the folder to start from the beginning"
+            "the folder to start from step 0"
         )
     return None
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The entry `name` of a checkpoint's tensors on the CPU; empty when it has none."""
+    """Return the tensors saved as `name`, on the CPU; empty if the checkpoint has none."""
     path = checkpoint / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """The optimizer's state on the CPU."""
+    """Return the optimizer state, on the CPU."""
     return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
@@ -149,5 +149,5 @@ def prune(folder: Path, *, keep: int, best: str | None) -> None:
     for checkpoint in checkpoints(folder)[keep:]:
         if checkpoint.name != best:
             remove_folder(checkpoint)
-    for leftover in folder.glob(".*"):  # of a process that was killed while it wrote or deleted
+    for leftover in folder.glob(".*"):  # from a process killed during a write or a deletion
         shutil.rmtree(leftover, ignore_errors=True)

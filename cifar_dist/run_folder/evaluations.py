@@ -1,4 +1,4 @@
-"""Read the evaluation files of a run folder."""
+"""Read the stored evaluation of a run."""
 
 from __future__ import annotations
 
@@ -6,78 +6,73 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.data.dataset import data_digest
-from cifar_dist.run_folder.results import read_facts
+from cifar_dist.run_folder.results import read_metadata
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import read_json_object
+from cifar_dist.utils.files import read_json
 from cifar_dist.utils.log import log
 
-# What is shown of an evaluation; an older one may lack some.
-REQUIRED_KEYS = {
+EVALUATION_FOLDER = "evaluation"  # in a run folder: the newest checkpoint on the test split
+REQUIRED_KEYS = {  # used by the report page; evaluations by older versions may lack some
     *("top1", "top5", "top1_interval", "superclass_top1", "errors_inside_superclass"),
     *("errors_outside_superclass", "calibration", "classes"),
 }
 
 
-EVALUATION_FOLDER = (
-    "evaluation"  # in a run's folder: that of the test split at the newest checkpoint
-)
-
-
 def same_data(environment: dict[str, Any], data: Path) -> bool:
-    """Whether `data` are, by digest, those of a run's environment.json, as far as it says."""
+    """Return whether `data` has the digest in a run's environment.json, or that has no digest."""
     return environment.get("data") in (None, data_digest(data))
 
 
 def read_evaluation(run: Path) -> dict[str, Any] | None:
-    """What lies in a run's folder of its evaluation, whenever it was made; None where there is none."""
-    remedy = f"`python -m cifar_dist.evaluate {run}` writes it anew"
+    """Return the stored evaluation.json of any checkpoint, or None; UserError if damaged."""
+    remedy = f"`python -m cifar_dist.evaluate {run}` rewrites it"
     path = run / EVALUATION_FOLDER / "evaluation.json"
-    found = read_json_object(path, remedy)
-    if found is not None and not (
-        _are_rows(found.get("classes", [])) and _is_fit(found.get("temperature"))
+    evaluation = read_json(path, remedy)
+    if evaluation is not None and not (
+        _is_class_list(evaluation.get("classes", []))
+        and _is_temperature(evaluation.get("temperature"))
     ):
         raise UserError(f"{path} is damaged; {remedy}")
-    return found
+    return evaluation
 
 
-def _are_rows(classes: Any) -> bool:
-    """Whether it is a list of what `numbers` says about a class."""
+def _is_class_list(classes: Any) -> bool:
     return isinstance(classes, list) and all(
         isinstance(row, dict) and {"class", "superclass"} <= row.keys() for row in classes
     )
 
 
-def _is_fit(temperature: Any) -> bool:
-    """Whether it is what `fitted_temperature` says, or None, where nothing was held out."""
+def _is_temperature(temperature: Any) -> bool:
+    """Return whether the value is a fitted temperature, or None as in runs without validation."""
     return temperature is None or (
         isinstance(temperature, dict) and isinstance(temperature.get("value"), int | float)
     )
 
 
 def read_matching_evaluation(run: Path, checkpoint: str) -> dict[str, Any] | None:
-    """What `evaluate` wrote about a run's test split at this checkpoint.
+    """Return the stored evaluation of `checkpoint` on the test split, or None.
 
-    None where it has not run; with a warning, where what it wrote is of something else.
+    An evaluation of another checkpoint, split or data set is ignored with a warning.
     """
-    found = read_evaluation(run)
-    if found is None:
+    evaluation = read_evaluation(run)
+    if evaluation is None:
         return None
-    data = read_facts(run, "environment.json").get("data")
-    wanted = {"checkpoint": checkpoint, "split": "test", "tta": "none", "data": data}
-    others = [
-        f"{name} {found.get(name)}, not {value}"
-        for name, value in wanted.items()
-        if found.get(name) != value
+    folder, command = run / EVALUATION_FOLDER, f"`python -m cifar_dist.evaluate {run}`"
+    data = read_metadata(run, "environment.json").get("data")
+    expected = {"checkpoint": checkpoint, "split": "test", "tta": "none", "data": data}
+    differences = [
+        f"{name} is {evaluation.get(name)}, not {value}"
+        for name, value in expected.items()
+        if evaluation.get(name) != value
     ]
-    if others:
+    if differences:
         log.warning(
-            f"{run / EVALUATION_FOLDER} is left out, as it is of another evaluation ({'; '.join(others)}); "
-            f"`python -m cifar_dist.evaluate {run}` makes that of the newest checkpoint"
+            f"ignoring {folder}, which does not match ({'; '.join(differences)}); "
+            f"{command} evaluates the newest checkpoint"
         )
         return None
-    if missing := REQUIRED_KEYS - found.keys():
+    if missing := REQUIRED_KEYS - evaluation.keys():
         raise UserError(
-            f"{run / EVALUATION_FOLDER}/evaluation.json lacks {', '.join(sorted(missing))}; "
-            f"`python -m cifar_dist.evaluate {run}` writes it anew"
+            f"{folder}/evaluation.json lacks {', '.join(sorted(missing))}; {command} rewrites it"
         )
-    return found
+    return evaluation

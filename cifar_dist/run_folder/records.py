@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, one flat JSON object per line."""
+"""Read and write metrics.jsonl, one flat JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,72 +15,73 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """metrics.jsonl, the truth about a run: every line is flat and has kind, step and epoch."""
+    """The metrics.jsonl of a run; each record has `kind`, `step` and `epoch`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, line: Record) -> None:
-        """Add a line. It survives this process, and this machine after `sync`."""
+    def append(self, record: Record) -> None:
+        """Append a record. It survives a crash of the process, and of the machine after `sync`."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
+            for name, value in record.items()
         }
         with with_path(self.path), self.path.open("a") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Put all lines on the disk, before a checkpoint that has seen them: none may be missing then."""
+        """Flush all records to disk. Call it before saving a checkpoint that follows them."""
         if self.path.exists():
             with with_path(self.path), self.path.open("a") as file:
                 os.fsync(file.fileno())
 
     def read(self) -> list[Record]:
-        """The lines; a last one that a crash left unfinished, or as zeros, is left out.
+        """Return all records. A last line that a crash left incomplete or as zeros is ignored.
 
-        UserError for any other that cannot be read, since what is after it would be lost.
+        UserError for any other unreadable line, since dropping it would lose data.
         """
         if not self.path.exists():
             return []
-        *finished, rest = self.path.read_bytes().rstrip(b"\0").split(b"\n")
-        lines = []
-        for number, text in enumerate(finished, 1):
-            line = _parsed(text)
-            if line is None:
+        *lines, rest = self.path.read_bytes().rstrip(b"\0").split(b"\n")
+        records = []
+        for number, line in enumerate(lines, 1):
+            record = _parse(line)
+            if record is None:
                 raise UserError(
-                    f"{self.path}:{number}: this line is damaged; restore the file, or take the line out"
+                    f"{self.path}:{number}: damaged line; restore the file or delete the line"
                 )
-            lines.append(line)
-        last = _parsed(rest)
-        return lines if last is None else [*lines, last]
+            records.append(record)
+        last = _parse(rest)
+        return records if last is None else [*records, last]
 
     def truncate(self, step: int, evaluated: int) -> int:
-        """Drop what a checkpoint at `step` has not seen; the step of the last evaluation that remains, or 0.
+        """Drop the records that follow a checkpoint; return the step of the last evaluation, or 0.
 
-        `evaluated`: the last evaluation that it has seen. One at its own step may have come later.
+        `step` is the step of the checkpoint, and `evaluated` that of the last evaluation before it:
+        an evaluation at `step` itself may have run after the checkpoint was saved.
         """
         kept = [
-            line
-            for line in self.read()
-            if line["step"] <= (evaluated if line["kind"] == "eval" else step)
+            record
+            for record in self.read()
+            if record["step"] <= (evaluated if record["kind"] == "eval" else step)
         ]
         if self.path.exists():
-            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        return max((line["step"] for line in kept if line["kind"] == "eval"), default=0)
+            atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        return max((record["step"] for record in kept if record["kind"] == "eval"), default=0)
 
 
-def _parsed(text: bytes) -> Record | None:
-    """A line of metrics.jsonl, or None for what `append` never wrote."""
+def _parse(line: bytes) -> Record | None:
+    """Return the record, or None for a line that `append` cannot have written."""
     try:
-        line = json.loads(text.decode())
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     if (
-        isinstance(line, dict)
-        and isinstance(line.get("kind"), str)
-        and isinstance(line.get("step"), int)
-        and isinstance(line.get("epoch"), int | float)
-        and all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+        isinstance(record, dict)
+        and isinstance(record.get("kind"), str)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("epoch"), int | float)
+        and all(math.isfinite(value) for value in record.values() if isinstance(value, float))
     ):
-        return line
+        return record
     return None

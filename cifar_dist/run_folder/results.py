@@ -1,4 +1,4 @@
-"""What a finished run says: summary.json, predictions.safetensors, and a line for the terminal."""
+"""Read and write the results of a run: summary.json, environment.json and predictions.safetensors."""
 
 from __future__ import annotations
 
@@ -6,32 +6,55 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.run_folder.records import Record
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import atomic_write, read_json, read_json_object, write_json
+from cifar_dist.utils.files import atomic_write, read_json, try_read_json, write_json
 
 
 def write_predictions(folder: Path, evaluation: EvalResult) -> None:
-    """logits f32 [N_test, C] and labels int64 [N_test], in the order of the test split."""
+    """Write logits f32 [N_test, C] and labels int64 [N_test], in the order of the test split."""
     tensors = {"logits": evaluation.logits.contiguous(), "labels": evaluation.labels}
     atomic_write(folder / "predictions.safetensors", save(tensors))
 
 
-def summarize(facts: dict[str, Any], lines: list[Record]) -> dict[str, Any]:
-    """summary.json: the headline is the last evaluation; the best test epoch only bears that name.
+def read_predictions(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Return stored logits f32 [N, C] and labels int64 [N], or None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        logits, labels = tensors["logits"], tensors["labels"]
+        if logits.ndim != 2 or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:
+            raise ValueError("expected logits [N, C] and int64 labels [N]")
+        if not logits.isfinite().all():
+            raise ValueError("some logits are not finite")
+        return logits, labels
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); for a finished run, "
+            "`python -m cifar_dist.evaluate RUN` rewrites it"
+        ) from None
 
-    Before the first evaluation there is no accuracy in it.
+
+def summarize(metadata: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    The accuracies are those of the last evaluation, and are absent before the first one; the best
+    test epoch is reported only as `best_test_*`. `images_per_second` is a median over the run.
     """
-    summary = dict(facts)
-    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
+    summary = dict(metadata)
+    speeds = [record["images_per_second"] for record in records if record["kind"] == "train"]
     summary["images_per_second"] = statistics.median(speeds) if speeds else None
-    evaluations = [line for line in lines if line["kind"] == "eval"]
+    evaluations = [record for record in records if record["kind"] == "eval"]
     if evaluations:
         last = evaluations[-1]
-        best = max(evaluations, key=lambda line: line["top1"])
+        best = max(evaluations, key=lambda record: record["top1"])
         summary |= {
             name: last[name] for name in ("top1", "top5", "loss", "val_top1") if name in last
         }
@@ -44,21 +67,20 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The run's summary for who can make it anew, or None where there is none that can be read."""
-    summary = read_json(folder / "summary.json")
-    return summary if isinstance(summary, dict) else None
+    """Return summary.json, or None if it is absent or damaged (for callers that can rewrite it)."""
+    return try_read_json(folder / "summary.json")
 
 
 def last_checkpoint(summary: dict[str, Any]) -> str:
-    """The name of the checkpoint that a summary's numbers are of."""
+    """Return the name of the checkpoint that the summary describes."""
     return f"step_{summary.get('steps', -1):08d}"
 
 
-def read_facts(folder: Path, name: str) -> dict[str, Any]:
-    """A run's summary.json or environment.json; empty where there is none, UserError for a damaged one."""
-    remedy = "start the run's training again to write it anew"
-    facts = read_json_object(folder / name, remedy) or {}
+def read_metadata(folder: Path, name: str) -> dict[str, Any]:
+    """Return summary.json or environment.json, empty if absent; UserError if damaged."""
+    remedy = "start the training again to rewrite it"
+    metadata = read_json(folder / name, remedy) or {}
     for key in ("steps", "world_size", "seconds", "epochs", "top1", "top5", "parameters"):
-        if not isinstance(facts.get(key, 0), int | float):
-            raise UserError(f"{folder / name} is damaged ({key} is no number); {remedy}")
-    return facts
+        if not isinstance(metadata.get(key, 0), int | float):
+            raise UserError(f"{folder / name} is damaged ({key} is not a number); {remedy}")
+    return metadata

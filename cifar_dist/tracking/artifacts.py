@@ -1,4 +1,4 @@
-"""Artifacts for W&B: data, teachers, cached logits and checkpoints, each by its digests, and what was made of what."""
+"""W&B artifacts: data, teachers, cached logits and checkpoints, identified by their digests."""
 
 from __future__ import annotations
 
@@ -15,66 +15,61 @@ from cifar_dist.utils.strict_yaml import parse_yaml
 
 
 def log_input_artifacts(run: Any, artifacts: Sequence[Any]) -> None:
-    """Say what a W&B run was made of; those that are None are left out.
-
-    An offline run has no inputs in W&B, so there they are logged like outputs and told by their types.
-    The same content is one version of an artifact, whoever logs it.
-    """
+    """Log what a run was made from. Offline runs cannot have inputs: there they are logged as outputs."""
     for artifact in artifacts:
         if artifact is not None:
             (run.log_artifact if run.offline else run.use_artifact)(artifact)
 
 
 def input_artifacts(data: Path, teachers: Sequence[TeacherConfig]) -> list[Any]:
-    """The data set, and of each teacher its weights and, where it is cached, its logits."""
-    found = [dataset_artifact(data)]
+    artifacts = [dataset_artifact(data)]
     for teacher in teachers:
-        found.append(model_artifact(Path(teacher.run)))
+        artifacts.append(model_artifact(Path(teacher.run)))
         if teacher.placement == "cached":
-            found.append(logits_artifact(teacher.cache_folder))
-    return found
+            artifacts.append(logits_artifact(teacher.cache_folder))
+    return artifacts
 
 
 def dataset_artifact(data: Path) -> Any:
-    """The data by their digest file, never as pictures."""
-    import wandb
-
+    """Return the data set as its digest file, without images."""
     digest = data_digest(data)
-    facts = {"digest": digest, **read_digest(data)}
-    dataset = wandb.Artifact(f"data-{digest[:12]}", "dataset", metadata=facts)
-    dataset.add_file(str(data / DIGEST))
-    return dataset
+    metadata = {"digest": digest, **read_digest(data)}
+    return file_artifact(f"data-{digest[:12]}", "dataset", metadata, data / DIGEST)
 
 
 def logits_artifact(cache: Path) -> Any:
-    """A teacher's cached logits by their manifest, which has the SHA-256 and all that decides them."""
-    import wandb
-
-    said = json.loads((cache / MANIFEST).read_text())
-    logits = wandb.Artifact(f"logits-{said['sha256'][:12]}", "logits", metadata=said)
-    logits.add_file(str(cache / MANIFEST))
-    return logits
+    """Return cached logits as their manifest."""
+    manifest = json.loads((cache / MANIFEST).read_text())
+    return file_artifact(
+        f"logits-{manifest['sha256'][:12]}", "logits", manifest, cache / MANIFEST
+    )
 
 
 def model_artifact(folder: Path) -> Any | None:
-    """The newest checkpoint of a run folder, None where the folder is no run that W&B knows.
+    """Return the newest checkpoint of a run that W&B knows, as paths and digests, or None.
 
-    By paths and digests, or with the weights as files where the run's own recipe says so.
+    With tracking.upload_weights it contains the weights.
     """
-    import wandb
-
-    identity = folder / "wandb_id"
-    saved = latest_valid(folder / "checkpoints") if identity.exists() else None
+    run_id = folder / "wandb_id"
+    saved = latest_valid(folder / "checkpoints") if run_id.exists() else None
     if saved is None:
         return None
     recipe = parse_yaml((folder / "recipe.yaml").read_text(), where=str(folder / "recipe.yaml"))
     environment = json.loads((folder / "environment.json").read_text())
-    facts = {name: environment[name] for name in ("data", "teachers")} | {"step": saved.name}
-    model = wandb.Artifact(f"model-{identity.read_text().strip()}", "model", metadata=facts)
-    model.add_file(str(saved / "manifest.json"))  # the SHA-256 of each file
+    metadata = {name: environment[name] for name in ("data", "teachers")} | {"step": saved.name}
+    name = f"model-{run_id.read_text().strip()}"
+    model = file_artifact(name, "model", metadata, saved / "manifest.json")
     for path in sorted(saved.glob("*.safetensors")):
         if recipe["tracking"]["upload_weights"]:
             model.add_file(str(path))
         else:
             model.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
     return model
+
+
+def file_artifact(name: str, kind: str, metadata: dict[str, Any], file: Path) -> Any:
+    import wandb
+
+    artifact = wandb.Artifact(name, kind, metadata=metadata)
+    artifact.add_file(str(file))
+    return artifact

@@ -1,8 +1,7 @@
-"""metrics.jsonl -> W&B. A copy for the eyes: it may fail, training may not.
+"""Copy metrics.jsonl to Weights & Biases. Tracking may fail; training goes on.
 
-The mode is decided before the start, since an unreachable server costs wandb.init 100 seconds and a
-missing key raises. After the first failing call W&B is switched off with one warning, and its own
-process ended, which would wait for its server.
+The mode is decided before wandb.init, which would wait 100 seconds for an unreachable server and raise
+without an API key.
 """
 
 from __future__ import annotations
@@ -26,89 +25,20 @@ from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.run_folder.records import Record
 from cifar_dist.tracking.artifacts import input_artifacts, log_input_artifacts, model_artifact
-from cifar_dist.tracking.media import log_predictions
+from cifar_dist.tracking.tables import log_predictions
 from cifar_dist.utils.config import config
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_write
 from cifar_dist.utils.log import log
 from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
-Mode = Literal["auto", "online", "offline", "off"]
+Mode = Literal["online", "offline", "off"]
 
-
-@config
-class TrackingConfig:
-    """`auto`: online with a key and a server that answers, offline without the server, else off."""
-
-    mode: Mode = "auto"
-    project: str = "cifar_dist"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
-    group: str | None = None  # None: the name without its seed, so that seeds stand together
-    job_type: str | None = None  # None: student for a recipe with a teacher, else train
-    upload_weights: bool = (
-        False  # the final checkpoint as files; otherwise by path and digest alone
-    )
-
-
-def decide_mode(asked: Mode) -> tuple[Literal["online", "offline", "off"], str]:
-    """The mode and its reason; takes at most 3 seconds and no call of wandb."""
-    forced = os.environ.get("WANDB_MODE")
-    if asked == "off" or forced == "disabled":
-        return "off", "switched off"
-    if importlib.util.find_spec("wandb") is None:
-        return "off", "wandb is not installed"
-    if asked == "offline" or forced == "offline":
-        return "offline", "asked for"
-    server = server_address()
-    try:
-        host = urlsplit(server)
-    except ValueError as error:
-        return "offline", f"WANDB_BASE_URL is no address ({error})"
-    if not _has_key(host.hostname or ""):
-        if asked == "online":
-            return "offline", "no API key; run `wandb login`"
-        return "off", "no API key (`wandb login`, or tracking.mode=offline)"
-    if not is_reachable(server):
-        return "offline", f"{host.hostname} does not answer"
-    return "online", "a key and a server"
-
-
-def server_address() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-def is_reachable(server: str) -> bool:
-    """Whether it answers a request within 3 seconds, on the path that a run's start will use."""
-
-    def ask() -> None:
-        try:
-            urlopen(f"{server}/graphql", timeout=RESPONSE_SECONDS).close()
-        except HTTPError:
-            pass  # it speaks, if only to refuse
-        except (HTTPException, ValueError) as error:
-            raise OSError(str(error)) from error
-
-    return responds(ask)
-
-
-def _has_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-INIT_SECONDS = 4  # what a start may wait for a server that answered a moment ago
-FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # what an end may upload, without and with weights
-
+INIT_SECONDS = 4  # the server answered a moment ago
+FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # for uploads at the end, without and with weights
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]+")
 SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
-
-# What W&B's summary keeps of each curve beside its last value; the headline is summary.json's.
-SUMMARY_AGGREGATES = {
+SUMMARY_AGGREGATES = {  # stored by W&B besides the last value
     "eval/top1": "max",
     "eval/top5": "max",
     "eval/loss": "min",
@@ -119,29 +49,93 @@ SUMMARY_AGGREGATES = {
 }
 
 
-def wandb_run_id(folder: Path) -> str:
-    """The W&B id of a run folder; the first call chooses it, unless the agent of a sweep already has."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        atomic_write(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    identity = path.read_text().strip()
-    if not WANDB_ID.fullmatch(identity):
-        raise UserError(f"{path}: is no id of W&B; delete it, and a new one is made")
-    return identity
+@config
+class TrackingConfig:
+    """`auto`: online with an API key, offline if the server does not answer, off without a key."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "cifar_dist"
+    entity: str | None = None
+    tags: tuple[str, ...] = ()
+    group: str | None = None  # None: the run's name without its seed
+    job_type: str | None = None  # None: student for a recipe with a teacher, otherwise train
+    upload_weights: bool = False  # of the final checkpoint; otherwise only its path and digest
+
+    @property
+    def finish_seconds(self) -> int:
+        return WEIGHTS_SECONDS if self.upload_weights else FINISH_SECONDS
 
 
-def offline_folders(folder: Path, identity: str) -> list[Path]:
-    """The offline runs with this id in a folder, oldest first; they may be deleted, so it names no other place."""
-    if not WANDB_ID.fullmatch(identity):
-        raise UserError(f"{folder}: {identity!r} is no id of W&B")
-    return sorted(folder.glob(f"wandb/offline-run-*-{identity}"))
+def decide_mode(requested: str) -> tuple[Mode, str]:
+    """Return the mode and its reason, within 3 seconds."""
+    forced = os.environ.get("WANDB_MODE")
+    if requested == "off" or forced == "disabled":
+        return "off", "switched off"
+    if importlib.util.find_spec("wandb") is None:
+        return "off", "wandb is not installed"
+    if requested == "offline" or forced == "offline":
+        return "offline", "as configured"
+    try:
+        host = urlsplit(server_address()).hostname or ""
+    except ValueError as error:
+        return "offline", f"WANDB_BASE_URL is not a valid address ({error})"
+    if not has_api_key(host):
+        if requested == "online":
+            return "offline", "no API key; run `wandb login`"
+        return "off", "no API key (`wandb login`, or tracking.mode=offline)"
+    return ("online", "server answers") if is_reachable() else ("offline", f"{host} does not answer")
 
 
-def resolve_mode(config: TrackingConfig) -> Literal["online", "offline", "off"]:
-    """The mode, after a line in the log that says why."""
+def resolve_mode(config: TrackingConfig) -> Mode:
+    """Return the mode, and log it with its reason."""
     mode, reason = decide_mode(config.mode)
     log.info(f"W&B: {mode} ({reason})")
     return mode
+
+
+def server_address() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+def is_reachable() -> bool:
+    """Return whether the server answers within 3 seconds, on the path that wandb.init uses."""
+
+    def request() -> None:
+        try:
+            urlopen(f"{server_address()}/graphql", timeout=RESPONSE_SECONDS).close()
+        except HTTPError:
+            pass  # an answer, if only a refusal
+        except (HTTPException, ValueError) as error:
+            raise OSError(str(error)) from error
+
+    return responds(request)
+
+
+def has_api_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    return False
+
+
+def wandb_run_id(folder: Path) -> str:
+    """Return the W&B id of a run folder; the first call creates it, or takes that of a sweep's agent."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        atomic_write(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    return checked_id(path.read_text().strip(), path)
+
+
+def checked_id(run_id: str, path: Path) -> str:
+    if not WANDB_ID.fullmatch(run_id):  # it becomes part of paths that are deleted
+        raise UserError(f"{path}: {run_id!r} is not a W&B id; delete it, and a new one is created")
+    return run_id
+
+
+def offline_folders(folder: Path, run_id: str) -> list[Path]:
+    """Return the offline runs of an id, oldest first."""
+    return sorted(folder.glob(f"wandb/offline-run-*-{checked_id(run_id, folder)}"))
 
 
 def init_run(
@@ -149,41 +143,39 @@ def init_run(
     folder: Path,
     mode: Literal["online", "offline"],
     *,
-    identity: str,
+    run_id: str,
     name: str,
     group: str,
     job_type: str,
-    said: dict[str, Any],
+    settings: dict[str, Any],
     resume: Literal["allow"] | None,
 ) -> Any:
-    """W&B's run of this id, with its files in FOLDER/wandb; `group` is a recipe's name, whose seed is left out."""
+    """Start a W&B run with its files in FOLDER/wandb; the default group is `group` without a seed."""
     import wandb
 
     return wandb.init(
         project=config.project,
         entity=config.entity,
         name=name,
-        id=identity,
+        id=run_id,
         group=config.group or SEED_IN_NAME.sub("", group),
         job_type=job_type,
         resume=resume,
-        dir=str(folder.resolve()),  # its own process may work elsewhere
+        dir=str(folder.resolve()),  # wandb's process may have another working directory
         mode=mode,
         tags=list(config.tags),
-        config=said,
+        config=settings,
         settings=wandb.Settings(
-            init_timeout=INIT_SECONDS,
-            finish_timeout=WEIGHTS_SECONDS if config.upload_weights else FINISH_SECONDS,
-            console="off",
+            init_timeout=INIT_SECONDS, finish_timeout=config.finish_seconds, console="off"
         ),
     )
 
 
 class Tracker:
-    """One W&B run, of a training run whatever number of restarts; no call of it ever raises."""
+    """One W&B run for a training and all its restarts. Its methods never raise."""
 
     def __init__(self) -> None:
-        self.run: Any = None  # None: switched off
+        self.run: Any = None  # None: off
 
     def start(
         self,
@@ -193,82 +185,81 @@ class Tracker:
         environment: dict[str, Any],
         teachers: Sequence[TeacherConfig],
     ) -> None:
-        """Begin or go on; `recipe` (resolved) and `environment` (versions, commit, digests) are the config."""
+        """Start or resume the run; resolved recipe and environment become its config."""
         self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
-        mode = resolve_mode(config)
-        self.online = mode == "online"
-        if mode == "off":
+        self.mode = resolve_mode(config)
+        if self.mode == "off":
             return
         with self.disable_on_error():
             self.run = init_run(
                 config,
                 folder,
-                mode,
-                identity=wandb_run_id(folder),
+                self.mode,
+                run_id=wandb_run_id(folder),
                 name=recipe["name"],
                 group=recipe["name"],
                 job_type=config.job_type or ("student" if teachers else "train"),
-                said=recipe | {"environment": environment},
+                settings=recipe | {"environment": environment},
                 resume="allow",
             )
-            # rows below the last internal step would be dropped after a restart: the step is a value
+            # W&B drops rows below its own last step after a restart, so the step is a value.
             self.run.define_metric("*", step_metric="step")
-            for name, extreme in SUMMARY_AGGREGATES.items():
-                self.run.define_metric(name, step_metric="step", summary=f"{extreme},last")
+            for name, aggregate in SUMMARY_AGGREGATES.items():
+                self.run.define_metric(name, step_metric="step", summary=f"{aggregate},last")
 
-    def log(self, line: Record) -> None:
-        """Copy one line of metrics.jsonl, its names led by its kind."""
+    def log(self, record: Record) -> None:
+        """Log a record of metrics.jsonl; its kind becomes a prefix of the names."""
         if self.run is not None:
             with self.disable_on_error():
-                kind = line["kind"]
-                values = {f"{kind}/{k}": v for k, v in line.items() if k not in ("kind", "step")}
-                self.run.log({"step": line["step"], **values})
+                values = {f"{record['kind']}/{k}": v for k, v in record.items() if k != "kind"}
+                step = values.pop(f"{record['kind']}/step")
+                self.run.log({"step": step, **values})
 
-    def finish(self, summary: dict[str, Any], evaluation: EvalResult | None = None) -> None:
-        """The headline, and at a run's end (with an evaluation) tables, pictures and artifacts."""
+    def finish(self, summary: dict[str, Any], result: EvalResult | None = None) -> None:
+        """Log the summary and, with the final evaluation, tables and artifacts; end the run."""
         if self.run is None:
             return
         with self.disable_on_error():
-            if self.online and not is_reachable(server_address()):
-                raise ConnectionError(f"{server_address()} does not answer any more")
+            if self.mode == "online" and not is_reachable():
+                raise ConnectionError(f"{server_address()} stopped answering")
             self.run.summary.update(summary)
-            if evaluation is not None:
-                self._show(evaluation)
+            if result is not None:
+                self.log_final(result)
             self.run.finish()
 
-    def _show(self, evaluation: EvalResult) -> None:
-        """Tables, pictures and artifacts; without them the curves are uploaded all the same."""
+    def log_final(self, result: EvalResult) -> None:
+        """Log tables and artifacts; if that fails, the curves are still uploaded."""
         try:
-            log_predictions(self.run, evaluation, self.data)
+            log_predictions(self.run, result, self.data)
             log_input_artifacts(self.run, input_artifacts(self.data, self.teachers))
             model = model_artifact(self.folder)
             if model is not None:
                 self.run.log_artifact(model, aliases=["final"])
         except Exception as error:
-            log.warning(f"W&B has the curves, but not all tables and artifacts ({error!r})")
+            log.warning(f"W&B: some tables and artifacts are missing ({error!r})")
 
     @contextmanager
     def disable_on_error(self) -> Iterator[None]:
-        """Turn any failure of W&B into one warning, and W&B off."""
+        """Turn an error of W&B into a warning, and switch W&B off."""
         try:
             yield
         except Exception as error:
             log.warning(
-                f"W&B is off from now on; the run goes on without it ({error!r}); afterwards: "
+                f"W&B is off, the run continues without it ({error!r}); to upload afterwards: "
                 "python -m cifar_dist.sync_wandb RUN"
             )
             self.run = None
-            _end_its_process()
+            kill_wandb_process()
 
 
-def _end_its_process() -> None:
-    """End W&B's own process; at the end of this one W&B would wait for it, and it for the server."""
+def kill_wandb_process() -> None:
+    """Kill wandb's process; otherwise this process waits for it at exit, and it for its server."""
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # one that has just ended
+        with suppress(OSError):  # a process that has just ended
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == os.getpid() and (process / "exe").resolve().name.startswith("wandb"):
                 os.kill(int(process.name), signal.SIGKILL)
-    with suppress(Exception, SystemExit):  # that its process is gone, as we know
+    with suppress(Exception, SystemExit):  # its process is gone
         import wandb
 
         wandb.teardown()

@@ -1,4 +1,4 @@
-"""The workers of `augment.albumentations` under many processes: one buffer a machine, one word when one dies."""
+"""The albumentations workers of all ranks of a machine, which fill one shared buffer."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from cifar_dist.utils.host import host_id
 
 
 class AlbumentationsWorkers:
-    """Host pictures that all ranks show together, by calling `show`."""
+    """Images of an epoch at a time, for which all ranks wait together."""
 
-    def __init__(self, pictures: BufferedImages, context: DistContext) -> None:
-        self.images, self.context = pictures, context
+    def __init__(self, images: BufferedImages, context: DistContext) -> None:
+        self.images, self.context = images, context
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
         return self.images(view, rows)
 
     def wait_for_epoch(self, epoch: int) -> bool:
-        """Wait for an epoch's pictures and see that all workers live; all look up once a second.
+        """Wait until the images of an epoch are complete. Collective, once per second.
 
-        False: some process is asked to stop, so vote first. UserError on all ranks for a dead worker.
+        Returns False if a process received a stop signal: poll first. UserError on all ranks if a
+        worker died.
         """
         while True:
             self.context.heartbeat.beat()
-            seen = self.context.run_on_all(
+            ready = self.context.run_on_all(
                 lambda: (self.images.wait_for_epoch(epoch), signals.stop_signal())
             )
-            if all(shown for shown, _ in seen):
+            if all(is_ready for is_ready, _ in ready):
                 return True
-            if any(number for _, number in seen):
+            if any(signal for _, signal in ready):
                 return False
 
 
@@ -47,45 +48,45 @@ class AlbumentationsWorkers:
 def albumentations_workers(
     config: AugmentConfig, split: Split, context: DistContext, epochs: int
 ) -> Iterator[AlbumentationsWorkers | None]:
-    """The workers that the configuration asks for, ready to fill; None where it asks for none."""
+    """Start the workers of the configuration; yields None if it has none."""
     if config.albumentations is None or not config.workers:
         yield None
         return
     transforms, count = config.albumentations, config.workers
-    machines = context.all_gather_object(host_id())
-    here = [rank for rank in range(context.world_size) if machines[rank] == machines[context.rank]]
-    layout = Layout(rows=len(split.labels), workers=len(here) * count)
-    first = here.index(context.rank) * count
+    hosts = context.all_gather_object(host_id())
+    local_ranks = [rank for rank in range(context.world_size) if hosts[rank] == hosts[context.rank]]
+    layout = Layout(rows=len(split.labels), workers=len(local_ranks) * count)
+    first = local_ranks.index(context.rank) * count
     with ExitStack() as stack:
         files: list[int] = []
         started: list[BufferedImages] = []
 
-        def make() -> str:
-            """The first process of a machine makes the file, which others find among its open ones."""
-            if context.rank != here[0]:
+        def create_buffer() -> str:
+            """Create the buffer on the first process of a machine; others open it through /proc."""
+            if context.rank != local_ranks[0]:
                 return ""
             files.append(stack.enter_context(allocate(layout)).fileno())
             numpy.copyto(layout.pages(files[0])[0], split.images.cpu().numpy())
             return f"/proc/{os.getpid()}/fd/{files[0]}"
 
-        paths = context.run_on_all(make)
+        paths = context.run_on_all(create_buffer)
 
         def start() -> None:
             if not files:
-                file = open(paths[here[0]], "r+b", buffering=0)  # noqa: SIM115
+                file = open(paths[local_ranks[0]], "r+b", buffering=0)  # noqa: SIM115
                 files.append(stack.enter_context(file).fileno())
-            pictures = BufferedImages(
+            images = BufferedImages(
                 transforms,
                 file=files[0],
                 layout=layout,
-                mine=range(first, first + count),
+                worker_ids=range(first, first + count),
                 seed=config.seed,
-                view_of=lambda epoch: config.views_in_epoch(epoch)[0],
+                view_of_epoch=lambda epoch: config.views_in_epoch(epoch)[0],
                 epochs=epochs,
                 device=split.images.device,
             )
-            stack.callback(pictures.close)
-            started.append(pictures)
+            stack.callback(images.close)
+            started.append(images)
 
         context.run_on_all(start)
         yield AlbumentationsWorkers(started[0], context)

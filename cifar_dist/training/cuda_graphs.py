@@ -1,6 +1,6 @@
-"""Record device work as CUDA graphs, check the recording against eager execution, and replay it.
+"""Capture device work as CUDA graphs, compare a replay with eager execution, and replay it.
 
-Nothing here knows what a training step is; `graphed_step.py` says what is recorded.
+`graphed_step.py` applies this to the training step.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from cifar_dist.utils.log import log
 
 T = TypeVar("T")
 
-WARM_UP = 3  # eager calls before a recording: momenta are allocated, libraries choose algorithms
+WARM_UP = 3  # eager calls before the capture: momenta are allocated, libraries choose algorithms
 REPLAY_TOLERANCE = 0.1  # relative; cuDNN may choose kernels whose sums are not reproducible
 
 
 class GraphRecorder:
-    """Records device work on a stream of its own into CUDA graphs.
+    """Captures device work on a separate stream.
 
     Graphs that are replayed one after the other share the memory `pool`.
     """
 
     def __init__(self, device: torch.device, pool: Any = None) -> None:
         self.device = device
-        # Not of the default priority: torch reuses its few streams, so this could be the one on which
-        # another thread copies images while a graph is captured.
+        # Not the default priority: torch reuses its few streams, and another thread may copy images
+        # on the same one during a capture.
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = pool or torch.cuda.graph_pool_handle()
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Run what is inside on the recorder's stream, after what was before."""
+        """Run the context on the capture stream, after all work enqueued before."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
 
     def join(self) -> None:
-        """Let what follows wait for the recorder's stream."""
+        """Make later work wait for the capture stream."""
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], T], *, own_pool: bool) -> tuple[Callable[[], None], T]:
-        """Return how to replay `work` and where its results will be; nothing is computed yet.
+        """Capture `work`; return a function that replays it, and its results, not computed yet.
 
-        A RuntimeError leaves the device as it was before; a capture that cannot be ended does not,
-        so it is a UserError.
+        After a RuntimeError the device is usable. A capture that cannot be ended leaves it unusable
+        and raises UserError.
         """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
@@ -65,30 +65,30 @@ class GraphRecorder:
             ):
                 results = work()
         except RuntimeError as error:
-            # torch leaves the stream only after it has ended the capture. If that failed, the stream,
-            # the generator and the memory pool are still in capture mode and cannot be used again.
+            # torch leaves the stream after ending the capture. If ending failed, stream, generator and
+            # memory pool are still in capture mode and cannot be used again.
             if torch.cuda.current_stream() == self.stream:
                 cause = first_line(error.__context__ or error)
                 raise UserError(
-                    f"run.cuda_graphs: recording the step failed ({cause}); start again with run.cuda_graphs=off"
+                    f"run.cuda_graphs: capturing the step failed ({cause}); restart with run.cuda_graphs=off"
                 ) from error
             raise
         return graph.replay, results
 
 
 class GraphedCallable(Generic[T]):
-    """Device work on tensors with fixed addresses: eager for WARM_UP calls, then recorded and replayed.
+    """Device work on tensors with fixed addresses: eager for WARM_UP calls, then captured and replayed.
 
-    Without a recorder, and where a recording fails cleanly, it stays eager. With `parallel` it is
-    replayed on the recorder's stream, and `join` waits for it. It holds no reference to the work, so a
-    step and its recordings are freed with the last reference to the step.
+    Stays eager without a recorder and after a capture that failed cleanly. With `parallel` it is
+    replayed on the capture stream, and `join` waits for it. It keeps no reference to the work, so a
+    step and its graphs are freed together.
     """
 
     def __init__(self, recorder: GraphRecorder | None, *, parallel: bool = False) -> None:
         self.recorder, self.parallel, self.calls = recorder, parallel, 0
         self.failed = False
         self.replay: Callable[[], None] | None = None
-        self.results: Any = None  # of the recording
+        self.results: Any = None  # of the capture
 
     def __call__(
         self,
@@ -97,10 +97,10 @@ class GraphedCallable(Generic[T]):
         written: Callable[[], list[Tensor]] = list,
         compared: Callable[[T], object] = lambda results: results,
     ) -> T:
-        """Do `work`, always the same one, and return its results; a replay returns the same tensors.
+        """Run `work`, the same in each call, and return its results.
 
-        `written` lists the tensors that it changes in place. `compared` are those results which a
-        replay computes as eager execution does, but for rounding.
+        `written` lists the tensors that it changes in place. `compared` selects the results that a
+        replay must reproduce up to rounding.
         """
         self.calls += 1
         if self.recorder is None or self.failed:
@@ -120,7 +120,7 @@ class GraphedCallable(Generic[T]):
         return self.results
 
     def join(self) -> None:
-        """Let what follows wait for a parallel replay."""
+        """Make later work wait for a parallel replay."""
         if self.recorder and self.parallel:
             self.recorder.join()
 
@@ -131,14 +131,14 @@ class GraphedCallable(Generic[T]):
         written: list[Tensor],
         compared: Callable[[T], object],
     ) -> T:
-        """Record the work, and compare a replay with eager execution from the same state.
+        """Capture the work, and compare a replay with eager execution from the same state.
 
-        UserError where they differ by more than rounding, or at all under run.deterministic. Work that
+        UserError if they differ by more than rounding, or at all under run.deterministic. Work that
         draws random numbers is not replayed in parallel: all graphs read one seed on the device.
         """
         exact = torch.are_deterministic_algorithms_enabled()
 
-        def of(results: T) -> list[Tensor]:
+        def selected(results: T) -> list[Tensor]:
             leaves = tree_leaves(results if exact else compared(results))
             return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -147,41 +147,41 @@ class GraphedCallable(Generic[T]):
         with recorder.on_stream():
             results = work()
         recorder.join()
-        expected, after = copies(of(results)), copies(written)
+        expected, after = copies(selected(results)), copies(written)
         random_state_after = generator.get_state()
         self.parallel &= torch.equal(random_state, random_state_after)
         restore(written, before)
         generator.set_state(random_state)
         try:
-            replay, recorded = recorder.record(work, own_pool=self.parallel)
+            replay, captured = recorder.record(work, own_pool=self.parallel)
         except RuntimeError as error:
-            log.warning(
-                f"run.cuda_graphs: the step stays eager: recording failed ({first_line(error)})"
-            )
+            log.warning(f"CUDA graphs: off, capturing failed ({first_line(error)})")
             self.failed = True
             restore(written, after)
             generator.set_state(random_state_after)
             return results
         replay()
         difference = max(
-            relative_difference(of(recorded), expected), relative_difference(written, after)
+            relative_difference(selected(captured), expected), relative_difference(written, after)
         )
-        log.debug(f"run.cuda_graphs: replay and eager execution differ by {difference:.3g}")
+        log.debug(f"CUDA graphs: replay and eager execution differ by {difference:.3g}")
         tolerance = 0.0 if exact else REPLAY_TOLERANCE
         if difference > tolerance:
             raise UserError(
-                f"run.cuda_graphs: the recorded step differs from the eager step by {difference:.2g} "
-                f"(relative; at most {tolerance:g}); start again with run.cuda_graphs=off"
+                f"run.cuda_graphs: the replayed step differs from the eager step by {difference:.2g} "
+                f"(relative; at most {tolerance:g}); restart with run.cuda_graphs=off"
             )
-        self.replay, self.results = replay, recorded
-        return recorded
+        self.replay, self.results = replay, captured
+        return captured
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies of the tensors, on the CPU where a GPU has little room left for them."""
+    """Return copies of the tensors, on the CPU if the GPU has too little memory left."""
     cuda = bool(tensors) and tensors[0].is_cuda
     free = torch.cuda.mem_get_info(tensors[0].device)[0] if cuda else 0
-    if cuda and 4 * sum(tensor.nbytes for tensor in tensors) > free:  # before, after, both compared
+    if (
+        cuda and 4 * sum(tensor.nbytes for tensor in tensors) > free
+    ):  # four copies are alive at once
         return [tensor.detach().cpu() for tensor in tensors]
     return [tensor.detach().clone() for tensor in tensors]
 
@@ -193,13 +193,13 @@ def restore(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return ||found - expected|| / ||expected|| over all tensors together; 0 for equal bits.
+def relative_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Return ||actual - expected|| / ||expected|| over all tensors; 0 for equal bits.
 
-    Values that are not finite count as equal to each other: the guard of the step reports them.
+    Values that are not finite count as equal: the guard of the step reports them.
     """
     difference = norm = 0.0
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         one, other = one.to(other.device).double().nan_to_num(), other.double().nan_to_num()
         difference += float((one - other).square().sum())
         norm += float(other.square().sum())

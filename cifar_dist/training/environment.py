@@ -1,4 +1,4 @@
-"""What a result depends on beside its recipe, as environment.json says it."""
+"""Describe what a result depends on besides the recipe: environment.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def package_version(name: str) -> str | None:
 def describe_environment(
     *, world_size: int, device: torch.device, data: str, teachers: list[str]
 ) -> dict[str, Any]:
-    """What a result depends on beside the recipe: versions, hardware, commit, data, teachers."""
+    """Return versions, hardware, commit, and the digests of data and teachers."""
     packages = (
         "torch",
         "timm",
@@ -56,14 +56,14 @@ def describe_environment(
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package lies in, with '+' when files differ from it."""
+    """Return the commit of this package's checkout, with '+' if files were modified, or None."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
 
     command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
-        answer = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return answer.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What a training leaves when its loop has ended: predictions, summary.json, the end of the W&B run."""
+"""Write the results of a training whose loop has ended: predictions, summary.json, the W&B run."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_dist.evaluation.evaluator import EvalResult
-from cifar_dist.models.backbones import num_parameters
+from cifar_dist.models.classifier import num_parameters
+from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder import results
 from cifar_dist.training.setup import Run
+from cifar_dist.training.start import SYNTHETIC_NOTE, is_synthetic
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.files import atomic_write
 from cifar_dist.utils.host import peak_memory_bytes, peak_reserved_bytes
@@ -18,29 +20,30 @@ from cifar_dist.utils.log import log
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training's loop ended."""
+    """How the training loop ended."""
 
-    evaluation: EvalResult | None  # the last one; None where this process made none
-    stop_signal: int  # 0: it ended by itself
-    early_stop: str | None  # why it ended before the recipe's last epoch
+    result: EvalResult | None  # the last evaluation; None if this process made none
+    stop_signal: int  # 0: none
+    early_stop: str | None  # reason
 
     @property
     def finished(self) -> bool:
         return not self.stop_signal
 
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.stop_signal).name
+
 
 def finish(run: Run, state: TrainState, outcome: Outcome) -> dict[str, Any]:
-    """Write what the run leaves and return the summary, which is equal on all ranks.
-
-    The last evaluation is the headline, whatever an earlier epoch had.
-    """
-    here = (peak_memory_bytes(run.device), peak_reserved_bytes(run.device))
-    peaks, reserved = zip(*run.context.all_gather_object(here), strict=True)
+    """Write the results and return the summary, on all ranks alike."""
+    local = (peak_memory_bytes(run.device), peak_reserved_bytes(run.device))
+    peaks, reserved = zip(*run.context.all_gather_object(local), strict=True)
     log.info(
         f"peak memory of each rank, MiB: {' '.join(str(peak >> 20) for peak in peaks)}"
         + (f" (reserved: {max(reserved) >> 20})" if max(reserved) else "")
     )
-    facts: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "name": run.recipe.name,
         "micro_batches": run.micro_batches,
         "world_size": run.context.world_size,
@@ -52,28 +55,41 @@ def finish(run: Run, state: TrainState, outcome: Outcome) -> dict[str, Any]:
         "seconds": state.seconds,
         "finished": outcome.finished,
         **({"ended_early": outcome.early_stop} if outcome.early_stop else {}),
-        **({"stopped_by": stop_name(outcome)} if outcome.stop_signal else {}),
+        **({"stopped_by": outcome.signal_name} if outcome.stop_signal else {}),
     }
-    evaluation = outcome.evaluation
-    if outcome.finished and evaluation is None:  # all was done but the summary
-        evaluation = run.evaluate(state, run.test_split)
-    return run.context.run_on_main(write_results, run, facts, outcome, evaluation)
+    result = outcome.result
+    if outcome.finished and result is None:  # only the summary was missing
+        result = run.evaluate(state, run.test_split)
+    return run.context.run_on_main(write_results, run, summary, outcome, result)
 
 
 def write_results(
-    run: Run, metadata: dict[str, Any], outcome: Outcome, evaluation: EvalResult | None
+    run: Run, summary: dict[str, Any], outcome: Outcome, result: EvalResult | None
 ) -> dict[str, Any]:
-    """Write the files of a run's end, on rank 0, and return the summary."""
+    """Write the files on rank 0, and return the summary with the accuracies of the last evaluation."""
     run.metrics_file.sync()
-    summary = results.summarize(metadata, run.metrics_file.read())
-    if evaluation is not None and outcome.finished:
-        results.write_predictions(run.folder, evaluation)
+    summary = results.summarize(summary, run.metrics_file.read())
+    if result is not None and outcome.finished:
+        results.write_predictions(run.folder, result)
     results.write_summary(run.folder, summary)
-    if outcome.stop_signal:  # slurm/train.sh reads it to know whether to queue the job again
-        atomic_write(run.folder / "stopped", f"{stop_name(outcome)}\n")
-    run.tracker.finish(summary, evaluation if outcome.finished else None)
+    if outcome.stop_signal:  # slurm/train.sh reads it to decide whether to requeue the job
+        atomic_write(run.folder / "stopped", f"{outcome.signal_name}\n")
+    run.tracker.finish(summary, result if outcome.finished else None)
     return summary
 
 
-def stop_name(outcome: Outcome) -> str:
-    return signal.Signals(outcome.stop_signal).name
+def log_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Log the outcome of a run, on the last lines of the terminal."""
+    if not summary["finished"]:
+        log.info(
+            f"{recipe.name}: stopped by {summary['stopped_by']} at step {summary['steps']}; "
+            f"checkpoint saved in {recipe.folder}; the same command resumes"
+        )
+        return
+    early = f" ({summary['ended_early']})" if "ended_early" in summary else ""
+    log.info(
+        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
+        f"in {summary['seconds']:.0f} s; results in {recipe.folder}{early}"
+    )
+    if is_synthetic(recipe):
+        log.info(SYNTHETIC_NOTE)

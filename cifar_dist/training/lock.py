@@ -1,8 +1,9 @@
-"""A folder belongs to one job at a time, on any file system that creates a file for one process only.
+"""Lock a run folder for one job, on any file system with exclusive file creation.
 
-A lock is a folder of numbered files, each of a process that wants it. Who finds no lower one that lives,
-and none that bears a name, writes its name and looks again. Of two, the one whose file came later
-sees the other's name at its first look, or makes the other step back at its second.
+The lock is a folder of numbered files, one per process that wants it. A process that sees no living
+holder with a lower number, and no higher file with a name in it, writes its name and checks again. Of two
+concurrent processes, the later one sees the other's name at its first check, or the other one backs off
+at its second.
 """
 
 from __future__ import annotations
@@ -18,27 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.host import _pid_exists, host_id, process_start_time
+from cifar_dist.utils.files import try_read_json
+from cifar_dist.utils.host import host_id, pid_exists, process_start_time
 
 HEARTBEAT_SECONDS = 15
-STALE_SECONDS = 60  # a file of another machine whose heartbeat is older is nobody's
+STALE_SECONDS = 60  # age of the last heartbeat after which a file of another machine is ignored
 
 
 @contextmanager
 def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=...") -> Iterator[None]:
-    """Hold a folder for this process (rank 0 of its job); UserError where another holds it.
+    """Hold a folder for this process (rank 0 of its job); UserError if another process holds it.
 
-    The lock lies at `path`, or in the folder; `remedy`: what gives a job another folder. A folder that
-    was not there goes again if it is still empty.
+    The lock is at `path` (default: in the folder). `remedy` is how to choose another folder. A folder that
+    did not exist before is removed again if it stays empty.
     """
     path, is_new = path or folder / "lock", not folder.exists()
-    mine, name = _enter(path), json.dumps(_me())
-    holder = _other(mine)
+    own, name = _enter(path), json.dumps(_me())
+    holder = _other(own)
     if holder is None:
-        mine.write_text(name)
-        holder = _other(mine)
+        own.write_text(name)
+        holder = _other(own)
     if holder is not None:
-        mine.unlink()
+        own.unlink()
         raise UserError(
             f"{folder} is in use by {holder}; wait for it, or choose another folder ({remedy})"
         )
@@ -47,15 +49,15 @@ def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=..."
     def beat() -> None:
         lost = False
         while not lost and not stop.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # the storage does not answer; the next one may go through
-                lost = _lost(mine, name)
+            with suppress(OSError):  # storage does not answer; the next heartbeat may succeed
+                lost = _lost(own, name)
                 if not lost:
-                    os.utime(mine)
+                    os.utime(own)
         if lost:
-            with suppress(OSError):  # nobody may read it any more
+            with suppress(OSError):  # stderr may be closed
                 print(
                     f"error: {folder} was taken over by another job while this one was suspended or "
-                    "its storage did not answer, or its lock was removed; this one ends without saving",
+                    "its storage did not answer, or its lock was removed; exiting without saving",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -68,39 +70,39 @@ def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=..."
     finally:
         stop.set()
         thread.join()
-        with suppress(OSError):  # somebody else waits in it; what is left of the dead is nobody's
-            if not _lost(mine, name):
-                for file in (*_below(mine), mine):
+        with suppress(OSError):  # another process waits in it
+            if not _lost(own, name):
+                for file in (*_below(own), own):
                     file.unlink(missing_ok=True)
                 path.rmdir()
                 if is_new:
-                    folder.rmdir()  # unless there is something in it
+                    folder.rmdir()  # unless it is not empty
 
 
 def _enter(path: Path) -> Path:
-    """An empty file of our own with the next number; exclusive creation, so nobody else's."""
+    """Create an empty file with the next number, exclusively."""
     for _ in range(1000):
-        with suppress(FileNotFoundError):  # another removed the folder
+        with suppress(FileNotFoundError):  # another process removed the folder
             path.mkdir(parents=True, exist_ok=True)
-            mine = path / f"{max(_numbers(path), default=0) + 1}.json"
-            with suppress(FileExistsError):  # another was first
-                mine.touch(exist_ok=False)
-                return mine
-    raise UserError(f"{path}: nothing can be made there; choose another place")
+            own = path / f"{max(_numbers(path), default=0) + 1}.json"
+            with suppress(FileExistsError):  # another process was faster
+                own.touch(exist_ok=False)
+                return own
+    raise UserError(f"{path}: cannot be created; choose another path")
 
 
-def _other(mine: Path) -> str | None:
-    """Who else lives and has a lower number or has written its name, in words."""
-    for number, file in _numbers(mine.parent).items():
-        if number < int(mine.stem) or (number > int(mine.stem) and _read(file)):
-            holder = _holder(file, than=mine)
+def _other(own: Path) -> str | None:
+    """Return another living process with a lower number or a name in its file, in words."""
+    for number, file in _numbers(own.parent).items():
+        if number < int(own.stem) or (number > int(own.stem) and _read(file)):
+            holder = _holder(file, than=own)
             if holder is not None:
                 return holder
     return None
 
 
 def _numbers(path: Path) -> dict[int, Path]:
-    """The files of a lock by their number; none where somebody removed it."""
+    """Return the files of a lock by number; empty if it was removed."""
     try:
         found = [re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir()]
     except FileNotFoundError:
@@ -108,21 +110,21 @@ def _numbers(path: Path) -> dict[int, Path]:
     return {int(match[1]): path / match[0] for match in found if match}
 
 
-def _below(mine: Path) -> list[Path]:
-    return [file for number, file in _numbers(mine.parent).items() if number < int(mine.stem)]
+def _below(own: Path) -> list[Path]:
+    return [file for number, file in _numbers(own.parent).items() if number < int(own.stem)]
 
 
-def _lost(mine: Path, name: str) -> bool:
-    """Whether the lock is no longer ours: a later process, which found us dead, has written its name.
+def _lost(own: Path, name: str) -> bool:
+    """Return whether the lock was lost: a later process considered us dead and wrote its name.
 
-    `name`: what we wrote into our file; where somebody removed the lock, another may have its number.
+    `name` is what we wrote: after a removal, another process may have our number.
     """
     try:
-        gone = mine.read_bytes() != name.encode()
+        replaced = own.read_bytes() != name.encode()
     except FileNotFoundError:
         return True
-    later = (n for n, file in _numbers(mine.parent).items() if n > int(mine.stem) and _read(file))
-    return gone or any(later)
+    later = (n for n, file in _numbers(own.parent).items() if n > int(own.stem) and _read(file))
+    return replaced or any(later)
 
 
 def _me() -> dict[str, Any]:
@@ -136,31 +138,31 @@ def _me() -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """What `_me` wrote; None for a file that is empty or no such thing."""
+    """Return the owner written by `_me`, or None for any other content."""
     try:
-        content = json.loads(file.read_text())
+        content = try_read_json(file) or {}
         return {name: content[name] for name in _me()} | {"pid": int(content["pid"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 
 def _holder(file: Path, *, than: Path) -> str | None:
-    """Who lives behind another's file, in words; None for a dead one, or an earlier start of this job.
+    """Return the living owner of a file in words; None if dead, or an earlier start of this job.
 
-    `than`: our own new file, which the storage's clock has just dated; machines' clocks differ.
+    Ages are relative to our own new file `than`, since clocks of machines and storage differ.
     """
     lock, me = _read(file), _me()
     try:
         age = than.stat().st_mtime - file.stat().st_mtime
     except FileNotFoundError:
-        return None  # it was removed as we looked
+        return None  # just removed
     if lock is None:
         return "a process that has just started" if age < STALE_SECONDS else None
     if lock["job"] and lock["job"] == me["job"] and lock["restart"] != me["restart"]:
-        return None  # Slurm ends all of a job before it starts it again
+        return None  # Slurm ends a job before it restarts it
     pid, start = lock["pid"], lock["start"]
     if lock["machine"] == me["machine"]:
-        alive = _pid_exists(pid) if start is None else process_start_time(pid) == start
+        alive = pid_exists(pid) if start is None else process_start_time(pid) == start
         return f"process {pid} on this machine" if alive else None
     host = str(lock["machine"]).partition(",")[0]
     return f"{host}, process {pid}" if age < STALE_SECONDS else None

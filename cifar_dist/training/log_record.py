@@ -7,20 +7,23 @@ from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.utils.log import log
 
 
-def log_record(line: Record, metrics_file: MetricsFile, tracker: Tracker, *, epochs: int) -> None:
-    """One line of metrics.jsonl to the file, to W&B and to people."""
-    metrics_file.append(line)
-    tracker.log(line)
-    log.info(format_record(line, epochs=epochs))
+def log_record(record: Record, metrics_file: MetricsFile, tracker: Tracker, *, epochs: int) -> None:
+    metrics_file.append(record)
+    tracker.log(record)
+    log.info(format_record(record, epochs=epochs))
 
 
-def format_record(line: Record, *, epochs: int) -> str:
-    """One line of metrics.jsonl for people."""
-    head = f"epoch {line['epoch']:6.2f}/{epochs}  step {line['step']:>6}"
-    if line["kind"] == "train":
+def format_record(record: Record, *, epochs: int) -> str:
+    """Return the line of a record for the terminal."""
+    head = f"epoch {record['epoch']:6.2f}/{epochs}  step {record['step']:>6}"
+    if record["kind"] == "train":
         return (
-            f"{head}  loss {line['loss']:.4f}  top1 {line['top1']:5.2f} %  lr {line['lr']:.2e}  "
-            f"{line['images_per_second']:,.0f} images/s  {line['memory_bytes'] / 2**30:.2f} GiB"
+            f"{head}  loss {record['loss']:.4f}  top1 {record['top1']:5.2f} %  "
+            f"lr {record['lr']:.2e}  {record['images_per_second']:,.0f} images/s  "
+            f"{record['memory_bytes'] / 2**30:.2f} GiB"
         )
-    held = f"  val top1 {line['val_top1']:.2f} %" if "val_top1" in line else ""
-    return f"{head}  test: loss {line['loss']:.4f}  top1 {line['top1']:.2f} %  top5 {line['top5']:.2f} %{held}"
+    validation = f"  val top1 {record['val_top1']:.2f} %" if "val_top1" in record else ""
+    return (
+        f"{head}  test: loss {record['loss']:.4f}  top1 {record['top1']:.2f} %  "
+        f"top5 {record['top5']:.2f} %{validation}"
+    )

@@ -1,4 +1,4 @@
-"""Terms -> numbers: sums on the device, one reduce a report, one flat JSON object a line."""
+"""Accumulate the terms of the training steps on the device, and reduce them once per log."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from cifar_dist.training.step import StepResult
 
 
 class MetricWindow:
-    """The sums since the last report, one row a micro-batch, so that they are the same at any world size.
+    """Sums since the last log, one row per micro-batch, so that they do not depend on the world size.
 
-    `sums` is f32 [micro-batches, terms], zero for other ranks' micro-batches. A step that was left out counts in
-    no sum. Nothing here waits for the device until it is read.
+    `sums` is f32 [micro-batches, terms], zero for the micro-batches of other ranks. Skipped steps are not
+    counted. Only reading waits for the device.
     """
 
     def __init__(self, names: list[str], *, micro_batches: int, device: torch.device) -> None:
         self.names = names
         self.sums = torch.zeros(micro_batches, len(names), device=device)
         self.nonfinite = torch.zeros(micro_batches, len(names), dtype=torch.uint8, device=device)
-        # int32: steps left out in a row, left out in the window, made before its first of these
+        # int32: consecutive skips, skips in the window, steps before the first of these
         self.skips = torch.zeros(3, dtype=torch.int32, device=device)
         self.steps = 0
         self.seconds = 0.0
         self.started = time.perf_counter()
 
     def add(self, step: StepResult) -> None:
-        """Add a step, whose terms are in the order of `names`."""
-        broken, sums = self.nonfinite[step.micro_batches], self.sums[step.micro_batches]  # views
-        broken |= ~step.sums.isfinite()
+        """Add the terms of a step, in the order of `names`."""
+        nonfinite, sums = self.nonfinite[step.micro_batches], self.sums[step.micro_batches]  # views
+        nonfinite |= ~step.sums.isfinite()
         sums += step.sums.masked_fill(step.skipped, 0.0)
         in_a_row, skipped, before = self.skips  # views
         in_a_row.add_(1).mul_(step.skipped)
@@ -52,7 +52,7 @@ class MetricWindow:
         return all_reduce_sum(self.nonfinite).tolist()
 
     def report(self, *, batch_size: int, may_skip: bool) -> dict[str, float]:
-        """Each term's mean over the samples of the steps that were made (NaN: none was), and the pace."""
+        """Return the mean of each term over the samples (NaN without any), and images per second."""
         skipped = int(self.skips[1])
         samples = (self.steps - skipped) * batch_size
         totals = [math.fsum(column) for column in zip(*self.read(), strict=True)]
@@ -64,15 +64,15 @@ class MetricWindow:
         }
 
     def nonfinite_terms(self, context: DistContext) -> str:
-        """Which terms were not finite, and on which rank; all ranks call it together."""
-        found = self.read_nonfinite()
-        places = [
+        """Return which terms were not finite on which rank, in words. Collective."""
+        nonfinite = self.read_nonfinite()
+        terms = [
             f"{name} on rank {micro_batch % context.world_size}"
-            for micro_batch, row in enumerate(found)
-            for name, broken in zip(self.names, row, strict=True)
-            if broken and (name != "loss" or sum(row) == 1)  # it is the sum of the others
+            for micro_batch, row in enumerate(nonfinite)
+            for name, is_nonfinite in zip(self.names, row, strict=True)
+            if is_nonfinite and (name != "loss" or sum(row) == 1)  # it is the sum of the others
         ]
-        return ", ".join(places) or "the gradient, though no loss was"
+        return ", ".join(terms) or "the gradient, though all losses are finite"
 
     def restore(
         self,
@@ -85,19 +85,18 @@ class MetricWindow:
         context: DistContext,
         nonfinite: list[list[int]] | None = None,
     ) -> None:
-        """Go on with the window that a checkpoint left open.
+        """Continue the window of a checkpoint.
 
-        Each rank carries the sums of its own micro-batches, so that every later number meets the same
-        partial sum, and is rounded alike, as without the restart. With other terms or micro-batches, which
-        only force brings, what the open window held is in no report.
+        Each rank takes the sums of its own micro-batches, so that later sums are rounded exactly as
+        without the restart. With other terms or micro-batches (--force) the window starts empty.
         """
         self.clear()
         if names != self.names or len(sums) != len(self.sums):
             return
-        mine = slice(context.rank, None, context.world_size)
-        self.sums[mine] = torch.tensor(sums, device=self.sums.device)[mine]
-        if nonfinite is not None:  # an older checkpoint does not say
-            self.nonfinite[mine] = torch.tensor(nonfinite, dtype=torch.uint8)[mine].to(
+        local = slice(context.rank, None, context.world_size)
+        self.sums[local] = torch.tensor(sums, device=self.sums.device)[local]
+        if nonfinite is not None:  # not in older checkpoints
+            self.nonfinite[local] = torch.tensor(nonfinite, dtype=torch.uint8)[local].to(
                 self.sums.device
             )
         self.skips = torch.tensor(skips, dtype=torch.int32, device=self.sums.device)
@@ -111,19 +110,19 @@ class MetricWindow:
         self.started = time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds of training in the window, those before a restart included."""
+        """Return the seconds of training in the window, including those before a restart."""
         return self.seconds + time.perf_counter() - self.started
 
     @contextmanager
     def timer_paused(self) -> Iterator[None]:
-        """Leave out the time that an evaluation or a save takes."""
-        begun = time.perf_counter()
+        """Do not count the time inside the context."""
+        start = time.perf_counter()
         yield
-        self.seconds -= time.perf_counter() - begun
+        self.seconds -= time.perf_counter() - start
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all ranks."""
+    """Return the sum over all ranks."""
     total = tensor.clone()
     if dist.is_initialized():
         dist.all_reduce(total)

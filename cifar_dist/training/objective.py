@@ -1,4 +1,4 @@
-"""View -> Terms: what the step differentiates and what it reports, one number a sample."""
+"""Compute the terms of an augmented micro-batch: the recipe's losses, their weighted sum, and top-1."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cifar_dist.data.augment.augmentation import Augment, AugmentedBatch
 from cifar_dist.data.batches import Batch, concatenate
 from cifar_dist.distill.teacher import Teacher
 from cifar_dist.losses.base import Loss
-from cifar_dist.losses.classification import logit_scale
+from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.heads import Outputs
 
 Terms = dict[str, Tensor]  # each f32 [B]; "loss" is the weighted sum
 
 
 class LossInputs(NamedTuple):
-    """What the losses of one micro-batch are computed from, besides the model."""
+    """What the losses of a micro-batch are computed from, besides the model."""
 
     batch: AugmentedBatch
     teacher_logits: Tensor | None  # f32 [B, C]
@@ -30,10 +30,10 @@ class LossInputs(NamedTuple):
 
 
 class Objective:
-    """The weighted sum of the recipe's losses on the augmented batch.
+    """The weighted sum of the recipe's losses.
 
-    Losses that are taught compare logits, not cosines: a student's cosines are multiplied by the
-    scale that its other losses give them, as an evaluation does.
+    Distillation losses compare logits, not cosines: the cosines of a student are multiplied by the
+    scale of its other losses first, as in an evaluation.
     """
 
     def __init__(
@@ -46,50 +46,45 @@ class Objective:
 
     @property
     def names(self) -> list[str]:
-        """The terms that a call returns, in their order."""
+        """Names of the terms, in the order in which a call returns them."""
         return [*self.losses, "loss", "top1"]
 
     def weights(self, epoch: int) -> tuple[float, ...]:
-        """What each loss counts in an epoch, counted from 0."""
+        """Return the weight of each loss in an epoch, counted from 0."""
         return tuple(loss.weight_at(epoch) for loss in self.losses.values())
 
     def __call__(self, model: Callable[[Tensor], Outputs], batch: Batch) -> Terms:
-        (view,) = self.augment_batches([batch])
-        return self.compute_losses(model, self.prepare_inputs(view, batch))
+        (augmented,) = self.augment_batches([batch])
+        return self.compute_losses(model, self.prepare_inputs(augmented, batch))
 
     def augment_batches(self, batches: Sequence[Batch]) -> list[AugmentedBatch]:
-        """Augment the micro-batches of a rank's step together, with the kernels of one of them."""
-        view = self.augment(concatenate(batches))
+        """Augment all micro-batches of a step at once: as many kernels as for one of them."""
+        augmented = self.augment(concatenate(batches))
         ends = list(accumulate(len(batch.rows) for batch in batches))
-        return [view[start:end] for start, end in pairwise([0, *ends])]
+        return [augmented[start:end] for start, end in pairwise([0, *ends])]
 
-    def prepare_inputs(self, view: AugmentedBatch, batch: Batch) -> LossInputs:
-        """Run the teacher, if there is one, on a micro-batch."""
-        teacher_logits = self.teacher(view, batch) if self.teacher else None  # f32 [B, C]
-        return LossInputs(view, teacher_logits, batch.epoch)
+    def prepare_inputs(self, augmented: AugmentedBatch, batch: Batch) -> LossInputs:
+        """Run the teacher, if there is one."""
+        teacher_logits = self.teacher(augmented, batch) if self.teacher else None
+        return LossInputs(augmented, teacher_logits, batch.epoch)
 
     def compute_losses(self, model: Callable[[Tensor], Outputs], inputs: LossInputs) -> Terms:
-        """Return the terms of the model's outputs on a micro-batch."""
-        view, teacher_logits, epoch = inputs
-        outputs = model(view.images)
-        scaled = (
-            outputs._replace(logits=outputs.logits * self.logit_scale)
-            if teacher_logits is not None
-            else outputs
-        )
+        """Return the terms of the model's outputs; top1 in percent."""
+        batch, teacher_logits, epoch = inputs
+        outputs = model(batch.images)
+        scaled = outputs
+        if teacher_logits is not None:
+            scaled = outputs._replace(logits=outputs.logits * self.logit_scale)
         terms = {}
         for name, loss in self.losses.items():
-            compared = scaled if loss.needs_teacher else outputs
-            terms[name] = mixup_weighted(
-                view, partial(loss, compared, teacher_logits=teacher_logits)
-            )
+            loss_outputs = scaled if loss.needs_teacher else outputs
+            loss_of = partial(loss, loss_outputs, teacher_logits=teacher_logits)
+            terms[name] = mixup_weighted(batch, loss_of)
         weights = self.weights(epoch)
         weighted = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
         terms["loss"] = reduce(add, weighted)
-        found = outputs.logits.detach().argmax(1)
-        terms["top1"] = 100.0 * mixup_weighted(
-            view, lambda labels: (found == labels).float()
-        )  # percent
+        predicted = outputs.logits.detach().argmax(1)
+        terms["top1"] = 100.0 * mixup_weighted(batch, lambda labels: (predicted == labels).float())
         return terms
 
 
@@ -98,9 +93,9 @@ def sum_terms(terms: Terms) -> Tensor:
     return torch.stack([term.detach() for term in terms.values()]).sum(1)
 
 
-def mixup_weighted(view: AugmentedBatch, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `of` says of the labels, f32 [B]; of mixed pictures, its mean over both labels by share."""
-    own = of(view.labels)
-    if view.lam is None or view.partner_labels is None:
-        return own
-    return view.lam * own + (1 - view.lam) * of(view.partner_labels)
+def mixup_weighted(batch: AugmentedBatch, term: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `term(labels)`, f32 [B]; for mixed images the mean over both labels, weighted by lam."""
+    result = term(batch.labels)
+    if batch.lam is None or batch.partner_labels is None:
+        return result
+    return batch.lam * result + (1 - batch.lam) * term(batch.partner_labels)

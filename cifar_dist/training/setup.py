@@ -1,4 +1,4 @@
-"""Build all that a recipe's training needs, at step 0 or as its newest checkpoint left it."""
+"""Build everything that a training needs, at step 0 or from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import Batch, num_steps_per_epoch, split_train_val, train_batches
+from cifar_dist.data.batches import (
+    Batch,
+    BatchPlan,
+    num_steps_per_epoch,
+    split_train_val,
+    train_batches,
+)
 from cifar_dist.data.dataset import Split, class_names, data_digest, open_splits
 from cifar_dist.data.streaming import stream_images
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
 from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.evaluation.evaluator import EvalResult, evaluate
-from cifar_dist.losses.classification import logit_scale
-from cifar_dist.models.backbones import build_model, fetch_pretrained
+from cifar_dist.losses.registry import logit_scale
+from cifar_dist.models.backbones import fetch_pretrained
+from cifar_dist.models.classifier import build_model
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.models.preprocess import whitening_filters
 from cifar_dist.optim.averaging import build_average
@@ -35,14 +42,15 @@ from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder.checkpoint import load_progress, load_tensors
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker
-from cifar_dist.training import environment, lock
 from cifar_dist.training.albumentations_workers import AlbumentationsWorkers, albumentations_workers
+from cifar_dist.training.environment import describe_environment
+from cifar_dist.training.lock import run_lock
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.resume import check_world_size, claim_folder, find_start
+from cifar_dist.training.start import check_world_size, claim_folder, find_start
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.log import log, progress_bar
-from cifar_dist.utils.precision import check_precision, make_scaler
+from cifar_dist.utils.precision import make_scaler
 from cifar_dist.utils.random import derive_seed
 
 WHITENING_ROWS = 2000  # images that the whitening filters are computed from
@@ -50,7 +58,7 @@ WHITENING_ROWS = 2000  # images that the whitening filters are computed from
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What stays the same in this process while a recipe trains."""
+    """What is constant in this process while a recipe trains."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -58,18 +66,18 @@ class Run:
     micro_batches: int
     train_split: Split
     test_split: Split
-    rows: Tensor  # int64, those of the train split to train on
-    val_rows: Tensor | None  # int64, those held out for validation
+    rows: Tensor  # int64, rows of the train split to train on
+    val_rows: Tensor | None  # int64, rows of the train split for validation
     steps_per_epoch: int
     total_steps: int
     objective: Objective
-    batches: Iterator[list[Batch]]  # this rank's, from the first step that is not done
+    batches: Iterator[list[Batch]]  # of this rank, from the first remaining step
     albumentations_workers: AlbumentationsWorkers | None
-    unfreeze_epochs: Mapping[str, int | None]  # the epoch in which each parameter begins to learn
+    unfreeze_epochs: Mapping[str, int | None]  # by parameter name
     metrics_file: MetricsFile
     tracker: Tracker
     bar: tqdm
-    metadata: dict[str, Any]  # of each checkpoint, compared at the next start
+    metadata: dict[str, Any]  # stored with each checkpoint and compared at the next start
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +88,7 @@ class Run:
         return self.recipe.folder
 
     def learning_rate(self, step: int) -> float:
-        """Return the schedule's learning rate of update `step`, counted from 0."""
+        """Return the learning rate of update `step`, counted from 0."""
         return learning_rate(
             self.recipe.optim,
             step,
@@ -89,7 +97,7 @@ class Run:
         )
 
     def evaluate(self, state: TrainState, split: Split, rows: Tensor | None = None) -> EvalResult:
-        """Evaluate the model, or its average if there is one, on some rows of a split or on all."""
+        """Evaluate the model, or its average if there is one, on rows of a split (default: all)."""
         return evaluate(
             state.evaluated_model,
             split,
@@ -102,12 +110,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run starts from; equal on all ranks."""
+    """What a run starts from, equal on all ranks."""
 
     data_digest: str
     teachers: list[TeacherWeights]
     checkpoint: Path | None  # None for a new run
-    step: int  # updates that it has done
+    step: int  # its completed updates
     micro_batches: int
     num_classes: int
     environment: dict[str, Any]
@@ -116,16 +124,14 @@ class Origin:
 def setup(
     recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, force: bool
 ) -> tuple[Run, TrainState]:
-    """Build the run and its state. What has to be closed is entered into `stack`.
+    """Build the run and its state. Resources to close are entered into `stack`.
 
-    UserError, on all ranks, for what the run cannot start from.
+    UserError on all ranks if the run cannot start.
     """
     context, device = DistContext.of(accelerator), accelerator.device
-    check_precision(recipe.run.precision, device)
-    context.run_on_main(stack.enter_context, lock.run_lock(recipe.folder))
+    context.run_on_main(stack.enter_context, run_lock(recipe.folder))
     origin = find_origin(recipe, context, device, force=force)
 
-    # Pickles became Arrow before; here it becomes uint8 [N, 3, 32, 32] on the device.
     data = recipe.data
     train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
     rows, val_rows = torch.arange(len(train_split.labels)), None
@@ -136,15 +142,17 @@ def setup(
 
     model = build_initial_model(recipe, origin, context, train_split.images, rows).to(device)
     model.to(memory_format=torch.channels_last)
-    teacher = find_teachers(recipe, origin, context, device)
-    plan = partial(batches_of, recipe, origin, context, rows)
-    host = stack.enter_context(
+    teacher = build_teachers(recipe, origin, context, device)
+    batches_of = partial(rank_batches, recipe, origin, context, rows)
+    workers = stack.enter_context(
         albumentations_workers(recipe.augment, train_split, context, recipe.run.epochs)
     )
-    ahead = stack.enter_context(stream_images(recipe.augment, train_split, rows, plan))
-    augment = Augment(recipe.augment, train_split, rows, host=host or ahead)
+    streamed = stack.enter_context(stream_images(recipe.augment, train_split, rows, batches_of))
+    augment = Augment(recipe.augment, train_split, rows, image_source=workers or streamed)
     objective = Objective(augment, recipe.losses, teacher)
-    freeze(model, recipe.model.freeze, epoch=None)  # for all that ever learns
+    freeze(
+        model, recipe.model.freeze, epoch=None
+    )  # everything that ever trains gets optimizer state
     unfreeze_epochs = find_unfreeze_epochs(model, recipe.model.freeze)
     state = TrainState(
         model=model,
@@ -155,7 +163,7 @@ def setup(
         ),
         window=MetricWindow(objective.names, micro_batches=origin.micro_batches, device=device),
     )
-    stack.callback(state.writer.shutdown)  # an error lets the checkpoint that is being written end
+    stack.callback(state.writer.shutdown)  # after an error: finish writing
     if origin.checkpoint is not None:
         state.restore(origin.checkpoint, context, total_steps=total_steps)
     context.run_on_main(claim_folder, recipe, origin.environment, origin.checkpoint)
@@ -163,7 +171,7 @@ def setup(
         model.compile()
     metrics_file = MetricsFile(recipe.folder / "metrics.jsonl")
     last_evaluation = context.run_on_main(metrics_file.truncate, state.step, state.evaluated_step)
-    state.evaluated_step = min(state.evaluated_step, last_evaluation)  # a lost one is due again
+    state.evaluated_step = min(state.evaluated_step, last_evaluation)  # repeat a lost one
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -176,12 +184,12 @@ def setup(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         objective=objective,
-        batches=plan(train_split),
-        albumentations_workers=host,
+        batches=batches_of(train_split),
+        albumentations_workers=workers,
         unfreeze_epochs=unfreeze_epochs,
         metrics_file=metrics_file,
         tracker=start_tracker(recipe, origin, context),
-        bar=stack.enter_context(progress_bar(state.step, total_steps, shown=context.is_main)),
+        bar=stack.enter_context(progress_bar(state.step, total_steps, enabled=context.is_main)),
         metadata={
             "micro_batches": origin.micro_batches,
             "data": origin.data_digest,
@@ -191,21 +199,22 @@ def setup(
     )
     log.info(
         f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {recipe.run.epochs} epochs of "
-        f"{steps_per_epoch} steps, batch {recipe.run.batch_size} in {origin.micro_batches} micro-batch(s)"
-        + (f"; goes on at step {state.step} of {total_steps}" if origin.checkpoint else "")
+        f"{steps_per_epoch} steps, batch size {recipe.run.batch_size} in {origin.micro_batches} "
+        "micro-batch(es)"
+        + (f"; resuming from step {state.step} of {total_steps}" if origin.checkpoint else "")
     )
-    check_data()  # the digests, computed by threads meanwhile
+    check_data()  # digests were computed by threads meanwhile
     return run, state
 
 
 def find_origin(
     recipe: Recipe, context: DistContext, device: torch.device, *, force: bool
 ) -> Origin:
-    """Agree on recipe, data, teachers and checkpoint; UserError where ranks or runs do not match."""
+    """Agree on recipe, data, teachers and checkpoint; UserError if ranks disagree."""
     digest = data_digest(Path(recipe.data.path))
     context.require_equal("recipe", hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:12])
     context.require_equal("data set", digest[:12])
-    teachers = context.run_on_main(look_up_teachers, recipe)
+    teachers = context.run_on_main(find_teacher_weights, recipe)
     context.run_on_main(check_caches, recipe, teachers)
     digests = [teacher.digest for teacher in teachers]
     checkpoint, micro_batches = context.run_on_main(
@@ -220,20 +229,20 @@ def find_origin(
         step=load_progress(checkpoint)["step"] if checkpoint else 0,
         micro_batches=micro_batches,
         num_classes=len(class_names(Path(recipe.data.path))),
-        environment=environment.describe_environment(
+        environment=describe_environment(
             world_size=context.world_size, device=device, data=digest, teachers=digests
         ),
     )
 
 
-def look_up_teachers(recipe: Recipe) -> list[TeacherWeights]:
+def find_teacher_weights(recipe: Recipe) -> list[TeacherWeights]:
     return [find_teacher(teacher) for teacher in recipe.all_teachers]
 
 
 def build_initial_model(
     recipe: Recipe, origin: Origin, context: DistContext, images: Tensor, rows: Tensor
 ) -> Any:
-    """Return the model on the CPU, with initial or pretrained weights, or ready for a checkpoint's."""
+    """Return the model on the CPU, with initial, pretrained or saved weights."""
     saved = origin.checkpoint
     if saved is None:
         context.run_on_main(fetch_pretrained, recipe.model)
@@ -242,14 +251,16 @@ def build_initial_model(
     model: Any = build_model(recipe.model, origin.num_classes, weights)
     if saved is None and recipe.model.whiten:
         few = images[rows[:WHITENING_ROWS]].cpu()
-        model.pixels.filters.copy_(context.run_on_main(whitening_filters, model.pixels, few))
+        model.preprocess.filters.copy_(
+            context.run_on_main(whitening_filters, model.preprocess, few)
+        )
     return model
 
 
-def find_teachers(
+def build_teachers(
     recipe: Recipe, origin: Origin, context: DistContext, device: torch.device
 ) -> Teacher | None:
-    """Return the recipe's teachers as one, or None; the log says how many parameters each rank holds."""
+    """Return the recipe's teachers as one, or None; log how many parameters each rank holds."""
 
     def mesh(over: ShardOver) -> DeviceMesh | None:
         return rank_mesh(device, context.world_size, over=over)
@@ -267,21 +278,23 @@ def find_teachers(
     return teacher
 
 
-def batches_of(
+def rank_batches(
     recipe: Recipe, origin: Origin, context: DistContext, rows: Tensor, split: Split
 ) -> Iterator[list[Batch]]:
-    """Return this rank's micro-batches of each step, from the first step that is not done."""
+    """Yield this rank's micro-batches of each step, from the first remaining step."""
     return train_batches(
         split,
         rows,
-        seed=recipe.run.seed,
-        shuffle=recipe.data.shuffle,
-        batch_size=recipe.run.batch_size,
-        micro_batches=origin.micro_batches,
+        BatchPlan(
+            seed=recipe.run.seed,
+            shuffle=recipe.data.shuffle,
+            batch_size=recipe.run.batch_size,
+            micro_batches=origin.micro_batches,
+            rank=context.rank,
+            world_size=context.world_size,
+            repeated=recipe.augment.repeated,
+        ),
         start_step=origin.step,
-        rank=context.rank,
-        world_size=context.world_size,
-        repeated=recipe.augment.repeated,
     )
 
 

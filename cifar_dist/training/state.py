@@ -1,6 +1,6 @@
-"""The state of a run at a step, and nothing else: what a checkpoint holds.
+"""The state of a run at a step: what a checkpoint holds.
 
-No random state, no sampler, no loader: those are functions of the step.
+It has no random state, sampler or loader: those are functions of the step.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import copy
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.optim.averaging import WeightAverage
 from cifar_dist.optim.optimizer import load_portable_state_dict, portable_state_dict
+from cifar_dist.recipe.schema import RunConfig
 from cifar_dist.run_folder import checkpoint
 from cifar_dist.training.graphed_step import StepFn
 from cifar_dist.training.metric_window import MetricWindow
@@ -31,17 +31,17 @@ POLL_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
 @dataclass
 class TrainState:
-    model: Any  # the bare one, an nn.Module
+    model: Any  # an nn.Module without DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
     window: MetricWindow
-    step: int = 0  # updates done
-    step_fn: StepFn | None = None  # how to do the next one
-    steps_to_poll: int = 0  # counted separately, so that a desynchronised rank still joins the poll
-    saved_step: int = -1  # nothing: a signal before the first step saves, too
+    step: int = 0  # completed updates
+    step_fn: StepFn | None = None
+    steps_to_poll: int = 0  # counted separately, so that a desynchronized rank still joins the poll
+    saved_step: int = -1  # -1: a signal before the first step saves, too
     evaluated_step: int = 0
-    best: dict[str, Any] | None = None  # by held-out accuracy: {"val_top1", "checkpoint", "step"}
+    best: dict[str, Any] | None = None  # {"val_top1", "checkpoint", "step"}
     seconds_before: float = 0.0  # of earlier starts
     started: float = field(default_factory=time.perf_counter)
     last_save: float = field(default_factory=time.perf_counter)
@@ -50,67 +50,52 @@ class TrainState:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of the run, all starts together."""
+        """Wall-clock time of the run over all starts."""
         return self.seconds_before + time.perf_counter() - self.started
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """What is judged: the average where there is one."""
+        """The averaged model if there is one, otherwise the model."""
         return self.average.model if self.average else self.model
 
-    def update_best(self, top1: float) -> bool:
-        """Whether this held-out accuracy is the best so far; then this step's checkpoint is kept."""
-        is_best = self.best is None or top1 > self.best["val_top1"]
+    def update_best(self, val_top1: float) -> bool:
+        """Return whether this validation accuracy is the best so far; its checkpoint is then kept."""
+        is_best = self.best is None or val_top1 > self.best["val_top1"]
         if is_best:
-            self.best = {"val_top1": top1, "checkpoint": f"step_{self.step:08d}"}
-            self.best["step"] = self.step
+            name = f"step_{self.step:08d}"
+            self.best = {"val_top1": val_top1, "checkpoint": name, "step": self.step}
         return is_best
 
-    def why_no_more(self, *, epochs_without_gain: int | None, steps_per_epoch: int) -> str | None:
-        """Why training ends early: held-out accuracy has not risen for so long; None: it goes on.
+    def check_finite(self, context: DistContext, *, max_skips: int, warn: bool) -> None:
+        """Raise UserError after `max_skips` skipped steps in a row, on all ranks alike.
 
-        Known from what all ranks share and a checkpoint keeps, so a restart finds the same.
+        The weights are those before the skipped steps. With `warn`, log what was skipped since the
+        last log.
         """
-        if epochs_without_gain is None or self.best is None:
-            return None
-        steps = self.evaluated_step - self.best["step"]
-        if steps < epochs_without_gain * steps_per_epoch:
-            return None
-        return (
-            f"val top1 has not risen for {steps / steps_per_epoch:g} epochs, since its "
-            f"{self.best['val_top1']:.2f} % after epoch {self.best['step'] / steps_per_epoch:g}"
-        )
-
-    def check_finite(self, context: DistContext, *, most_skips: int, warn: bool) -> None:
-        """Stop when `most_skips` steps in a row were not finite; the weights are those before them.
-
-        `warn`: name what was left out since the last report. All ranks find the same.
-        """
-        in_a_row, skipped, before = self.window.skips.tolist()  # the one host read of a report
-        stops = in_a_row >= most_skips or (skipped and most_skips == 1)
-        if not stops and not (warn and skipped):
+        in_a_row, skipped, before = self.window.skips.tolist()  # the only host read of a log
+        fatal = in_a_row >= max_skips or (skipped and max_skips == 1)
+        if not fatal and not (warn and skipped):
             return
         first = self.step - self.window.steps + before + 1
-        what = f"step {first}: not finite: {self.window.nonfinite_terms(context)}"
-        if not stops:
-            log.warning(f"{what}; {skipped} step(s) left out since the last report")
+        terms = self.window.nonfinite_terms(context)
+        if not fatal:
+            log.warning(f"step {first}: not finite: {terms}; skipped {skipped} step(s)")
             return
         raise UserError(
-            f"{what}; {skipped} step(s) since then changed no weight and nothing of it was saved. "
-            "Lower optim.lr, set optim.max_grad_norm, try run.precision=fp32, or leave single steps "
-            "out with run.on_nonfinite=skip"
+            f"step {first}: not finite: {terms}; {skipped} step(s) since then changed no weight and "
+            "nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, try "
+            "run.precision=fp32, or skip single steps with run.on_nonfinite=skip"
         )
 
     def save(
         self, folder: Path, context: DistContext, *, keep: int, metadata: dict[str, Any]
     ) -> None:
-        """Copy the state of this step; rank 0 writes it as a checkpoint while training goes on.
+        """Copy the state; rank 0 writes it as a checkpoint in a thread while training continues.
 
-        One is written at a time, so this waits for the one before. `facts` (micro-batches, digest of the
-        data) are kept beside, to be compared on the next start.
+        Waits for the checkpoint before. `metadata` is stored with it and compared at the next start.
         """
         self.finish_saving(context)
-        sums, broken = self.window.read(), self.window.read_nonfinite()  # all ranks take part
+        sums, nonfinite = self.window.read(), self.window.read_nonfinite()  # collective
         self.saved_step, self.last_save = self.step, time.perf_counter()
         if not context.is_main:
             return
@@ -127,62 +112,54 @@ class TrainState:
                 "steps": self.window.steps,
                 "seconds": self.window.elapsed(),
                 "skips": self.window.skips.tolist(),
-                "nonfinite": broken,
+                "nonfinite": nonfinite,
             },
         }
         tensors = {"model": self.model.state_dict()}
         if self.average:
             tensors["average"] = self.average.model.state_dict()
-        write = partial(
-            checkpoint.save_checkpoint,
+        self.writing = self.writer.submit(
+            write_checkpoint,
             folder,
-            step=self.step,
-            tensors=checkpoint.to_cpu(tensors),
-            optimizer=checkpoint.to_cpu(portable_state_dict(self.optimizer)),
-            progress=copy.deepcopy(progress),
+            self.step,
+            checkpoint.to_cpu(tensors),
+            checkpoint.to_cpu(portable_state_dict(self.optimizer)),
+            copy.deepcopy(progress),
+            keep,
         )
-        best = self.best["checkpoint"] if self.best else None
-
-        def write_and_prune() -> None:
-            write()
-            checkpoint.prune(folder, keep=keep, best=best)
-
-        self.writing = self.writer.submit(write_and_prune)
 
     def finish_saving(self, context: DistContext) -> None:
-        """Wait until the last checkpoint is complete; all ranks raise the error that it met."""
-        context.run_on_main(lambda: self.writing.result() if self.writing else None)
+        """Wait until the last checkpoint is complete; all ranks raise its error."""
+        context.run_on_main(wait_for, self.writing)
 
     @property
     def checkpoint_failed(self) -> bool:
-        """Whether the last checkpoint met an error already (on rank 0, which writes)."""
+        """Whether writing the last checkpoint raised an error (known on rank 0)."""
         writing = self.writing
         return bool(writing and writing.done() and writing.exception())
 
     def restore(self, saved: Path, context: DistContext, *, total_steps: int) -> None:
-        """Become the state that `saved` (checked before) holds, on every rank.
+        """Load a checkpoint that was verified before.
 
-        UserError for what a forced recipe cannot go on from.
+        UserError if the recipe of a forced run cannot continue from it.
         """
         progress = checkpoint.load_progress(saved)
         if progress["step"] > total_steps:
             raise UserError(
-                f"the run has done {progress['step']} steps and this recipe ends after {total_steps}; "
-                "raise run.epochs, or give it a name (name=...)"
+                f"the run has completed {progress['step']} steps but this recipe has only "
+                f"{total_steps}; raise run.epochs, or choose another name (name=...)"
             )
         before, now = progress.get("optimizer"), type(self.optimizer).__name__
         if before and before != now:
             raise UserError(
-                f"{now} cannot go on from the state of {before}; give the run a name (name=...)"
+                f"{now} cannot continue from the state of {before}; choose another name (name=...)"
             )
         self.model.load_state_dict(checkpoint.load_tensors(saved, "model"))
         load_portable_state_dict(self.optimizer, checkpoint.load_optimizer(saved))
-        if progress["scaler"]:  # not of bf16 or fp32
+        if progress["scaler"]:  # empty for bf16 and fp32
             self.scaler.load_state_dict(progress["scaler"])
         if self.average:
-            average = checkpoint.load_tensors(
-                saved, "average"
-            )  # none: asked for only now, by force
+            average = checkpoint.load_tensors(saved, "average")  # none if forced on only now
             self.average.model.load_state_dict(average or self.model.state_dict())
         self.window.restore(**{"names": self.window.names} | progress["window"], context=context)
         self.step = self.saved_step = progress["step"]
@@ -190,28 +167,69 @@ class TrainState:
         self.seconds_before = progress["seconds"]
 
 
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    optimizer: dict[str, Any],
+    progress: dict[str, Any],
+    keep: int,
+) -> None:
+    """Write a checkpoint, then delete all but the newest `keep` and the best one."""
+    checkpoint.save_checkpoint(
+        folder, step=step, tensors=tensors, optimizer=optimizer, progress=progress
+    )
+    best = progress["best"]["checkpoint"] if progress["best"] else None
+    checkpoint.prune(folder, keep=keep, best=best)
+
+
+def wait_for(writing: Future[None] | None) -> None:
+    if writing:
+        writing.result()
+
+
+def early_stop_reason(config: RunConfig, state: TrainState, steps_per_epoch: int) -> str | None:
+    """Return why training stops before the last step, or None to continue.
+
+    It stops when validation top-1 has not improved for `run.early_stopping_patience` epochs, which all
+    ranks and every restart know from the checkpoint.
+    """
+    if config.early_stopping_patience is None or state.best is None:
+        return None
+    if state.step == config.epochs * steps_per_epoch:
+        return None
+    steps = state.evaluated_step - state.best["step"]
+    if steps < config.early_stopping_patience * steps_per_epoch:
+        return None
+    return (
+        f"val top1 has not improved for {steps / steps_per_epoch:g} epochs, since "
+        f"{state.best['val_top1']:.2f} % after epoch {state.best['step'] / steps_per_epoch:g}"
+    )
+
+
 def poll_ranks(
     state: TrainState, context: DistContext, *, save_every_minutes: float
 ) -> tuple[int, bool, int]:
-    """What ranks agree on: a stop signal or 0, save now? (rank 0's clock), steps to the next vote.
+    """Agree on (stop signal or 0, whether to save now, steps until the next poll).
 
-    Votes come about once a second of the slowest rank's measured step time; alone, at every step.
+    Ranks poll about once per second of the slowest rank's step time; a single process at every step.
     """
     steps = state.window.steps
     minutes = (time.perf_counter() - state.last_save) / 60
+    save_due = context.is_main and (minutes >= save_every_minutes or state.checkpoint_failed)
+    step_seconds = state.window.elapsed() / steps if steps else POLL_SECONDS
     stop, save, slowest, latest, earliest = context.all_reduce_max(
         [
             float(signals.stop_signal()),
-            float(context.is_main and (minutes >= save_every_minutes or state.checkpoint_failed)),
-            state.window.elapsed() / steps if steps else POLL_SECONDS,
+            float(save_due),
+            step_seconds,
             float(state.step),
             float(-state.step),
         ]
     )
     if latest != -earliest:
-        done = ", ".join(
-            f"{rank}: {step}" for rank, step in enumerate(context.all_gather_object(state.step))
-        )
-        raise RuntimeError(f"ranks have lost each other; steps they have done: {done}")
+        gathered = context.all_gather_object(state.step)
+        steps_of = ", ".join(f"{rank}: {step}" for rank, step in enumerate(gathered))
+        raise RuntimeError(f"ranks are at different steps (rank: step): {steps_of}")
     until_next = 1 if context.world_size == 1 else int(POLL_SECONDS / max(slowest, 1e-6))
     return int(stop), save > 0, min(max(until_next, 1), 1000)

@@ -1,1 +1,1 @@
-"""Helpers without knowledge of training: errors, files, keyed randomness, YAML."""
+"""Helpers that know nothing about training: errors, files, keyed random numbers, YAML."""

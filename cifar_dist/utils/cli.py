@@ -1,15 +1,15 @@
-"""Floor 0. How every command explains itself, and what it does not overwrite."""
+"""Argument parsing shared by all commands."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import textwrap
 from collections.abc import Set
 from pathlib import Path
 from typing import NoReturn
 
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.suggest import closest
 
 RENAMED = {
     "--flips": "--tta-flip",
@@ -21,47 +21,49 @@ RENAMED = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says what is wrong in one sentence, on one rank, as every command does."""
+    """Parser that raises UserError, so that only rank 0 prints it."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: -"):
-            word = message.split()[2].partition("=")[0]
-            close = difflib.get_close_matches(word, self._option_string_actions, 1)
-            if RENAMED.get(word) in self._option_string_actions:
-                message += f"; it is now called {RENAMED[word]}"
-            elif close:
-                message += f"; did you mean {close[0]}"
-        raise UserError(f"{message}; `{self.prog} --help` says what there is")
+            option = message.split()[2].partition("=")[0]
+            if RENAMED.get(option) in self._option_string_actions:
+                message += f"; it is now called {RENAMED[option]}"
+            elif near := closest(option, self._option_string_actions):
+                message += f"; did you mean {near}?"
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def command_parser(command: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    """The parser of `python -m cifar_dist.COMMAND`, with examples below its options."""
+    """Return the parser of `python -m cifar_dist.COMMAND`, with examples below its options."""
     parser = _Parser(
         prog=f"python -m cifar_dist.{command}",
         description=textwrap.fill(description, 80),
         epilog="\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a mistyped option is no other one
+        allow_abbrev=False,  # a misspelled option must not select another one
     )
     parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error was found"
+        "--traceback", action="store_true", help="print a traceback with an error message"
     )
     return parser
 
 
+def add_recipe(parser: argparse.ArgumentParser, recipe_help: str) -> None:
+    """Add a recipe and its overrides; use `parse_intermixed_args` to allow options between them."""
+    parser.add_argument("recipe", type=Path, help=recipe_help)
+    # Without a default, argparse would list `overrides` among the missing arguments.
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="recipe overrides"
+    )
+
+
 def check_output(folder: Path, names: Set[str], *, force: bool) -> None:
-    """Refuse a folder that is there already: for good unless all in it bears our `names`, else unless forced."""
+    """Raise UserError if `folder` exists.
+
+    With `force` a folder may exist if everything in it is called one of `names`.
+    """
     if folder.exists():
         foreign = not folder.is_dir() or {path.name for path in folder.iterdir()} - names
         if foreign or not force:
-            remedy = "choose another --output" if foreign else "choose another --output, or --force"
-            raise UserError(f"{folder} is there already; {remedy}")
-
-
-def add_recipe(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """A recipe and changes to it; `parse_intermixed_args` lets options stand between them."""
-    parser.add_argument("recipe", type=Path, help=meaning)
-    # the default says that none is needed, which an error message would else deny
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="changes to it"
-    )
+            remedy = "choose another --output" + ("" if foreign else ", or add --force")
+            raise UserError(f"{folder} already exists; {remedy}")

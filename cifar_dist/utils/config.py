@@ -1,7 +1,7 @@
-"""Floor 0. What a config class is: a frozen, keyword-only dataclass that states its own ranges.
+"""The `config` decorator for frozen dataclasses, and annotated number types.
 
-The ranges are annotations (`Count`, `Fraction`, ...): they go into the JSON Schema and are checked
-where a recipe is read (recipe.py). Nothing here imports the validator, so hot modules stay lean.
+The ranges of `Count`, `Fraction` etc. go into the JSON Schema and are checked by recipe/load.py.
+This module does not import pydantic, so that modules which define a config stay light.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Count = Annotated[int, Interval(gt=0, lt=1 << 31)]  # 1, 2, 3, ...
 Index = Annotated[int, Ge(0)]  # 0, 1, 2, ...
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]  # both ends allowed
-Factor = Annotated[float, Interval(gt=0, le=1)]
-Angle = Annotated[float, Interval(ge=0, lt=math.pi)]  # radians, not degrees
-Share = Annotated[float, Interval(ge=0, lt=1)]  # 1 itself makes no sense (a dropout rate, ...)
+Fraction = Annotated[float, Interval(ge=0, le=1)]  # [0, 1]
+Factor = Annotated[float, Interval(gt=0, le=1)]  # (0, 1]
+Share = Annotated[float, Interval(ge=0, lt=1)]  # [0, 1), such as a dropout rate
+Angle = Annotated[float, Interval(ge=0, lt=math.pi)]  # in radians; the limit catches degrees
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -1,4 +1,4 @@
-"""Floor 0. A mistake that a person can mend is one sentence with the remedy, and exit code 2."""
+"""User errors: one sentence that names the problem and its remedy, and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,66 +9,70 @@ import sys
 from collections.abc import Callable
 
 USER_ERROR = 2  # exit code
-USER_ERRNOS = (  # errors of the storage that a person can do something about
+INTERRUPTED = 130  # exit code that shells report for a process that Ctrl-C ended
+USER_ERRNOS = (  # storage errors that the user can fix
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
     *(errno.EIO, errno.ESTALE),
-    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),  # of an --output
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
-INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
 class UserError(ValueError):
-    """One sentence for the person at the keyboard: what is wrong and what to do about it.
+    """An error that the user can fix; its message says what is wrong and what to do.
 
-    Any other exception is a bug of ours and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
 
 
 def is_main_rank() -> bool:
-    """Whether this process speaks for its group, told by the launcher's environment alone."""
+    """Return whether this is rank 0, by the launcher's environment variables alone."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def user_message(error: UserError | OSError) -> str | None:
-    """What is wrong and what to do about it; None for an error that nobody but us can mend."""
+    """Return what is wrong and what to do about it, or None if the error is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if error.errno in USER_ERRNOS:
-        return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}; free or choose another place"
+        path = error.filename2 or error.filename or "a file"
+        return f"{path}: {error.strerror}; free space or choose another path"
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; torch's go on with advice and traces."""
-    return str(error).partition("\n")[0]
+    """Return the first line of an error's message, or its type if it has none.
+
+    The messages of torch continue with advice and stack traces.
+    """
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def print_error(sentence: str) -> None:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
+def print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[list[str]], int]) -> int:
-    """Run a command's `main(arguments)` and return its exit code; 2 and one sentence for a UserError.
+    """Run a command's `main(arguments)` and return its exit code.
 
-    Errors of the storage (disk full, no permission) are the person's to mend as well. With
-    --traceback both keep their trace.
+    Rank 0 prints a UserError, or a storage error that the user can fix, as one sentence; the exit
+    code is 2 then. With --traceback these errors are raised instead.
     """
     arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name need not fit the terminal
+        if isinstance(stream, io.TextIOWrapper):  # a file name may not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
     try:
         return main(arguments)
     except KeyboardInterrupt:
-        print("interrupted; what was written is complete", file=sys.stderr, flush=True)
+        print("interrupted; all written files are complete", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except BrokenPipeError:  # who read our output, like `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError) as error:
-        sentence = user_message(error)
-        if sentence is None or "--traceback" in arguments:
+        message = user_message(error)
+        if message is None or "--traceback" in arguments:
             raise
         if is_main_rank():
-            print_error(sentence)
+            print_error(message)
         return USER_ERROR

@@ -1,4 +1,4 @@
-"""Floor 0. On disk a thing is complete or absent: written aside, fsynced, renamed."""
+"""Atomic writes: a file or folder is written under a temporary name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cifar_dist.utils.errors import UserError
 
 @contextmanager
 def with_path(path: Path) -> Iterator[None]:
-    """An error of the storage within names the file; a failed write or fsync itself does not."""
+    """Add `path` to an OSError that lacks a file name, as those of write and fsync do."""
     try:
         yield
     except OSError as error:
@@ -27,30 +27,41 @@ def with_path(path: Path) -> Iterator[None]:
 
 @contextmanager
 def report_uncreatable(path: Path) -> Iterator[None]:
-    """Within, a path that is made and yet not found is the person's to mend: /proc answers so."""
+    """Report a path that cannot be created as a user error; /proc answers ENOENT for one."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: nothing can be made there; choose another place") from None
+        raise UserError(f"{path}: cannot be created; choose another path") from None
 
 
 def make_folder(path: Path) -> None:
-    """Make it and its parents where they are absent."""
+    """Create a folder and its parents where they do not exist."""
     with report_uncreatable(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
-@contextmanager
-def folder_lock(folder: Path, *, elsewhere: str = "choose another place") -> Iterator[None]:
-    """One process at a time in `folder`, which is made if absent and goes again if it stays empty.
+def _absent_folders(path: Path) -> list[Path]:
+    """Return `path` and its parents that do not exist, deepest first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
-    UserError, which ends in `elsewhere`, where something else bears its name.
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+@contextmanager
+def folder_lock(folder: Path, *, remedy: str = "choose another path") -> Iterator[None]:
+    """Hold an exclusive lock on `folder`, which is created if absent and removed if left empty.
+
+    Raises UserError, which ends in `remedy`, if the path is not a folder.
     """
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    absent = _absent_folders(folder)
     try:
         make_folder(folder)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename} is not a folder; {elsewhere}") from error
+        raise UserError(f"{error.filename} is not a folder; {remedy}") from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -58,26 +69,24 @@ def folder_lock(folder: Path, *, elsewhere: str = "choose another place") -> Ite
         yield
     finally:
         os.close(descriptor)
-        for path in absent:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+        _remove_empty(absent)
 
 
 def sync(path: Path) -> None:
-    """Ask the file system to put a file or a folder's entries on disk now."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with with_path(path):
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some have no fsync of folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # no fsync for folders
             raise
     finally:
         os.close(descriptor)
 
 
 def rename(old: Path, new: Path) -> None:
-    """os.rename that knows network file systems: when the answer is lost, the second try finds nothing."""
+    """Rename, and accept that a network file system lost its reply and found nothing on the retry."""
     try:
         os.rename(old, new)
     except FileNotFoundError:
@@ -86,107 +95,110 @@ def rename(old: Path, new: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Make a folder disappear at once, then delete it, as far as open files of others allow."""
-    aside = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+    """Rename a folder away, then delete as much of it as other processes' open files allow."""
+    temporary = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
     try:
-        rename(folder, aside)
+        rename(folder, temporary)
     except FileNotFoundError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A new empty file in the folder of `path`, which is made; it goes away unless it was renamed."""
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file in the folder of `path`, and delete it unless it was renamed."""
     make_folder(path.parent)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with report_uncreatable(path), with_path(path):
-            aside.touch()
-        yield aside
+            temporary.touch()
+        yield temporary
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace `path` by `content` in one step; a reader sees the old file or the new, never a part."""
+    """Replace `path` by `content` in one step: readers see the old file or the new one.
+
+    A pipe or device is written to directly.
+    """
     data = content.encode() if isinstance(content, str) else content
     if _is_stream(path):
         with path.open("wb") as file:
             file.write(data)
         return
-    path = path.resolve() if path.is_symlink() else path  # the link stays, its file is replaced
-    with _beside(path) as aside:
-        with with_path(path), aside.open("wb") as file:
+    path = path.resolve() if path.is_symlink() else path  # keep the link, replace its target
+    with _temporary_file(path) as temporary:
+        with with_path(path), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     sync(path.parent)
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether there is something that takes bytes and is no file: a pipe, /dev/null, /dev/stdout."""
+    """Return whether `path` is a pipe or a device, such as /dev/null or /dev/stdout."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_writable(path: Path) -> None:
-    """Raise before the work what `write_file` would raise after it; changes nothing."""
+    """Raise the error that `atomic_write` would raise for this path, and leave no trace."""
     if _is_stream(path):
         return
-    absent = [folder for folder in path.parents if not folder.exists()]
+    absent = _absent_folders(path.parent)
     try:
-        with _beside(path):
+        with _temporary_file(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     finally:
-        for folder in absent:
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, in one step. NaN is not JSON and is refused."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        _remove_empty(absent)
 
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `final`; on a clean exit it becomes `final`, else it goes away.
+    """Yield a temporary folder that becomes `final` on a clean exit and is deleted otherwise.
 
-    An existing `final` is moved out of the way first and removed last, so that at no time there is
-    less than one complete folder on the disk.
+    An existing `final` is renamed first and deleted last, so one complete folder always exists.
     """
     make_folder(final.parent)
-    aside = final.with_name(f".{final.name}.{os.getpid()}.part")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
     old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     with report_uncreatable(final):
-        aside.mkdir()
+        temporary.mkdir()
     try:
-        yield aside
-        for path in aside.rglob("*"):
+        yield temporary
+        for path in temporary.rglob("*"):
             sync(path)
-        sync(aside)
+        sync(temporary)
         if final.exists():
             rename(final, old)
-        rename(aside, final)
+        rename(temporary, final)
         sync(final.parent)
     finally:
         if old.exists() and not final.exists():
-            rename(old, final)  # the new one could not take its place
-        shutil.rmtree(aside, ignore_errors=True)
+            rename(old, final)  # the second rename failed
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no file; UserError with the remedy for a damaged one."""
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON; NaN and infinity raise ValueError."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if there is no file.
+
+    Raises UserError, which ends in `remedy`, if the file is not a JSON object.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -198,9 +210,9 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any] | None:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is none that can be read."""
+def try_read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None if it cannot be read, for optional information."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, "")
+    except (OSError, UserError):
         return None

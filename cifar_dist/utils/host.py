@@ -1,4 +1,4 @@
-"""Identity of this machine and its processes."""
+"""Identity of this machine and its processes, and memory use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 
 
 def host_id() -> str:
-    """The same word for processes that find each other in /proc."""
-    spaces = Path("/proc/self/ns/pid")
-    alone = f"process {os.getpid()}"
-    return f"{socket.gethostname()}, {spaces.stat().st_ino if spaces.exists() else alone}"
+    """Return the same string for all processes that see each other in /proc."""
+    namespace = Path("/proc/self/ns/pid")
+    pid_namespace = namespace.stat().st_ino if namespace.exists() else f"process {os.getpid()}"
+    return f"{socket.gethostname()}, {pid_namespace}"
 
 
 def process_start_time(pid: int) -> str | None:
-    """When a process of this machine started, in the kernel's own terms; None if there is none."""
+    """Return when a process of this machine started, in clock ticks since boot.
+
+    None if there is no such process or it has ended. Needs Linux's /proc.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -28,7 +31,7 @@ def process_start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def _pid_exists(pid: int) -> bool:
+def pid_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -39,7 +42,7 @@ def _pid_exists(pid: int) -> bool:
 
 
 def processor_name() -> str:
-    """The CPU's model as the kernel names it."""
+    """Return the model name of the CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -50,12 +53,12 @@ def processor_name() -> str:
 
 
 def peak_reserved_bytes(device: torch.device) -> int:
-    """Return the most memory that the allocator held, recordings' pools included; 0 on a CPU."""
+    """Return the peak memory of the CUDA allocator, graph pools included; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: the allocator's on a GPU, the process's on a CPU."""
+    """Return the peak memory of the allocated tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

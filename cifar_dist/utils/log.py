@@ -1,4 +1,4 @@
-"""The log, and the progress bar on a terminal."""
+"""Logging and progress bars."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from cifar_dist.utils.errors import is_main_rank
 log = logging.getLogger("cifar_dist")
 
 
+class _TqdmHandler(logging.Handler):
+    """Print records to stdout without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has exited, as `head` does; keep working
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def log_to_terminal() -> None:
-    """Rank 0 tells what happens, line by line around its progress bar; other ranks only warn."""
-
-    class AroundTheBar(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            try:
-                tqdm.write(self.format(record), file=sys.stdout)
-                sys.stdout.flush()
-            except BrokenPipeError:  # who read it, like `head`, has seen enough; the work goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
+    """Print log records: all of rank 0, only warnings of other ranks."""
     if not log.handlers:
-        log.addHandler(AroundTheBar())
+        log.addHandler(_TqdmHandler())
     log.setLevel(logging.INFO if is_main_rank() else logging.WARNING)
     log.propagate = False
 
 
-def progress_bar(done: int, total: int, *, shown: bool, unit: str = "step") -> tqdm:
-    """A bar on rank 0 of a terminal, nothing elsewhere."""
+def progress_bar(done: int, total: int, *, enabled: bool, unit: str = "step") -> tqdm:
+    """Return a progress bar, which prints only if `enabled` and stderr is a terminal."""
     return tqdm(
         total=total,
         initial=done,
         unit=unit,
         dynamic_ncols=True,
         leave=False,
-        disable=None if shown else True,  # None: only on a terminal
+        disable=None if enabled else True,  # None: disable without a terminal
     )

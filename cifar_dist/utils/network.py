@@ -1,4 +1,4 @@
-"""Floor 0. Nobody waits for a network that does not answer."""
+"""Network checks with a time limit."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ RESPONSE_SECONDS = 3
 
 
 def responds(call: Callable[[], object]) -> bool:
-    """Whether `call` ends within 3 seconds without an OSError; what takes longer is left to itself.
+    """Return whether `call` succeeds within 3 seconds; an OSError counts as failure.
 
-    Timeouts of sockets begin after the name has been looked up, which takes 10 seconds where a name
-    server is configured that does not answer, as on nodes without a network.
+    A socket timeout is not enough: it does not cover name resolution, which takes 10 s on nodes
+    whose name server does not answer. A call that takes longer continues in a daemon thread.
     """
-    done: list[bool] = []
+    succeeded = threading.Event()
 
     def run() -> None:
         try:
             call()
         except OSError:
             return
-        done.append(True)
+        succeeded.set()
 
     thread = threading.Thread(target=run, daemon=True, name="network")
     thread.start()
     thread.join(RESPONSE_SECONDS)
-    return bool(done)
+    return succeeded.is_set()

@@ -1,4 +1,4 @@
-"""Floor 0. YAML, the unsurprising part of it: what PyYAML would read silently wrong is refused."""
+"""Strict YAML: refuse what PyYAML would silently read as something else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.errors import UserError, first_line
 
-# A plain scalar's type by its form, YAML 1.2's; under a tag like !!float PyYAML would read more than that.
+# The YAML 1.2 form of each scalar type. PyYAML accepts more, also under a tag such as !!float.
 _FORMS = {
     "null": (re.compile(r"^(?:~|null|)$"), ["~", "n", ""]),
     "bool": (re.compile(r"^(?:true|false)$"), list("tf")),
@@ -22,18 +22,21 @@ _FORMS = {
 }
 
 
-def _wrong(what: str, place: Any) -> yaml.MarkedYAMLError:
-    """The refusal of a node or an event, with its line and column."""
-    return yaml.constructor.ConstructorError(None, None, what, place.start_mark)
+def _error(message: str, node: Any) -> yaml.MarkedYAMLError:
+    """Return the error for a node or an event, with its line and column."""
+    return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: 1e-3 is a number, `no` and `010` are text; no repeats, no aliases."""
+    """Loader with YAML 1.2 scalars (1e-3 is a number; `no` and `010` are strings).
+
+    Duplicate keys, anchors and aliases are errors.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise _wrong("anchors and aliases are not allowed; write the value out", event)
+            raise _error("anchors and aliases are not allowed; write the value out", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
@@ -41,33 +44,33 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = self.construct_object(key_node, deep=True)
             if not isinstance(name, str):
-                raise _wrong(f"the key {name!r} is not a word", key_node)
+                raise _error(f"the key {name!r} is not a string; quote it", key_node)
             if name in seen:
-                raise _wrong(f"{name!r} is given twice; keep one", key_node)
+                raise _error(f"{name!r} is given twice; keep one", key_node)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node: Any) -> str:
-        """A text; one like ~/data, which only shells expand, would make a folder of that name."""
+        """Return a string; refuse ~/..., which would create a folder called `~`."""
         text = self.construct_scalar(node)
         if text.startswith("~/"):
-            raise _wrong(f"{text[:40]!r}: nothing expands the ~ here; write the whole path", node)
+            raise _error(f"{text[:40]!r}: ~ is not expanded; write the full path", node)
         return text
 
     def construct_strict(self, node: Any) -> Any:
-        """What PyYAML makes of a scalar, if its text has the form of its type: `!!int 010` has not."""
+        """Return PyYAML's value of a scalar if its text has the YAML 1.2 form of its type."""
         text, kind = self.construct_scalar(node), node.tag.rpartition(":")[2]
         form, _ = _FORMS[kind]
-        if not form.fullmatch(text):  # `$` would let a line end pass
-            raise _wrong(f"{text[:40]!r} is no {kind}; remove the tag", node)
+        if not form.fullmatch(text):  # `$` would accept a trailing newline
+            raise _error(f"{text[:40]!r} is not a valid {kind}; remove the tag", node)
         return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 
 
-# A tag like !!binary or !!set would make what is no plain data; without a constructor it is refused.
+# Tags such as !!binary and !!set, whose values are not plain data, get no constructor.
 _Loader.yaml_constructors = {
     tag: yaml.SafeLoader.yaml_constructors[tag]
     for tag in (
-        None,  # refuses what no other entry takes
+        None,  # raises the error for all other tags
         *(f"tag:yaml.org,2002:{name}" for name in ("seq", "map")),
     )
 }
@@ -79,12 +82,12 @@ for _kind, (_form, _first) in _FORMS.items():
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """Plain data from YAML text; UserError with line and column for what is not plain."""
+    """Return the plain data of YAML text; raise UserError with line and column for anything else."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise UserError(f"{place}: {error.problem}") from None
+        position = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise UserError(f"{position}: {error.problem}") from None
     except (yaml.YAMLError, ArithmeticError, LookupError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a recipe: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: not a recipe: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""One job a folder: starts in the same instant, dead holders, other machines, restarts of a job."""
+"""The run folder's lock: concurrent starts, dead holders, other machines, restarts of a job."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ from cifar_dist.utils.errors import UserError
 processes = multiprocessing.get_context("fork")
 
 
-def contend(folder: Path, together: Barrier, rounds: int, seed: int, log: Path) -> None:
-    """Want the folder `rounds` times at the same instant as others; note when it was ours."""
-    chance = random.Random(seed)
+def contend(folder: Path, barrier: Barrier, rounds: int, seed: int, log: Path) -> None:
+    """Try to lock the folder `rounds` times, at the same time as others; log when it was held."""
+    random_source = random.Random(seed)
     with log.open("a") as file:
         for number in range(rounds):
-            together.wait(timeout=30)
+            barrier.wait(timeout=30)
             try:
                 with run_lock(folder):
-                    got = time.monotonic_ns()
-                    time.sleep(chance.random() * 0.01)
-                    print(number, got, time.monotonic_ns(), file=file, flush=True)
-                    if chance.random() < 0.3:
-                        (folder / "lock" / "999.json").touch()  # somebody who looks in and leaves
+                    acquired = time.monotonic_ns()
+                    time.sleep(random_source.random() * 0.01)
+                    print(number, acquired, time.monotonic_ns(), file=file, flush=True)
+                    if random_source.random() < 0.3:
+                        (folder / "lock" / "999.json").touch()  # a process that tries and gives up
                         (folder / "lock" / "999.json").unlink()
             except UserError:
                 pass
 
 
-def test_starts_in_the_same_instant_have_one_winner(tmp_path: Path) -> None:
-    """200 rounds of 6 processes: no two hold at the same time, and nearly always one wins."""
+def test_concurrent_starts_have_one_winner(tmp_path: Path) -> None:
+    """6 processes, 200 rounds: no two hold the lock at the same time, and nearly always one does."""
     workers, rounds = 6, 200
-    together = processes.Barrier(workers)
+    barrier = processes.Barrier(workers)
     logs = [tmp_path / f"{worker}.txt" for worker in range(workers)]
     started = [
         processes.Process(
             daemon=True,
             target=contend,
-            args=(tmp_path / "run", together, rounds, worker, logs[worker]),
+            args=(tmp_path / "run", barrier, rounds, worker, logs[worker]),
         )
         for worker in range(workers)
     ]
@@ -62,16 +62,16 @@ def test_starts_in_the_same_instant_have_one_winner(tmp_path: Path) -> None:
         process.join(60)
         assert process.exitcode == 0
     lines = [line.split() for log in logs for line in log.read_text().splitlines()]
-    holds = sorted((int(got), int(left)) for _, got, left in lines)
-    won = {int(number) for number, _, _ in lines}  # two may step back from each other
+    holds = sorted((int(acquired), int(released)) for _, acquired, released in lines)
+    won = {int(number) for number, _, _ in lines}  # in a tie both may give up
     assert len(won) > 0.8 * rounds
-    for (_, left), (got, _) in itertools.pairwise(holds):
-        assert left <= got
+    for (_, released), (acquired, _) in itertools.pairwise(holds):
+        assert released <= acquired
     assert not (tmp_path / "run/lock").exists()
 
 
 @pytest.mark.parametrize("cause", [None, ValueError])
-def test_a_folder_that_the_lock_made_goes_if_nothing_came_into_it(
+def test_folder_created_by_the_lock_is_removed_if_empty(
     tmp_path: Path, cause: type[Exception] | None
 ) -> None:
     (tmp_path / "there").mkdir()
@@ -87,13 +87,13 @@ def test_a_folder_that_the_lock_made_goes_if_nothing_came_into_it(
 
 @contextmanager
 def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the folder's lock, with these variables, and looks at it often."""
+    """Start a process that holds the folder's lock, with these environment variables."""
     script = (
         "import sys, pathlib\n"
         "from cifar_dist.training import lock\n"
         "lock.HEARTBEAT_SECONDS = 0.1\n"
-        "with lock.locked(pathlib.Path(sys.argv[1])):\n"
-        "    print('mine', flush=True)\n"
+        "with lock.run_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
         "    sys.stdin.read()\n"
     )
     process = subprocess.Popen(
@@ -105,7 +105,7 @@ def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "mine\n"
+    assert process.stdout.readline() == "locked\n"
     try:
         yield process
     finally:
@@ -113,21 +113,21 @@ def holder(folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_living_holder_is_named_and_a_dead_one_is_nobody(tmp_path: Path) -> None:
+def test_live_holder_is_named_and_dead_one_is_ignored(tmp_path: Path) -> None:
     with (
         holder(tmp_path) as process,
         pytest.raises(UserError, match=rf"in use by process {process.pid} on this machine.*name="),
     ):
         run_lock(tmp_path).__enter__()
     with run_lock(tmp_path):
-        assert len(list((tmp_path / "lock").iterdir())) == 2  # the dead one goes with us
+        assert (
+            len(list((tmp_path / "lock").iterdir())) == 2
+        )  # the dead holder's file is removed with ours
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_job_that_starts_again_takes_over_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its earlier start may seem to live on a machine that was lost; but two steps of one job do not mix."""
+def test_restarted_job_takes_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm ends all of a job before it restarts it, but two steps of one start exclude each other."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with holder(tmp_path, SLURM_JOB_ID="7"):
         with pytest.raises(UserError):
@@ -138,7 +138,7 @@ def test_a_job_that_starts_again_takes_over_at_once(
         monkeypatch.setenv("SLURM_JOB_ID", "8")
 
 
-def of_another_machine(folder: Path, *, seconds_ago: float) -> Path:
+def lock_of_another_machine(folder: Path, *, seconds_ago: float) -> Path:
     file = folder / "lock/1.json"
     file.parent.mkdir()
     file.write_text(
@@ -148,8 +148,8 @@ def of_another_machine(folder: Path, *, seconds_ago: float) -> Path:
     return file
 
 
-def test_another_machines_holder_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
-    file = of_another_machine(tmp_path, seconds_ago=lock.STALE_SECONDS - 5)
+def test_holder_on_another_machine_expires_without_heartbeat(tmp_path: Path) -> None:
+    file = lock_of_another_machine(tmp_path, seconds_ago=lock.STALE_SECONDS - 5)
     with pytest.raises(UserError, match="in use by far, process 1"):
         run_lock(tmp_path).__enter__()
     os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
@@ -158,8 +158,8 @@ def test_another_machines_holder_lives_as_long_as_its_heart_beats(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"machine": null}'])
-def test_a_file_that_says_nothing_holds_for_a_minute(tmp_path: Path, content: str) -> None:
-    file = of_another_machine(tmp_path, seconds_ago=0)
+def test_unreadable_lock_file_holds_for_a_minute(tmp_path: Path, content: str) -> None:
+    file = lock_of_another_machine(tmp_path, seconds_ago=0)
     file.write_text(content)
     with pytest.raises(UserError, match="just started"):
         run_lock(tmp_path).__enter__()
@@ -168,11 +168,11 @@ def test_a_file_that_says_nothing_holds_for_a_minute(tmp_path: Path, content: st
         pass
 
 
-def test_who_was_taken_over_ends_without_saving(tmp_path: Path) -> None:
-    """A suspended process wakes up in a folder that another job holds by now."""
+def test_process_that_was_taken_over_ends_without_saving(tmp_path: Path) -> None:
+    """A suspended process resumes in a folder that another job has taken over."""
     with holder(tmp_path) as process:
         later = tmp_path / "lock/2.json"
-        later.touch()  # one that only looks in
+        later.touch()  # a process that tries and gives up
         time.sleep(0.5)
         assert process.poll() is None
         later.write_text(json.dumps(lock._me()))
@@ -185,12 +185,12 @@ def remove_the_lock(folder: Path) -> None:
     shutil.rmtree(folder / "lock")
 
 
-def give_its_number_to_another(folder: Path) -> None:
+def give_the_number_to_another_process(folder: Path) -> None:
     (folder / "lock/1.json").write_text(json.dumps(lock._me()))
 
 
-@pytest.mark.parametrize("act", [remove_the_lock, give_its_number_to_another])
-def test_whose_lock_was_removed_ends_without_saving(
+@pytest.mark.parametrize("act", [remove_the_lock, give_the_number_to_another_process])
+def test_process_without_its_lock_ends_without_saving(
     tmp_path: Path, act: Callable[[Path], None]
 ) -> None:
     with holder(tmp_path) as process:
@@ -202,14 +202,14 @@ def test_whose_lock_was_removed_ends_without_saving(
     assert "Traceback" not in errors
 
 
-def test_the_lock_of_another_stays(tmp_path: Path) -> None:
-    """Its number was ours until somebody removed our file."""
+def test_lock_of_another_process_is_kept(tmp_path: Path) -> None:
+    """The other process got our number after our file had been removed."""
     with run_lock(tmp_path):
         (tmp_path / "lock/1.json").write_bytes(b"another's, \xff")
     assert (tmp_path / "lock/1.json").exists()
 
 
-def test_who_has_lost_the_lock_ends_even_if_nobody_listens(tmp_path: Path) -> None:
+def test_process_without_its_lock_ends_with_a_closed_stderr(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         assert process.stderr is not None
         process.stderr.close()
@@ -218,10 +218,10 @@ def test_who_has_lost_the_lock_ends_even_if_nobody_listens(tmp_path: Path) -> No
         process.stderr = None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
-def test_where_nothing_can_be_made_is_said() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, in which nothing can be created")
+def test_uncreatable_folder_is_one_sentence() -> None:
     with (
-        pytest.raises(UserError, match="nothing can be made there"),
+        pytest.raises(UserError, match="cannot be created"),
         run_lock(Path("/proc/absent")),
     ):
         raise AssertionError

@@ -1,10 +1,11 @@
-"""Storage that is full, read-only, shared, or pulled away in the middle of a save."""
+"""Storage that is full or read-only, and processes that are killed during a save."""
 
 from __future__ import annotations
 
 import errno
 import os
 import random
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_bits
-from launcher import Ranks, train
+from launcher import Launch, train
 
 from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption, latest_valid
 from cifar_dist.run_folder.records import MetricsFile
@@ -33,7 +34,7 @@ EVERY_STEP = 1e-9
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 32 MiB; a checkpoint of the smallest network takes some."""
+    """Mount a file system of 32 MiB, enough for a few checkpoints of the smallest network."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
@@ -45,49 +46,49 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, free: int) -> Path:
-    """Take all but `free` bytes of the disk, while others write to it."""
-    rest = disk / "rest"
-    with rest.open("wb", buffering=0) as file:
+    """Fill the disk except for `free` bytes, while other processes write to it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
         try:
             while file.write(bytes(1 << 14)):
                 pass
         except OSError:
             file.truncate(file.tell() - free)
-    return rest
+    return filler
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.fault)])
-def test_a_disk_that_fills_up_costs_no_checkpoint(
+def test_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker, world_size: int
 ) -> None:
-    """One sentence with the file, on all ranks; the run goes on when there is space again."""
+    """The run ends with one sentence that names the file, and resumes when there is space again."""
     path = recipe(run={"epochs": 20, "eval_every_epochs": 20, "keep_checkpoints": 1})
     arguments = [path, f"run.output_dir={small_disk}", f"run.save_every_minutes={EVERY_STEP}"]
-    ranks = Ranks("train", arguments, cwd=tmp_path, world_size=world_size)
+    ranks = Launch("train", arguments, cwd=tmp_path, world_size=world_size)
     run = small_disk / "tiny"
     deadline = time.monotonic() + 60
     while not checkpoints(run / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.01)
-    rest = fill(small_disk, free=100_000)
+    filler = fill(small_disk, free=100_000)
     assert ranks.wait() == [2] * world_size, ranks.output
     assert ranks.output.count("error:") == 1, ranks.output
-    assert "No space left on device; free or choose another place" in ranks.output
+    assert "No space left on device; free space or choose another path" in ranks.output
     assert str(run) in ranks.output
     saved = latest_valid(run / "checkpoints")
     assert saved is not None
-    rest.unlink()
-    assert "goes on at step" in train(*arguments, cwd=tmp_path, world_size=world_size)
+    filler.unlink()
+    assert "resuming from step" in train(*arguments, cwd=tmp_path, world_size=world_size)
     train(path, "name=straight", cwd=tmp_path, world_size=world_size)
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
 @pytest.mark.fault
-def test_a_disk_that_fills_up_by_metrics_cuts_no_line_that_was_complete(
+def test_full_disk_keeps_complete_lines_of_metrics(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker
 ) -> None:
     path = recipe(run={"epochs": 400, "log_every_steps": 1, "eval_every_epochs": 400})
     arguments = [path, f"run.output_dir={small_disk}"]
-    ranks = Ranks("train", arguments, cwd=tmp_path, world_size=2)
+    ranks = Launch("train", arguments, cwd=tmp_path, world_size=2)
     metrics = small_disk / "tiny/metrics.jsonl"
     deadline = time.monotonic() + 60
     while not metrics.exists() and time.monotonic() < deadline:
@@ -95,21 +96,21 @@ def test_a_disk_that_fills_up_by_metrics_cuts_no_line_that_was_complete(
     fill(small_disk, free=8192)
     assert ranks.wait() == [2, 2], ranks.output
     assert f"error: {metrics}: No space left on device" in ranks.output
-    steps = [line["step"] for line in MetricsFile(metrics).read()]  # as the next start reads them
+    steps = [line["step"] for line in MetricsFile(metrics).read()]
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_read_only_folder_is_one_sentence(
+def test_read_only_folder_is_one_sentence(
     tmp_path: Path, small_disk: Path, recipe: RecipeMaker
 ) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     output = train(recipe(), f"run.output_dir={small_disk}", cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
-    assert "Read-only file system; free or choose another place" in output
+    assert "Read-only file system; free space or choose another path" in output
 
 
-def test_all_files_have_the_modes_that_the_umask_gives(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """So a group can read, or go on with, what one of it has trained."""
+def test_file_modes_follow_the_umask(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """A group can read a run, or resume it."""
     before = os.umask(0o027)
     try:
         process = subprocess.run(
@@ -121,13 +122,13 @@ def test_all_files_have_the_modes_that_the_umask_gives(tmp_path: Path, recipe: R
     finally:
         os.umask(before)
     assert process.returncode == 0, process.stderr
-    found = {
+    modes = {
         path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode)
         for path in (tmp_path / "runs").rglob("*")
         if "wandb" not in path.parts
     }
-    assert len(found) > 8
-    for path, mode in found.items():
+    assert len(modes) > 8
+    for path, mode in modes.items():
         assert mode == (0o750 if (tmp_path / path).is_dir() else 0o640), path
 
 
@@ -158,7 +159,10 @@ for step in range(1, int(sys.argv[3]) + 1):
 
 
 def interrupted_save(folder: Path, *, stop_at: int, saves: int, delay: float | None) -> int:
-    """Save in a process that is killed at its n-th call of the storage, or after a delay; steps said."""
+    """Save in a process that is killed at its n-th storage call or after a delay in seconds.
+
+    Returns the number of saves that are known to have finished.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", SAVER, str(folder), str(stop_at), str(saves)],
         stdout=subprocess.PIPE,
@@ -169,58 +173,59 @@ def interrupted_save(folder: Path, *, stop_at: int, saves: int, delay: float | N
         process.stdout.readline()
         time.sleep(delay)
         process.kill()
-    said, _ = process.communicate()
-    return len(said.split()) + (delay is not None)
+    output, _ = process.communicate()
+    return len(output.split()) + (delay is not None)
 
 
-def check_what_a_kill_left(folder: Path, said: int) -> None:
-    """The newest checkpoint is whole, and at most the one that was being written is lost."""
-    found = checkpoints(folder)
-    if not found:
-        assert said == 0
+def check_checkpoints(folder: Path, saves: int) -> None:
+    """Assert that all checkpoints are complete and the newest is the last or the one after it."""
+    left = checkpoints(folder)
+    if not left:
+        assert saves == 0
         return
-    assert [find_corruption(checkpoint) for checkpoint in found] == [None] * len(found)
-    assert said <= int(found[0].name.removeprefix("step_")) <= said + 1
+    assert [find_corruption(checkpoint) for checkpoint in left] == [None] * len(left)
+    assert saves <= int(left[0].name.removeprefix("step_")) <= saves + 1
 
 
 @pytest.mark.fault
-def test_killed_at_every_call_of_the_storage(tmp_path: Path) -> None:
-    """Two saves and a deletion: each open, rename and removal in turn is the last thing that happens."""
+def test_kill_at_every_storage_call_loses_no_checkpoint(tmp_path: Path) -> None:
+    """Two saves and a deletion, killed at each open, rename and removal in turn."""
     for stop_at in range(1, 200):
         folder = tmp_path / str(stop_at)
-        said = interrupted_save(folder, stop_at=stop_at, saves=2, delay=None)
-        check_what_a_kill_left(folder, said)
-        if said == 2:
+        saves = interrupted_save(folder, stop_at=stop_at, saves=2, delay=None)
+        check_checkpoints(folder, saves)
+        if saves == 2:
             break
-    assert said == 2
+    assert saves == 2
     print(f"killed at each of {stop_at} calls")
     assert stop_at > 20
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.fault)])
-def test_killed_at_random_moments_inside_saves(tmp_path: Path, kills: int) -> None:
-    chance = random.Random(kills)
+def test_kill_at_random_times_loses_no_checkpoint(tmp_path: Path, kills: int) -> None:
+    random_source = random.Random(kills)
     for number in range(kills):
         folder = tmp_path / str(number)
-        said = interrupted_save(folder, stop_at=0, saves=10_000, delay=chance.random() * 0.3)
-        check_what_a_kill_left(folder, said)
+        delay = random_source.random() * 0.3
+        saves = interrupted_save(folder, stop_at=0, saves=10_000, delay=delay)
+        check_checkpoints(folder, saves)
 
 
-def test_a_rename_whose_answer_was_lost_is_done(tmp_path: Path) -> None:
-    """A network file system tries again and is told that there is nothing to rename."""
+def test_rename_accepts_a_lost_reply(tmp_path: Path) -> None:
+    """A network file system retries, and the second try finds nothing to rename."""
     (tmp_path / "new").mkdir()
     rename(tmp_path / "old", tmp_path / "new")
     with pytest.raises(FileNotFoundError):
         rename(tmp_path / "old", tmp_path / "nowhere")
 
 
-def test_a_pipe_is_written_into_and_a_link_stays(tmp_path: Path) -> None:
+def test_atomic_write_into_a_pipe_and_through_a_link(tmp_path: Path) -> None:
     pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     check_writable(pipe)
-    atomic_write(pipe, "said")
-    assert os.read(reader, 100) == b"said"
+    atomic_write(pipe, "text")
+    assert os.read(reader, 100) == b"text"
     os.close(reader)
     assert pipe.is_fifo()
     target.write_text("old")
@@ -231,12 +236,12 @@ def test_a_pipe_is_written_into_and_a_link_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
-def test_a_folder_that_cannot_be_replaced_stays(
+def test_folder_is_kept_if_it_cannot_be_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, real = tmp_path / "data", os.rename
-    with atomic_folder(folder) as aside:
-        (aside / "a").write_text("old")
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
 
     def fail_once(old: Path, new: Path) -> None:
         if new == folder and old.name.endswith(".part"):
@@ -244,23 +249,28 @@ def test_a_folder_that_cannot_be_replaced_stays(
         real(old, new)
 
     monkeypatch.setattr(os, "rename", fail_once)
-    with pytest.raises(OSError, match="Input/output"), atomic_folder(folder) as aside:
-        (aside / "a").write_text("new")
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("new")
     assert (folder / "a").read_text() == "old"
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_folder_disappears_at_once_although_a_file_in_it_cannot(tmp_path: Path) -> None:
-    """Over NFS a file that somebody has open stays as .nfs...; then the folder stays, under another name."""
-    folder = tmp_path / "step_00000001"
-    with atomic_folder(folder) as aside:
-        (aside / "a").write_text("a")
-    remove_folder(folder)
-    remove_folder(folder)
-    assert list(tmp_path.iterdir()) == []
+def test_removed_folder_leaves_at_most_a_hidden_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS a file that a process has open stays as .nfs..., so its folder stays, renamed."""
+    for name in ("step_00000001", "step_00000002"):
+        with atomic_folder(tmp_path / name) as temporary:
+            (temporary / "a").write_text("a")
+    remove_folder(tmp_path / "step_00000001")
+    remove_folder(tmp_path / "step_00000001")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    remove_folder(tmp_path / "step_00000002")
+    assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
 
 
-def test_torch_itself_can_read_what_was_saved(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_torch_loads_a_saved_optimizer(tmp_path: Path, recipe: RecipeMaker) -> None:
     train(recipe(run={"epochs": 1}), cwd=tmp_path)
     newest = checkpoints(tmp_path / "runs/tiny/checkpoints")[0]
     assert "state" in torch.load(newest / "optimizer.pt", weights_only=True)

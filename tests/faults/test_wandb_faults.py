@@ -1,4 +1,4 @@
-"""W&B's server refuses, is silent or falls silent, its process is killed: no row is lost, nobody waits."""
+"""W&B's server does not respond or its process is killed: no row is lost and training does not wait."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from compare import lines
-from launcher import Ranks, train
+from launcher import Launch, train
 from slurm_cluster import wait_until
 from wandb_server import wandb_server
 
 from cifar_dist.tracking.tracker import Tracker, TrackingConfig
 from recipes import RecipeMaker
 
-STEPS, OFF = 24, "W&B is off from now on; the run goes on without it"
+STEPS, OFF = 24, "W&B is off, the run continues without it"
 RECIPE = {"name": "a", "data": {"path": "none"}}
 
 
@@ -29,12 +29,12 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_silent_server_holds_up_a_start_for_five_seconds_at_most(
+def test_silent_server_delays_a_start_by_at_most_five_seconds(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It takes connections and says nothing; then the run is offline."""
+    """The server accepts connections and sends nothing, so the run is offline."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("cifar_dist.tracking.tracker.log.propagate", True)
     with wandb_server() as server:
@@ -43,23 +43,23 @@ def test_a_silent_server_holds_up_a_start_for_five_seconds_at_most(
             monkeypatch.setenv(name, value)
         seconds = []
         for mode in ("offline", "offline", "online"):  # the first also imports wandb
-            begun, tracker = time.monotonic(), Tracker()
+            start, tracker = time.monotonic(), Tracker()
             (tmp_path / mode).mkdir(exist_ok=True)
             tracker.start(TrackingConfig(mode=mode), tmp_path / mode, RECIPE, {}, [])
             for step in range(3):
                 tracker.log({"kind": "train", "step": step, "loss": 1.0})
-            seconds.append(time.monotonic() - begun)
+            seconds.append(time.monotonic() - start)
             tracker.finish({"top1": 1.0})
     waited = seconds[2] - seconds[1]
     assert waited < 5, caplog.text
     offline = list(tmp_path.glob("online/wandb/offline-run-*"))
     warnings = [record for record in caplog.records if OFF in record.getMessage()]
     assert (len(offline), len({id(record) for record in warnings})) == (1, 0)
-    print(f"a silent server holds a start up for {waited:.1f} s")
+    print(f"a silent server delays a start by {waited:.1f} s")
 
 
-def test_a_server_that_answers_gets_all_rows(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Also where it has no artifacts, as this one."""
+def test_server_receives_all_rows(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Also from a server without artifacts, such as this one."""
     with wandb_server() as server:
         output = train(
             recipe(tracking={"mode": "online"}), cwd=tmp_path, environment=server.environment
@@ -72,7 +72,7 @@ def test_a_server_that_answers_gets_all_rows(tmp_path: Path, recipe: RecipeMaker
 
 
 def kill_wandb_of(pid: int | None) -> int:
-    """kill -9 W&B's own processes of a rank; how many there were."""
+    """Kill W&B's processes of a rank and return their number."""
     killed = 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -87,29 +87,29 @@ def kill_wandb_of(pid: int | None) -> int:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", ["falls silent", "killed"])
-def test_what_breaks_in_the_middle_costs_no_row_and_no_time(
+def test_failure_during_a_run_loses_no_row_and_no_time(
     tmp_path: Path, recipe: RecipeMaker, kind: str
 ) -> None:
-    """The server answers nothing any more, or W&B's own process gets a kill -9."""
+    """The server stops responding, or W&B's process is killed."""
     path = recipe(tracking={"mode": "online"}, run={"epochs": 60})
     train(path, "name=straight", "tracking.mode=off", cwd=tmp_path, world_size=2)
     run = tmp_path / "runs/tiny"
     with wandb_server() as server:
-        ranks = Ranks("train", [path], cwd=tmp_path, world_size=2, environment=server.environment)
-        reports = lambda: (run / "metrics.jsonl").exists() and len(lines(run)) > 4  # noqa: E731
-        wait_until(reports, seconds=120, otherwise=lambda: ranks.output)
+        ranks = Launch("train", [path], cwd=tmp_path, world_size=2, environment=server.environment)
+        logged = lambda: (run / "metrics.jsonl").exists() and len(lines(run)) > 4  # noqa: E731
+        wait_until(logged, seconds=120, message=lambda: ranks.output)
         if kind == "killed":
             assert kill_wandb_of(ranks.processes[0].pid) == 1, ranks.output
         else:
             server.deaf.set()
-        wait_until((run / "summary.json").exists, seconds=120, otherwise=lambda: ranks.output)
-        begun = time.monotonic()
+        wait_until((run / "summary.json").exists, seconds=120, message=lambda: ranks.output)
+        start = time.monotonic()
         assert ranks.wait() == [0, 0], ranks.output
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - start
     assert lines(run) == lines(tmp_path / "runs/straight")
     assert "W&B: online" in ranks.output
     assert ranks.output.count(OFF) == 1, ranks.output
-    reason = "does not answer any more" if kind == "falls silent" else "Connection"
+    reason = "stopped answering" if kind == "falls silent" else "Connection"
     assert reason in ranks.output.partition(OFF)[2], ranks.output
     assert "Traceback" not in ranks.output
     print(f"{kind}: the end waits {waited:.1f} s")

@@ -1,4 +1,4 @@
-"""A model of one number."""
+"""A model with one parameter, for tests of weight averages."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 
-def one_number(value: float) -> Any:
-    """A model of one parameter and one buffer."""
+def scalar_model(value: float) -> Any:
+    """Return a model of one parameter and one buffer."""
     model: Any = nn.Module()
     model.weight = nn.Parameter(torch.tensor([value]))
     model.register_buffer("count", torch.tensor([value]))
     return model
 
 
-def set_to(model: nn.Module, value: float) -> None:
+def fill(model: nn.Module, value: float) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(value)

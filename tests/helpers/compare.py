@@ -1,4 +1,4 @@
-"""What two runs must share: weights, averages, optimizer, every logged number but the clock's."""
+"""Comparison of two runs: weights, averages, optimizer, and logged numbers except times."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 
 from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption
 
-CLOCK = ("images_per_second", "memory_bytes", "seconds")
+MEASURED = ("images_per_second", "memory_bytes", "seconds")
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock says."""
+    """Return the records of metrics.jsonl without measurements of time and memory."""
     parsed = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: v for name, v in line.items() if name not in CLOCK} for line in parsed]
+    return [{name: v for name, v in line.items() if name not in MEASURED} for line in parsed]
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint, and the predictions of a finished run."""
+    """Return all tensors of the newest checkpoint, and the predictions of a finished run."""
     newest = checkpoints(run / "checkpoints")[0]
     assert find_corruption(newest) is None
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for path in sorted(newest.glob("*.safetensors")):
-        found |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
+        loaded |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
     if (run / "predictions.safetensors").exists():
-        found |= load_file(run / "predictions.safetensors")
+        loaded |= load_file(run / "predictions.safetensors")
     optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
     for index, state in optimizer["state"].items():
-        found |= {
+        loaded |= {
             f"optimizer.{index}.{name}": torch.as_tensor(value)
             for name, value in state.items()
             if value is not None
         }
-    return found
+    return loaded
 
 
 def largest_difference(one: Path, other: Path) -> float:

@@ -1,7 +1,7 @@
-"""A recorder of CUDA graphs without a GPU: it tapes the operations, undoes them, and replays them in place.
+"""Emulate the capture of CUDA graphs on the CPU: tape the operations, undo them, and replay them in place.
 
-As on a GPU, nothing is computed by recording, results have fixed addresses, and what was a plain
-number or a branch of Python stays as it was.
+As on a GPU, capturing computes nothing, results have fixed addresses, and Python numbers and branches are
+constants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def storage(tensor: Tensor) -> int:
 
 
 class Tape(TorchDispatchMode):
-    """Notes each operation with its arguments and results, and what memory held before."""
+    """Record each operation with its arguments and results, and the memory before it."""
 
     def __init__(self) -> None:
         super().__init__()

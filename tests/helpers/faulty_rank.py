@@ -1,4 +1,4 @@
-"""A real training in which one rank meets a real fault: FAULT="kind:rank:step,..." in the environment."""
+"""Train with injected faults: the environment variable FAULT is "kind:rank:step,..."."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar_dist import train as walk
+from cifar_dist import train
 from cifar_dist.distributed import signals
+from cifar_dist.training import loop
 from cifar_dist.training.graphed_step import StepFn
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.errors import run_command
 from cifar_dist.utils.files import with_path
 
-FREE = 96 << 20  # bytes that a rank may still ask for, once memory is short
+FREE_BYTES = 96 << 20  # that a rank can still allocate after the fault "short of memory"
 
 
-def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """NaN before the first BatchNorm, so that it reaches the running statistics."""
+def make_nan(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Forward hook before the first BatchNorm, so that NaN reaches the running statistics."""
     return output * torch.nan
 
 
-def meet(kind: str, states: list[TrainState]) -> None:
+def inject(kind: str, state: TrainState) -> None:
     match kind:
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -46,45 +47,45 @@ def meet(kind: str, states: list[TrainState]) -> None:
         case "leaving":
             os._exit(0)
         case "ahead":
-            states[0].step += 1
+            state.step += 1
         case "short of memory":
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + FREE, used + FREE))
+            resource.setrlimit(resource.RLIMIT_AS, (used + FREE_BYTES, used + FREE_BYTES))
 
 
 def main(arguments: list[str]) -> int:
     faults = [fault.split(":") for fault in os.environ["FAULT"].split(",")]
     states: list[TrainState] = []
-    original_state, original_build = TrainState.__init__, walk.build_step
+    original_init, original_build = TrainState.__init__, loop.build_step
 
-    def remember(self: TrainState, *values: Any, **options: Any) -> None:
-        original_state(self, *values, **options)
+    def init(self: TrainState, *values: Any, **options: Any) -> None:
+        original_init(self, *values, **options)
         states.append(self)
 
     def build(accelerator: Any, model: nn.Module, *values: Any, **options: Any) -> StepFn:
-        take_step = original_build(accelerator, model, *values, **options)
-        return partial(faulty_step, take_step, model, accelerator.process_index)
+        step_fn = original_build(accelerator, model, *values, **options)
+        return partial(faulty_step, step_fn, model, accelerator.process_index)
 
     def faulty_step(
-        take_step: StepFn, model: nn.Module, me: int, micro_batches: Any, *, step: int
+        step_fn: StepFn, model: nn.Module, own_rank: int, micro_batches: Any, *, step: int
     ) -> Any:
         with ExitStack() as stack:
-            for kind, rank, when in faults:
-                if (int(rank), int(when)) != (me, step):
+            for kind, rank, at_step in faults:
+                if (int(rank), int(at_step)) != (own_rank, step):
                     continue
                 print(f"FAULT {time.time():.3f}", flush=True)
                 if kind == "nan":
-                    pixels = model.get_submodule("pixels")
-                    stack.callback(pixels.register_forward_hook(spoil).remove)
+                    hook = model.get_submodule("preprocess").register_forward_hook(make_nan)
+                    stack.callback(hook.remove)
                 else:
-                    meet(kind, states)
-            return take_step(micro_batches, step=step)
+                    inject(kind, states[0])
+            return step_fn(micro_batches, step=step)
 
-    TrainState.__init__ = remember  # type: ignore[method-assign]
-    walk.build_step = build
-    return walk.main(arguments)
+    TrainState.__init__ = init  # type: ignore[method-assign]
+    loop.build_step = build
+    return train.main(arguments)
 
 
-if __name__ == "__main__":  # under a launcher; ranks.py calls main itself
+if __name__ == "__main__":  # under a launcher; launcher.py calls main itself
     signals.install()
     sys.exit(run_command(main))

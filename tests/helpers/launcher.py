@@ -1,6 +1,6 @@
-"""Run a command of ours as real ranks: processes with gloo between them, forked from a warm server.
+"""Run a command with real ranks: processes connected by gloo, forked from a server.
 
-The fork server imports torch once and computes nothing, so a rank starts in a tenth of a second.
+The fork server has imported torch, so a rank starts in 0.1 s.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other work shares the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # ranks share the cores
 context = multiprocessing.get_context("forkserver")
-PORTS = itertools.count(os.getpid())  # two suites at once begin elsewhere
+PORTS = itertools.count(os.getpid())  # concurrent test sessions start at different ports
 COMMANDS = ("train", "evaluate", "cache_logits", "doctor")
 context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "torch._dynamo"])
 
 
-def _be_rank(
+def _run_rank(
     command: str, arguments: list[str], environment: dict[str, str], cwd: str, output: str
 ) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -42,20 +42,20 @@ def _be_rank(
 
 
 def free_port() -> int:
-    """Below those that the kernel gives to sockets that ask for any, and another for each call here."""
+    """Return a free port below the kernel's ephemeral ports, another one at each call."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for number in PORTS:
         port = 20_000 + 1000 * (worker % 12) + number % 1000
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise AssertionError("a count has no end")
+    raise AssertionError  # PORTS is infinite
 
 
 def start_rank(
     arguments: Sequence[object], *, cwd: Path, rank: int, world_size: int, port: int
 ) -> subprocess.Popen[str]:
-    """One rank in an interpreter of its own: `python ARGUMENTS...`."""
+    """Start one rank in a new interpreter: `python ARGUMENTS...`."""
     return subprocess.Popen(
         [sys.executable, *(str(argument) for argument in arguments)],
         cwd=cwd,
@@ -67,7 +67,7 @@ def start_rank(
 
 
 def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a process about itself, all ranks on this machine."""
+    """Return the environment variables that a launcher sets, with all ranks on this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -80,10 +80,10 @@ def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-class Ranks:
-    """The processes of one launch; `output` is what they printed together.
+class Launch:
+    """The processes of one launch; `output` is the combined output of all ranks.
 
-    `command` is one of ours, or the name of a module of these tests that has a `main` like theirs.
+    `command` is one of COMMANDS, or a module that has a `main(arguments)`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Ranks:
         for rank in range(world_size):
             variables = rank_variables(rank, world_size, port) | (environment or {})
             process = context.Process(
-                target=_be_rank,
+                target=_run_rank,
                 args=(module, [str(a) for a in arguments], variables, str(cwd), str(self.log)),
             )
             process.start()
@@ -113,7 +113,7 @@ class Ranks:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """The exit codes; what does not end in time is killed and fails the test."""
+        """Return the exit codes; kill ranks that do not end in time and fail the test."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
@@ -136,8 +136,8 @@ def train(
     expect: int = 0,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Train with the ranks, assert every exit code, return what they printed."""
-    ranks = Ranks("train", arguments, cwd=cwd, world_size=world_size, environment=environment)
+    """Run the train command, assert the exit code of all ranks, and return their output."""
+    ranks = Launch("train", arguments, cwd=cwd, world_size=world_size, environment=environment)
     codes = ranks.wait()
     assert codes == [expect] * world_size, f"exit codes {codes}:\n{ranks.output}"
     return ranks.output

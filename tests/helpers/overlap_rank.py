@@ -1,4 +1,4 @@
-"""One rank that traces a backward of ResNet-18 under DDP: when it computes, when gradients travel."""
+"""Trace a backward of ResNet-18 under DDP, and write the time spans of backward and all-reduce."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cifar_dist.distributed.ddp import wrap_ddp
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         with record_function("backward"):
             loss.backward()
 
-    step()  # buckets are made in the order of the first
+    step()  # DDP orders its buckets by the first backward
     step()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         step()

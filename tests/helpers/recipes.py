@@ -12,7 +12,7 @@ RecipeMaker = Callable[..., Path]
 
 
 def write_recipe(folder: Path, data: Path, /, name: str = "tiny", **sections: Any) -> Path:
-    """A recipe; sections given by name replace keys of: 24 steps of timm's smallest ResNet."""
+    """Write a recipe: 24 steps of timm's smallest ResNet, with keys replaced by `sections`."""
     content: dict[str, Any] = {
         "name": name,
         "run": {
@@ -43,7 +43,7 @@ TeacherMaker = Callable[..., Path]
 
 
 def taught(*names: str, **keys: Any) -> dict[str, Any]:
-    """Sections of a recipe with these teachers."""
+    """Return sections of a recipe with these teachers."""
     teachers = [{"run": f"runs/{name}"} | keys for name in names]
     return {
         "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},

@@ -1,4 +1,4 @@
-"""One rank that holds sharded teachers beside whole ones: writes what they say and what it keeps."""
+"""One rank of a test that compares sharded with replicated teachers; writes rank_N.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from cifar_dist.distill.teacher import TeacherConfig, eval_frozen, load_sharded
 from cifar_dist.distributed.context import rank_mesh
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed
-from cifar_dist.models.backbones import build_model
+from cifar_dist.models.classifier import build_model
 from cifar_dist.recipe.teachers import find_teacher
 
 
@@ -23,22 +23,22 @@ def main(arguments: list[str]) -> int:
     mesh = rank_mesh(accelerator.device, world_size, over="node" if over == "node" else "world")
     assert mesh is not None
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    said = {}
+    results = {}
     for folder in folders:
         trained = find_teacher(TeacherConfig(run=folder))
-        whole = eval_frozen(build_model(trained.model, 100, load_file(trained.weights)))
+        replicated = eval_frozen(build_model(trained.model, 100, load_file(trained.weights)))
         sharded = load_sharded(trained, 100, mesh)
-        same = []
+        equal = []
         for bf16 in (False, True):
-            for _ in range(2):  # the second time after all blocks were gathered and let go
+            for _ in range(2):  # again after all blocks were gathered and freed
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    same.append(torch.equal(whole(images).logits, sharded(images).logits))
-        kept = {}
+                    equal.append(torch.equal(replicated(images).logits, sharded(images).logits))
+        shapes = {}
         for name, parameter in sharded.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             storage = local.untyped_storage().nbytes() // local.element_size()
-            kept[name] = [list(parameter.shape), list(local.shape), storage]
-        said[folder] = {"world_size": world_size, "same": same, "kept": kept}
-    Path(f"rank_{rank}.json").write_text(json.dumps(said))
+            shapes[name] = [list(parameter.shape), list(local.shape), storage]
+        results[folder] = {"world_size": world_size, "equal": equal, "shapes": shapes}
+    Path(f"rank_{rank}.json").write_text(json.dumps(results))
     destroy_distributed(accelerator)
     return 0

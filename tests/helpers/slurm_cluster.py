@@ -1,6 +1,6 @@
-"""A real Slurm of two nodes on one machine: own munged, slurmctld and two slurmd in a temporary folder.
+"""A real two-node Slurm on one machine: munged, slurmctld and two slurmd in a temporary folder.
 
-Nothing of the machine's own Slurm is read or written; all processes end with the cluster, by their id.
+It does not touch a Slurm that is installed on the machine, and stops only its own processes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
-# cred_expire: Slurm holds a requeued job back until the credentials of its last start have expired.
+# cred_expire: Slurm delays a requeued job until the credentials of its last start have expired.
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -64,32 +64,32 @@ PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 """
 
 
-def why_not() -> str | None:
-    """Why this machine cannot run the cluster, after installing what it lacks; None when it can."""
+def unavailable_reason() -> str | None:
+    """Install Slurm if needed; return why this machine cannot run the cluster, or None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "a Slurm of our own needs Linux and root"
+        return "the Slurm cluster needs Linux and root"
     if all(shutil.which(daemon) for daemon in DAEMONS):
         return None
     if shutil.which("apt-get") is None:
-        return "no Slurm is installed, and there is no apt-get to install it"
+        return "Slurm is not installed, and there is no apt-get to install it"
     with Path(tempfile.gettempdir(), "slurm_install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the tests installs, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one test process installs, the others wait
         if all(shutil.which(daemon) for daemon in DAEMONS):
             return None
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "--no-install-recommends", "-y", *PACKAGES]):
-            done = subprocess.run(
+            result = subprocess.run(
                 ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True
             )
-            if done.returncode != 0:
-                return f"apt-get {command[0]} failed: {done.stderr.strip()[-200:]}"
+            if result.returncode != 0:
+                return f"apt-get {command[0]} failed: {result.stderr.strip()[-200:]}"
     return None
 
 
 class Cluster:
-    """Nodes n1 and n2, each with 4 CPUs and 4 GPUs by name only.
+    """Nodes n1 and n2, each with 4 CPUs and 4 GPUs that exist by name only.
 
-    Partitions: `low` and `rude` are preempted by `high`, with 30 s of grace and with none.
+    Jobs in `high` preempt those in `low` (30 s grace time) and `rude` (none).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -125,15 +125,15 @@ class Cluster:
             "seed-file": self.folder / "munged.seed",
         }
         munged = [f"--{name}={path}" for name, path in options.items()]
-        self._run_beside("munged", "--foreground", "--force", *munged)
+        self._start_daemon("munged", "--foreground", "--force", *munged)
         wait_until((self.folder / "munge.socket").exists, seconds=20)
-        self._run_beside("slurmctld", "-D", "-i")
+        self._start_daemon("slurmctld", "-D", "-i")
         for node in ("n1", "n2"):
             (self.folder / f"spool.{node}").mkdir()
-            self._run_beside("slurmd", "-D", "-N", node)
+            self._start_daemon("slurmd", "-D", "-N", node)
         wait_until(lambda: self("sinfo", "-h", "-o", "%T %D", "-p", "low") == "idle 2", seconds=60)
 
-    def _run_beside(self, *command: str) -> None:
+    def _start_daemon(self, *command: str) -> None:
         output = (self.folder / f"{command[0]}.out").open("ab")
         self.processes.append(
             subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
@@ -141,7 +141,7 @@ class Cluster:
 
     @contextmanager
     def without_controller(self) -> Iterator[None]:
-        """slurmctld hangs: it takes connections and answers none."""
+        """Suspend slurmctld, which then accepts connections and does not respond."""
         controller = self.processes[1]
         controller.send_signal(signal.SIGSTOP)
         try:
@@ -161,8 +161,8 @@ class Cluster:
                 process.wait()
 
     def __call__(self, *command: object) -> str:
-        """What a command of Slurm prints; it may fail while the controller is busy."""
-        done = subprocess.run(
+        """Return the output of a Slurm command, which may fail while the controller is busy."""
+        result = subprocess.run(
             [str(part) for part in command],
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -170,24 +170,24 @@ class Cluster:
             text=True,
             timeout=60,
         )
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     def submit(
         self, *arguments: object, cwd: Path, environment: dict[str, str] | None = None
     ) -> int:
-        """sbatch with these arguments; the job's id."""
-        done = subprocess.run(
+        """Run sbatch with these arguments and return the job's id."""
+        result = subprocess.run(
             ["sbatch", "--parsable", *(str(argument) for argument in arguments)],
             env={**self.environment, **(environment or {})},
             cwd=cwd,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout.split(";")[0])
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, Restarts, ExitCode, ..."""
+        """Return the fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
         words = self("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -195,33 +195,33 @@ class Cluster:
         return self.job(job).get("JobState", "?")
 
     def wait(self, job: int, *states: str, seconds: float = 120) -> str:
-        """Until the job is in one of these states; which one."""
+        """Wait until the job is in one of these states, and return it."""
         wait_until(
             lambda: self.state(job) in states,
             seconds=seconds,
-            otherwise=lambda: f"job {job} is {self.job(job)}",
+            message=lambda: f"job {job} is {self.job(job)}",
         )
         return self.state(job)
 
     def cancel_all(self) -> None:
-        """End every job, so that the next test finds two idle nodes."""
+        """End all jobs, so that the next test starts with two idle nodes."""
         self("scancel", "--signal=KILL", "--full", "--user=root")
         self("scancel", "--user=root")
         wait_until(lambda: self("squeue", "-h") == "", seconds=60)
 
 
 def wait_until(
-    true: Callable[[], bool], *, seconds: float, otherwise: Callable[[], object] | None = None
+    condition: Callable[[], bool], *, seconds: float, message: Callable[[], object] | None = None
 ) -> None:
-    """Look every 0.1 s; AssertionError with what `otherwise` says when it does not come true."""
+    """Check every 0.1 s until `condition` holds; raise AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, otherwise() if otherwise else f"not in {seconds} s"
+    while not condition():
+        assert time.monotonic() < deadline, message() if message else f"not within {seconds} s"
         time.sleep(0.1)
 
 
 def two_nodes(*options: str) -> Sequence[str]:
-    """Options of sbatch for one task on each of the two nodes."""
+    """Return sbatch options for one task on each of the two nodes."""
     return (
         "--nodes=2",
         "--ntasks-per-node=1",

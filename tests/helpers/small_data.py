@@ -1,4 +1,4 @@
-"""A true data set in small: 64 + 23 rows of the drawn sample (23 divides by nothing)."""
+"""A small synthetic dataset: 64 + 23 rows; 23 is prime, so no batch size divides it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
 from cifar_dist.data.ingest.synthetic import draw_synthetic
 
 
-def cut(raw: RawSplit, rows: int) -> RawSplit:
+def first_rows(raw: RawSplit, rows: int) -> RawSplit:
     return replace(
         raw,
         images=raw.images[:rows],
@@ -24,14 +24,14 @@ def cut(raw: RawSplit, rows: int) -> RawSplit:
 
 def small_data() -> tuple[RawSplit, RawSplit, RawMeta]:
     train, test, meta = draw_synthetic(train_per_class=1, test_per_class=1)
-    return cut(train, 64), cut(test, 23), meta
+    return first_rows(train, 64), first_rows(test, 23), meta
 
 
-def quick_recipe(folder: Path, name: str, place: Path, **sections: dict[str, Any]) -> Path:
-    """One epoch of timm's smallest ResNet; for fixtures that outlive a test."""
+def quick_recipe(folder: Path, name: str, data_path: Path, **sections: dict[str, Any]) -> Path:
+    """Write a recipe for one epoch of timm's smallest ResNet, for session-scoped fixtures."""
     content: dict[str, Any] = {
         "run": {"epochs": 1, "batch_size": 20, "precision": "fp32", "threads": 1},
-        "data": {"path": str(place)},
+        "data": {"path": str(data_path)},
         "model": {"backbone": "test_resnet"},
         "augment": {"hflip": True, "crop_padding": 2},
     }

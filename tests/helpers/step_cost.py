@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
 from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
-from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.data.batches import Batch, BatchPlan, train_batches
 from cifar_dist.data.dataset import Split
 from cifar_dist.losses.base import Loss
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 
 BATCH_SIZE = 20
 
@@ -44,7 +44,7 @@ PRETENDED, GPU = FakeTensorMode(), torch.device("cuda", 7)  # one mode: constant
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers read, copies between devices."""
+    """Counts host waits: numbers read and copies between devices."""
 
     READS = (
         torch.ops.aten._local_scalar_dense.default,
@@ -73,13 +73,15 @@ def batches_of(
     return train_batches(
         split,
         torch.arange(len(split.labels)),
-        seed=0,
-        shuffle=True,
-        batch_size=batch_size,
-        micro_batches=micro_batches,
+        BatchPlan(
+            seed=0,
+            shuffle=True,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            rank=0,
+            world_size=1,
+        ),
         start_step=0,
-        rank=0,
-        world_size=1,
     )
 
 

@@ -8,31 +8,33 @@ import torch
 from torch import nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, train_batches
+from cifar_dist.data.batches import Batch, BatchPlan, train_batches
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.losses.classification import CrossEntropy
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.training.objective import Objective
 
 CPU = torch.device("cpu")
 
 
-def plainly(split: Split) -> Objective:
-    """Cross-entropy on pictures as they are."""
+def plain_objective(split: Split) -> Objective:
+    """Return cross-entropy on images without augmentation."""
     return Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
 
 
-def shards_of(data: Path, *, micro_batches: int, batch_size: int = 10) -> list[Batch]:
+def micro_batches_of(data: Path, *, micro_batches: int, batch_size: int = 10) -> list[Batch]:
     batches = train_batches(
         load_split(data, "train"),
         torch.arange(64),
-        seed=0,
-        shuffle=True,
-        batch_size=batch_size,
-        micro_batches=micro_batches,
+        BatchPlan(
+            seed=0,
+            shuffle=True,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            rank=0,
+            world_size=1,
+        ),
         start_step=0,
-        rank=0,
-        world_size=1,
     )
     return next(batches)
 

@@ -1,4 +1,4 @@
-"""Batches as training shows them."""
+"""Batches in training order, and their augmented images."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentedBatch
-from cifar_dist.data.batches import Batch, concatenate, train_batches
+from cifar_dist.data.batches import Batch, BatchPlan, concatenate, train_batches
 from cifar_dist.data.dataset import Split
 
-ROWS = torch.arange(5, 64)  # the others are held out
+ROWS = torch.arange(5, 64)  # the training rows; the others are validation rows
 
 
-def plan(split: Split, rows: Tensor = ROWS, **keys: Any) -> Iterator[list[Batch]]:
-    """Five steps an epoch of three micro-batches that differ in size, from the second step on."""
-    settings: dict[str, Any] = {"seed": 3, "shuffle": True, "batch_size": 10, "micro_batches": 3}
-    settings |= {"start_step": 1, "rank": 0, "world_size": 1}
-    return train_batches(split, rows, **settings | keys)
+def plan(split: Split, rows: Tensor = ROWS, **options: Any) -> Iterator[list[Batch]]:
+    """Yield batches of three micro-batches of unequal size, five steps per epoch, from step 1 on."""
+    start_step = options.pop("start_step", 1)
+    defaults: dict[str, Any] = {"seed": 3, "shuffle": True, "batch_size": 10, "micro_batches": 3}
+    return train_batches(split, rows, BatchPlan(**defaults | options), start_step=start_step)
 
 
-def shown(
+def augment_steps(
     augment: Augment, batches: Iterator[list[Batch]], *, steps: int = 12
 ) -> list[AugmentedBatch]:
     return [augment(concatenate(micro_batches)) for micro_batches in islice(batches, steps)]

@@ -12,18 +12,18 @@ from wandb.proto import wandb_internal_pb2
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The rows that are copies of metrics.jsonl's."""
+    """Return the rows copied from metrics.jsonl."""
     return [row for row in rows_of(all_records(run)) if row.keys() & {"train/epoch", "eval/epoch"}]
 
 
 def all_records(run: Path) -> list[Any]:
-    """Everything that W&B's own offline file of a training run holds, in its order."""
+    """Return all records of the run's own offline file."""
     (path,) = run.glob(f"wandb/offline-run-*-{(run / 'wandb_id').read_text()}/*.wandb")
     return records_of(path)
 
 
-def rows_of(found: list[Any]) -> list[dict[str, Any]]:
-    histories = [one.history.item for one in found if one.WhichOneof("record_type") == "history"]
+def rows_of(actual: list[Any]) -> list[dict[str, Any]]:
+    histories = [one.history.item for one in actual if one.WhichOneof("record_type") == "history"]
     return [
         {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
         for items in histories
@@ -31,17 +31,17 @@ def rows_of(found: list[Any]) -> list[dict[str, Any]]:
 
 
 def records_of(path: Path) -> list[Any]:
-    """The records of one offline file."""
-    found = []
+    """Return the records of an offline file."""
+    actual = []
     for content in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
-        found.append(record)
-    return found
+        actual.append(record)
+    return actual
 
 
 def log_records(file: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log behind wandb's seven bytes of header; long ones come in parts."""
+    """Yield the records of a LevelDB log after wandb's header of seven bytes; long ones are split."""
     place, parts = 7, b""
     while place + 7 <= len(file):
         left_in_block = 32768 - place % 32768

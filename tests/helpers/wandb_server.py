@@ -1,4 +1,4 @@
-"""As much of W&B's server as a run needs to believe that it is online, on the loopback; it can fall silent."""
+"""A minimal W&B server on the loopback, enough for a run to be online; it can stop answering."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away in the middle is what the tests are about."""
+        """Ignore clients that disconnect: the tests do that."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)

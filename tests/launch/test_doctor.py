@@ -1,4 +1,4 @@
-"""The launch check says yes where training can begin, and what is in the way where it cannot."""
+"""The doctor passes where training can start, and names the problem where it cannot."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import Ranks, free_port, start_rank
+from launcher import Launch, free_port, start_rank
 
 import cifar_dist.doctor as command
-from cifar_dist.distributed.context import DistContext as Group
+from cifar_dist.distributed.context import DistContext
 from recipes import RecipeMaker
 
 
 def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:
-    """The exit code that all ranks share, and the table: what -> mark and text."""
-    ranks = Ranks("doctor", arguments, cwd=cwd, world_size=world_size)
+    """Return the exit code, which all ranks share, and the lines of the table by check."""
+    ranks = Launch("doctor", arguments, cwd=cwd, world_size=world_size)
     codes = set(ranks.wait())
     assert len(codes) == 1, ranks.output
     table = [line for line in ranks.output.splitlines() if line[:3] in ("ok ", "BAD", "   ")]
-    return codes.pop(), {line[5:16].strip(): line for line in table}
+    return codes.pop(), {line[5:].split()[0]: line for line in table}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_launch_that_can_begin(tmp_path: Path, recipe: RecipeMaker, world_size: int) -> None:
+def test_working_launch_passes(tmp_path: Path, recipe: RecipeMaker, world_size: int) -> None:
     code, table = doctor(recipe(), cwd=tmp_path, world_size=world_size)
     assert code == 0, table
     assert f"{world_size} x cpu" in table["devices"]
     assert f"2 micro-batches of 10 rows on {world_size} processes" in table["micro_batches"]
-    assert all(line.startswith("ok ") for what, line in table.items() if what in "code data recipe")
+    assert all(table[name].startswith("ok ") for name in ("code", "data", "recipe"))
     assert ("all-reduce" in table) == (world_size == 2)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_what_is_in_the_way_is_named(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_missing_data_and_idle_ranks_fail(tmp_path: Path, recipe: RecipeMaker) -> None:
     code, table = doctor(recipe(data={"path": "nowhere"}, run={"micro_batches": 1}), cwd=tmp_path)
     assert code == 2
     assert table["data"].startswith("BAD")
@@ -43,30 +43,34 @@ def test_what_is_in_the_way_is_named(tmp_path: Path, recipe: RecipeMaker) -> Non
     assert "start at most 1" in table["micro_batches"]
 
 
-@pytest.mark.parametrize("harm", ["digest alone", "too few rows", "a file in the way"])
-def test_bad_data_and_a_bad_place_are_lines_of_the_table(
-    tmp_path: Path, recipe: RecipeMaker, data: Path, harm: str
+@pytest.mark.parametrize("problem", ["only a digest", "too few rows", "output is a file"])
+def test_bad_data_or_output_is_a_line_of_the_table(
+    tmp_path: Path, recipe: RecipeMaker, data: Path, problem: str
 ) -> None:
     keys: dict[str, dict[str, object]] = {}
-    match harm:
-        case "digest alone":
+    match problem:
+        case "only a digest":
             (tmp_path / "data").mkdir()
             shutil.copy(data / "digest.json", tmp_path / "data")
-            keys, line, says = {"data": {"path": "data"}}, "data", "is missing"
+            keys, line, message = {"data": {"path": "data"}}, "data", "is missing"
         case "too few rows":
-            keys, line, says = {"run": {"batch_size": 100_000}}, "data", "is more than the"
+            keys, line, message = (
+                {"run": {"batch_size": 100_000}},
+                "data",
+                "exceeds the 64 training rows",
+            )
         case _:
             (tmp_path / "runs").touch()
-            line, says = "run.output_dir", "choose another place"
+            line, message = "run.output_dir", "choose another path"
     code, table = doctor(recipe(**keys), cwd=tmp_path)
     assert code == 2
     assert table[line].startswith("BAD")
-    assert says in table[line]
+    assert message in table[line]
     assert table["micro_batches"].startswith("ok ")
 
 
-def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two machines without a shared folder: each rank has a run.output_dir of its own."""
+def test_different_recipes_and_unshared_folders_fail(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two machines without a shared folder: each rank has a different run.output_dir."""
     port, path = free_port(), recipe()
     processes = []
     for rank in range(2):
@@ -80,34 +84,32 @@ def test_ranks_with_other_recipes_and_other_folders(tmp_path: Path, recipe: Reci
     assert [process.returncode for process in processes] == [2, 2], output
     assert "BAD  recipe" in output
     assert "BAD  run.output_dir" in output
-    assert "does not see what others write; choose a shared run.output_dir" in output
+    assert "does not see the files of other ranks; choose a shared run.output_dir" in output
 
 
-def test_a_network_interface_that_is_not_there_is_named(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_unknown_network_interface_is_named(tmp_path: Path, recipe: RecipeMaker) -> None:
     environment = {"GLOO_SOCKET_IFNAME": "nosuch0"}
-    ranks = Ranks("doctor", [recipe()], cwd=tmp_path, world_size=2, environment=environment)
+    ranks = Launch("doctor", [recipe()], cwd=tmp_path, world_size=2, environment=environment)
     assert ranks.wait() == [2, 2], ranks.output
-    assert "error: the processes cannot start together" in ranks.output
+    assert "error: the process group cannot start" in ranks.output
     assert "nosuch0" in ranks.output
     assert "set GLOO_SOCKET_IFNAME" in ranks.output
     assert "Traceback" not in ranks.output
 
 
-@pytest.mark.parametrize(("seconds", "fine"), [(0.001, None), (0.01, False)])
-def test_a_slow_bus_between_gpus_of_one_machine_is_bad(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, fine: bool | None
+@pytest.mark.parametrize(("seconds", "ok"), [(0.001, None), (0.01, False)])
+def test_slow_bus_between_gpus_of_one_machine_fails(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, ok: bool | None
 ) -> None:
-    """100 MiB among 8 GPUs in a millisecond are 184 GB/s on the bus, in ten 18."""
+    """100 MiB between 8 GPUs in 1 ms are 184 GB/s on the bus; in 10 ms, 18 GB/s."""
 
-    class EightGpus(Group):
-        def each(self, value: Any) -> list[Any]:
+    class EightGpus(DistContext):
+        def all_gather_object(self, value: Any) -> list[Any]:
             return [value] * 8
 
-    monkeypatch.setattr(command, "fastest", lambda act, device: seconds)
+    monkeypatch.setattr(command, "fastest", lambda function, device: seconds)
     monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
     monkeypatch.setattr(command.dist, "get_backend", lambda: "nccl")
-    bus, _ = command.traffic(EightGpus(0, 8, None), torch.device("cuda"))
-    assert bus.ok is fine
-    assert ("NCCL_DEBUG" in bus.message) == (fine is False)
+    bus, _ = command.check_bandwidth(EightGpus(0, 8, None), torch.device("cuda"))
+    assert bus.ok is ok
+    assert ("NCCL_DEBUG" in bus.message) == (ok is False)

@@ -1,4 +1,4 @@
-"""The ways to start: those that can work do, the others stop with one sentence."""
+"""Launchers and ways to start a run: each one trains or stops with one sentence."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def world_size(cwd: Path) -> int:
     ("launcher", "processes"),
     [
         (["--config_file", CONFIGS / "cpu_2.yaml"], 2),
-        (["--cpu", "--num_processes", "2"], 1),  # Accelerate starts one, and we say so
+        (["--cpu", "--num_processes", "2"], 1),  # Accelerate starts one, and the log says so
     ],
     ids=["cpu_2", "cpu flag"],
 )
@@ -55,7 +55,7 @@ def test_accelerate_launch(
     command = ["accelerate.commands.launch", *launcher, *port, "-m", "cifar_dist.train", recipe()]
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert f"{processes} process(es) train on cpu" in done.stdout
+    assert f"{processes} process(es) on cpu" in done.stdout
     assert world_size(tmp_path) == processes
 
 
@@ -67,8 +67,8 @@ def test_torchrun(tmp_path: Path, recipe: RecipeMaker) -> None:
     assert world_size(tmp_path) == 2
 
 
-def test_slurm_variables_alone(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two tasks as plain srun starts them."""
+def test_plain_srun(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two tasks with the environment that srun gives them."""
     port = str(free_port())
     processes = [
         subprocess.Popen(
@@ -94,9 +94,7 @@ def test_slurm_variables_alone(tmp_path: Path, recipe: RecipeMaker) -> None:
     assert world_size(tmp_path) == 2
 
 
-def test_launcher_settings_that_the_recipe_decides_are_overridden(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_recipe_overrides_launcher_settings(tmp_path: Path, recipe: RecipeMaker) -> None:
     output = train(
         recipe(run={"epochs": 1}),
         cwd=tmp_path,
@@ -106,8 +104,8 @@ def test_launcher_settings_that_the_recipe_decides_are_overridden(
             "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
         },
     )
-    for remedy in ("run.precision", "run.micro_batches", "run.compile"):
-        assert output.count(f"the recipe decides ({remedy})") == 1
+    for key in ("run.precision", "run.micro_batches", "run.compile"):
+        assert output.count(f"the recipe decides ({key})") == 1
     assert ", fp32," in output
 
 
@@ -115,15 +113,13 @@ def test_launcher_settings_that_the_recipe_decides_are_overridden(
     "name",
     ["ACCELERATE_USE_FSDP", pytest.param("ACCELERATE_USE_DEEPSPEED", marks=pytest.mark.fault)],
 )
-def test_launchers_for_other_engines_are_refused(
-    tmp_path: Path, recipe: RecipeMaker, name: str
-) -> None:
+def test_other_backends_are_refused(tmp_path: Path, recipe: RecipeMaker, name: str) -> None:
     output = train(recipe(), cwd=tmp_path, expect=2, environment={name: "true"})
     assert "accelerate_configs/" in output
 
 
 @pytest.mark.fault
-def test_ranks_with_other_recipes_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_ranks_with_different_recipes_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
     port = free_port()
     command = ["-m", "cifar_dist.train", recipe()]
     processes = [
@@ -136,7 +132,7 @@ def test_ranks_with_other_recipes_are_refused(tmp_path: Path, recipe: RecipeMake
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for the signal, as the kernel sees it."""
+    """Return whether the process has a handler for the signal."""
     status = Path(f"/proc/{pid}/status").read_text()
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (number - 1) & 1)
@@ -150,10 +146,10 @@ def catches(pid: int, number: signal.Signals) -> bool:
         *(pytest.param(n, marks=pytest.mark.fault) for n in (signal.SIGUSR1, signal.SIGINT)),
     ],
 )
-def test_a_signal_just_after_start_ends_with_a_checkpoint(
+def test_signal_during_startup_saves_a_checkpoint(
     tmp_path: Path, recipe: RecipeMaker, number: signal.Signals
 ) -> None:
-    """Long before the first step: the note is kept and read at the first vote."""
+    """The signal arrives before the first step and is read at the first poll."""
     path = recipe(run={"epochs": 1000})
     process = subprocess.Popen(
         [sys.executable, "-m", "cifar_dist.train", str(path)],
@@ -172,7 +168,7 @@ def test_a_signal_just_after_start_ends_with_a_checkpoint(
     assert (tmp_path / "runs/tiny/stopped").read_text() == f"{number.name}\n"
     checkpoint = tmp_path / "runs/tiny/checkpoints/step_00000000"
     assert find_corruption(checkpoint) is None
-    # Nothing was learned, so another recipe is no contradiction, and what it leaves is its own.
+    # No step was done, so another recipe may continue and replace the checkpoint.
     train(path, "run.epochs=1", "optim.lr=0.01", cwd=tmp_path)
     assert not checkpoint.exists()
 
@@ -183,26 +179,20 @@ def test_a_signal_just_after_start_ends_with_a_checkpoint(
     != 0,
     reason="needs coreutils 8.31",
 )
-def test_signals_within_five_seconds_of_exec_save_and_go_on(
+def test_signals_within_five_seconds_of_exec_save_and_resume(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    """As slurm/train.sh starts its tasks: ten times, to ranks and workers alike, and all bits are the same."""
-    host = {"host": [{"HorizontalFlip": {"p": 0.5}}], "workers": 2}
-    path = recipe(run={"epochs": 40}, augment=host)
+    """Ten restarts, with signals to ranks and workers, as slurm/train.sh starts them: the same bits."""
+    albumentations = {"albumentations": [{"HorizontalFlip": {"p": 0.5}}], "workers": 2}
+    path = recipe(run={"epochs": 40}, augment=albumentations)
     train(path, "name=straight", cwd=tmp_path, world_size=2)
+    command = ["env", "--block-signal=USR1,TERM", sys.executable, "-m", "cifar_dist.train"]
     steps = []
-    for time_of_ten in range(10):
+    for attempt in range(10):
         port = free_port()
         ranks = [
             subprocess.Popen(
-                [
-                    "env",
-                    "--block-signal=USR1,TERM",
-                    sys.executable,
-                    "-m",
-                    "cifar_dist.train",
-                    str(path),
-                ],
+                [*command, str(path)],
                 cwd=tmp_path,
                 env=os.environ | rank_variables(rank, 2, port),
                 stdout=subprocess.PIPE,
@@ -212,9 +202,9 @@ def test_signals_within_five_seconds_of_exec_save_and_go_on(
             )
             for rank in range(2)
         ]
-        time.sleep(time_of_ten * 5 / 9)
+        time.sleep(attempt * 5 / 9)
         for rank in ranks:
-            os.killpg(rank.pid, signal.SIGUSR1 if time_of_ten % 2 else signal.SIGTERM)
+            os.killpg(rank.pid, signal.SIGUSR1 if attempt % 2 else signal.SIGTERM)
         outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [75, 75], outputs
         assert (tmp_path / "runs/tiny/stopped").exists()
@@ -227,7 +217,7 @@ def test_signals_within_five_seconds_of_exec_save_and_go_on(
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/tiny")
 
 
-def test_ctrl_c_in_a_terminal_saves_although_the_launcher_passes_it_on(
+def test_ctrl_c_saves_although_the_launcher_forwards_it(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
@@ -255,7 +245,7 @@ def test_help_and_version() -> None:
     assert "cifar_dist 0." in run("cifar_dist.train", "--version", cwd=ROOT).stdout
 
 
-def test_dry_run_computes_nothing_and_knows_the_cost(tmp_path: Path) -> None:
+def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
     done = run(
         "cifar_dist.train", "--dry-run", ROOT / "recipes/r50_224.yaml", "run.epochs=2", cwd=tmp_path
     )
@@ -266,7 +256,7 @@ def test_dry_run_computes_nothing_and_knows_the_cost(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_data_and_weights_are_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_missing_data_or_weights_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
     output = train(
         recipe(data={"path": "nowhere", "source": str(tmp_path / "absent.tar.gz")}),
         cwd=tmp_path,
@@ -284,9 +274,7 @@ def test_missing_data_and_weights_are_one_sentence(tmp_path: Path, recipe: Recip
     assert "model.weights" in output
 
 
-def test_wrong_names_are_refused_before_data_are_fetched(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_unknown_names_are_refused_before_the_download(tmp_path: Path, recipe: RecipeMaker) -> None:
     source = f"http://127.0.0.1:{free_port()}/archive.tar.gz"
     path = recipe(data={"path": "nowhere", "source": source})
     output = train(path, "model.backbone=resnet_18", cwd=tmp_path, expect=2)
@@ -294,29 +282,31 @@ def test_wrong_names_are_refused_before_data_are_fetched(
     output = train(path, "model.backbone=resnet9x4", cwd=tmp_path, expect=2)
     assert "did you mean resnet8x4" in output
     assert "choose adam" in train(path, "optim.name=adamv", cwd=tmp_path, expect=2)
-    assert "cannot be fetched" in train(path, cwd=tmp_path, expect=2)
+    assert "cannot be downloaded" in train(path, cwd=tmp_path, expect=2)
 
 
-def test_missing_sample_is_drawn_by_one_rank(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_missing_synthetic_data_is_generated_by_one_rank(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
     path = recipe(
         run={"epochs": 1, "batch_size": 1000}, data={"path": "data/sample", "source": "sample"}
     )
     output = train(path, cwd=tmp_path, world_size=2)
-    assert output.count("This is the drawn sample, not CIFAR-100") == 2  # first and last
+    assert output.count("This is synthetic data, not CIFAR-100") == 2  # first and last
     assert (tmp_path / "data/sample/cifar-100-python/train").exists()
 
 
-@pytest.mark.parametrize("harm", ["flip", pytest.param("cut", marks=pytest.mark.fault)])
-def test_damaged_data_are_refused_before_the_first_step(
-    tmp_path: Path, recipe: RecipeMaker, data: Path, harm: str
+@pytest.mark.parametrize("damage", ["flip", pytest.param("cut", marks=pytest.mark.fault)])
+def test_damaged_data_is_refused_before_the_first_step(
+    tmp_path: Path, recipe: RecipeMaker, data: Path, damage: str
 ) -> None:
-    mine = tmp_path / "data"
-    shutil.copytree(data, mine)
-    table = mine / "train/data-00000-of-00001.arrow"
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    table = copy / "train/data-00000-of-00001.arrow"
     content = bytearray(table.read_bytes())
     content[len(content) // 2] ^= 1
-    table.write_bytes(content[: len(content) // 2] if harm == "cut" else content)
-    output = train(recipe(data={"path": str(mine)}), cwd=tmp_path, world_size=2, expect=2)
+    table.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    output = train(recipe(data={"path": str(copy)}), cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
     assert str(table) in output
     assert "cifar_dist.prepare --force" in output
@@ -324,7 +314,7 @@ def test_damaged_data_are_refused_before_the_first_step(
 
 
 @pytest.mark.fault
-def test_compiled_training_stays_near_eager(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_compiled_training_matches_eager(tmp_path: Path, recipe: RecipeMaker) -> None:
     for compiled in ("false", "true"):
         train(
             recipe(
@@ -342,7 +332,7 @@ def test_compiled_training_stays_near_eager(tmp_path: Path, recipe: RecipeMaker)
 
 @pytest.mark.fault
 def test_two_machines_without_slurm(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """accelerate_configs/multi_node.yaml as its header says, each machine with one process."""
+    """Start accelerate_configs/multi_node.yaml as its header shows, with one process per machine."""
     port, path = free_port(), recipe()
     launchers = []
     for machine in range(2):
@@ -361,7 +351,7 @@ def test_two_machines_without_slurm(tmp_path: Path, recipe: RecipeMaker) -> None
         )
     outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert "2 process(es) train on cpu" in outputs[0]
+    assert "2 process(es) on cpu" in outputs[0]
     assert world_size(tmp_path) == 2
 
 
@@ -370,27 +360,27 @@ ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "timeout_seconds": 5
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("kind", "says", "limit"),
+    ("kind", "message", "limit"),
     [
-        ("killed", "rank 1 is gone, last heard of after step", 20),
-        ("leaving", "rank 1 is gone, last heard of after step", 20),
+        ("killed", "rank 1 has died, last heartbeat after step", 20),
+        ("leaving", "rank 1 has died, last heartbeat after step", 20),
         ("raising", "after step 7.", 20),
-        ("ahead", "ranks have lost each other; steps they have done: 0: ", 20),
-        ("disk full", "/dev/full: No space left on device; free or choose another place", 20),
-        (
-            "stopped",
-            "rank 1 does not answer, last heard of after step",
-            50,
-        ),  # 30 of them are torchrun's
+        ("ahead", "ranks are at different steps (rank: step): 0: ", 20),
+        ("disk full", "/dev/full: No space left on device; free space or choose another path", 20),
+        # 30 s of the limit are torchrun's
+        ("stopped", "rank 1 does not respond, last heartbeat after step", 50),
     ],
 )
-def test_what_one_rank_does_ends_an_accelerate_launch(
-    tmp_path: Path, recipe: RecipeMaker, kind: str, says: str, limit: int
+def test_failing_rank_ends_an_accelerate_launch(
+    tmp_path: Path, recipe: RecipeMaker, kind: str, message: str, limit: int
 ) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port"]
     command += [str(free_port()), "--config_file", str(CONFIGS / "cpu_2.yaml")]
     command += ["-m", "faulty_rank", str(recipe(run=ENDLESS))]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "FAULT": f"{kind}:1:7"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}",
+        "FAULT": f"{kind}:1:7",
+    }
     environment |= {"OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
         command,
@@ -402,7 +392,7 @@ def test_what_one_rank_does_ends_an_accelerate_launch(
         timeout=240,
     )
     seconds = time.time() - float(done.stdout.split("FAULT ")[1].split()[0])
-    print(f"{kind}: the launcher is gone after {seconds:.1f} s")
-    assert done.returncode == 1, done.stdout  # whatever the ranks' code was
-    assert says in done.stdout
+    print(f"{kind}: the launcher ends after {seconds:.1f} s")
+    assert done.returncode == 1, done.stdout  # the launcher's, for every exit code of a rank
+    assert message in done.stdout
     assert seconds < limit

@@ -1,4 +1,4 @@
-"""slurm/*.sh on a real Slurm of two nodes: real warnings, requeues, preemption, cancellation."""
+"""slurm/*.sh on a real two-node Slurm: time-limit warnings, requeues, preemption, cancellation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from compare import assert_same_bits
-from launcher import Ranks
-from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, wait_until, why_not
+from launcher import Launch
+from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, unavailable_reason, wait_until
 
 from cifar_dist.distributed import slurm
 from cifar_dist.run_folder.checkpoint import checkpoints
@@ -29,7 +29,7 @@ LONG = {"epochs": 100, "eval_every_epochs": 50, "save_every_minutes": 0.01}
 
 @pytest.fixture(scope="module")
 def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = why_not()
+    reason = unavailable_reason()
     if reason is not None:
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
@@ -47,8 +47,8 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
 
 
 def newest_step(run: Path) -> int:
-    found = checkpoints(run / "checkpoints")
-    return int(found[0].name.removeprefix("step_")) if found else -1
+    saved = checkpoints(run / "checkpoints")
+    return int(saved[0].name.removeprefix("step_")) if saved else -1
 
 
 class Job:
@@ -71,44 +71,43 @@ class Job:
             raise AssertionError(f"{error}\n{self.output}") from None
 
     def wait_for_step(self, run: Path, step: int) -> None:
-        def there() -> bool:
+        def saved() -> bool:
             assert self.cluster.state(self.id) not in ENDED, self.output
             return newest_step(run) >= step
 
-        wait_until(there, seconds=120, otherwise=lambda: self.output)
+        wait_until(saved, seconds=120, message=lambda: self.output)
 
     @property
     def restarts(self) -> int:
         return int(self.cluster.job(self.id)["Restarts"])
 
 
-def straight(path: Path, cwd: Path) -> Path:
-    """The same recipe without Slurm and undisturbed."""
-    ranks = Ranks("train", [path, "name=straight"], cwd=cwd, world_size=2)
+def train_uninterrupted(path: Path, cwd: Path) -> None:
+    """Train the recipe without Slurm, into runs/straight."""
+    ranks = Launch("train", [path, "name=straight"], cwd=cwd, world_size=2)
     assert ranks.wait(600) == [0, 0], ranks.output
-    return cwd / "runs/straight"
 
 
-def test_a_warned_job_is_queued_again_and_ends_with_the_same_bits(
+def test_warned_job_is_requeued_and_matches_uninterrupted_run(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     path = recipe(run=LONG | {"epochs": 80})  # 480 steps, some seconds
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
     job.wait_for_step(run, 1)
-    cluster("scancel", "--signal=USR1", job.id)  # as --signal=USR1@180 does: to all of the step
-    straight(path, tmp_path)
+    cluster("scancel", "--signal=USR1", job.id)  # to the whole step, as --signal=USR1@180
+    train_uninterrupted(path, tmp_path)
     assert job.wait(*ENDED) == "COMPLETED", job.output
     assert job.restarts == 1, job.output
-    assert "saved before the time limit; queued again" in job.output
-    assert "goes on at step" in job.output
-    assert "2 process(es) train on cpu" in job.output
+    assert "saved before the time limit; requeued" in job.output
+    assert "resuming from step" in job.output
+    assert "2 process(es) on cpu" in job.output
     assert json.loads((run / "summary.json").read_text())["world_size"] == 2
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
 @pytest.mark.fault
-def test_a_finished_job_that_is_queued_again_exits_at_once(
+def test_requeued_finished_job_exits_at_once(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     job = Job(cluster, recipe(), cwd=tmp_path)
@@ -122,39 +121,39 @@ def test_a_finished_job_that_is_queued_again_exits_at_once(
     assert job.output.count("tiny: finished, top1") == 2
     assert job.restarts == 1
     assert metrics.read_bytes() == before
-    print(f"a finished job that starts again ends after {time.monotonic() - started:.1f} s")
+    print(f"a requeued finished job ends after {time.monotonic() - started:.1f} s")
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("partition", ["low", "rude"])
-def test_three_evictions_are_three_requeues(
+def test_each_preemption_is_one_requeue(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster, partition: str
 ) -> None:
-    """Slurm's own preemption, with 30 s of grace and with none."""
+    """Preemption by Slurm itself, with a grace time of 30 s and with none."""
     path = recipe(run=LONG | {"epochs": 150})
     job = Job(cluster, path, cwd=tmp_path, partition=partition)
     run = tmp_path / "runs/tiny"
     step = 0
-    for eviction in range(1, 4):
+    for preemption in range(1, 4):
         job.wait("RUNNING")
         job.wait_for_step(run, step + 1)
         higher = cluster.submit("--partition=high", *two_nodes("--wrap=sleep 1"), cwd=tmp_path)
         cluster.wait(higher, "COMPLETED")
-        assert job.restarts == eviction, job.output
+        assert job.restarts == preemption, job.output
         step = newest_step(run)
-    straight(path, tmp_path)
+    train_uninterrupted(path, tmp_path)
     assert job.wait(*ENDED, seconds=240) == "COMPLETED", job.output
     assert job.restarts == 3, job.output
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
 @pytest.mark.fault
-def test_three_requeues_with_workers_end_with_the_same_bits(
+def test_requeues_with_changing_workers_match_uninterrupted_run(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
-    """Pictures from worker processes, which get each signal too; every time another number of them."""
-    host = {"host": [{"HorizontalFlip": {"p": 0.5}}], "workers": 1}
-    path = recipe(run=LONG | {"epochs": 200}, augment=host)
+    """Albumentations workers receive each signal too; their number changes with each restart."""
+    albumentations = {"albumentations": [{"HorizontalFlip": {"p": 0.5}}], "workers": 1}
+    path = recipe(run=LONG | {"epochs": 200}, augment=albumentations)
     run = tmp_path / "runs/tiny"
     text = path.read_text()
     job = Job(cluster, path, cwd=tmp_path)
@@ -167,20 +166,20 @@ def test_three_requeues_with_workers_end_with_the_same_bits(
         job.wait("PENDING", "COMPLETED")
         step = newest_step(run)
     path.write_text(text)
-    straight(path, tmp_path)
+    train_uninterrupted(path, tmp_path)
     assert job.wait(*ENDED, seconds=240) == "COMPLETED", job.output
     assert job.restarts == 3, job.output
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
 @pytest.mark.fault
-def test_slurms_own_warning_before_the_time_limit(
+def test_slurm_warns_before_the_time_limit(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
-    """--signal=USR1@180 in a job of four minutes: Slurm itself sends it, within two of them."""
+    """--signal=USR1@180 in a job of four minutes: Slurm sends the signal in the first two."""
     path = recipe(run=LONG | {"epochs": 100_000})
     options = ["--time=4", *two_nodes()]
-    job = Job(cluster, *[path], cwd=tmp_path)
+    job = Job(cluster, path, cwd=tmp_path)
     cluster.cancel_all()
     job.id = cluster.submit(*options, ROOT / "slurm/train.sh", path, cwd=tmp_path)
     job.wait("RUNNING")
@@ -192,13 +191,13 @@ def test_slurms_own_warning_before_the_time_limit(
 
 
 @pytest.mark.fault
-def test_a_cancelled_job_saves_and_stays_cancelled(
+def test_cancelled_job_saves_and_stays_cancelled(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     path = recipe(run=LONG | {"epochs": 100_000, "save_every_minutes": 60})
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
-    wait_until((run / "metrics.jsonl").exists, seconds=60, otherwise=lambda: job.output)
+    wait_until((run / "metrics.jsonl").exists, seconds=60, message=lambda: job.output)
     cluster("scancel", job.id)
     assert job.wait(*ENDED) == "CANCELLED"
     assert (run / "stopped").read_text() == "SIGTERM\n", job.output
@@ -208,10 +207,10 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
 
 
 @pytest.mark.fault
-def test_a_killed_rank_ends_the_step_and_the_job_goes_on(
+def test_job_with_a_killed_rank_is_requeued(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
-    """A crash after something new was saved is no reason to stop."""
+    """A crash after a new checkpoint is requeued."""
     path = recipe(run=LONG | {"epochs": 150})
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
@@ -219,21 +218,21 @@ def test_a_killed_rank_ends_the_step_and_the_job_goes_on(
         job.wait("RUNNING")
         job.wait_for_step(run, newest_step(run) + 1)
         signal_a_task(job, signal.SIGKILL, random.Random(crash))
-        wait_until(lambda: "queued again" in job.output, seconds=60)
+        wait_until(lambda: "; requeued" in job.output, seconds=60)
         job.wait("PENDING")
         assert job.restarts == crash, job.output
-    straight(path, tmp_path)
+    train_uninterrupted(path, tmp_path)
     assert job.wait(*ENDED, seconds=240) == "COMPLETED", job.output
     assert "crashed with code" in job.output
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("forever", [False, True], ids=["a while", "too long"])
-def test_a_controller_that_is_away_as_the_job_ends(
+@pytest.mark.parametrize("forever", [False, True], ids=["25 s", "too long"])
+def test_controller_is_down_when_the_job_ends(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster, forever: bool
 ) -> None:
-    """slurmctld is stopped before the warning reaches the ranks; it comes back, or it does not."""
+    """slurmctld hangs from before the warning; it comes back after 25 s, or too late."""
     path = recipe(run=LONG)
     job = Job(cluster, path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
@@ -241,10 +240,10 @@ def test_a_controller_that_is_away_as_the_job_ends(
     with cluster.without_controller():
         signal_a_task(job, signal.SIGUSR1, random.Random(0))
         saved = lambda: "stopped by SIGUSR1" in job.output  # noqa: E731
-        wait_until(saved, seconds=60, otherwise=lambda: job.output)
-        given_up = "did not answer for two minutes, so this job is not queued again"
+        wait_until(saved, seconds=60, message=lambda: job.output)
+        given_up = "did not respond for two minutes, so this job was not requeued"
         if forever:
-            wait_until(lambda: given_up in job.output, seconds=400, otherwise=lambda: job.output)
+            wait_until(lambda: given_up in job.output, seconds=400, message=lambda: job.output)
         else:
             time.sleep(25)
     if forever:
@@ -252,12 +251,12 @@ def test_a_controller_that_is_away_as_the_job_ends(
         job = Job(cluster, path, cwd=tmp_path)
     assert job.wait(*ENDED, seconds=300) == "COMPLETED", job.output
     assert job.restarts == (0 if forever else 1)
-    assert "goes on at step" in job.output
+    assert "resuming from step" in job.output
     assert (given_up in job.output) is False
 
 
 def signal_a_task(job: Job, number: signal.Signals, choice: random.Random) -> list[int]:
-    """Send a signal to one of the job's two ranks; the processes of both."""
+    """Send a signal to one of the job's two ranks, and return the process ids of both."""
     pids = []
     for process in Path("/proc").iterdir():
         try:
@@ -265,8 +264,8 @@ def signal_a_task(job: Job, number: signal.Signals, choice: random.Random) -> li
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue
-        mine = {f"SLURM_JOB_ID={job.id}".encode(), b"SLURM_STEP_NUM_TASKS=2"} <= set(variables)
-        if mine and command.startswith(b"python\0-m\0cifar_dist.train"):
+        is_task = {f"SLURM_JOB_ID={job.id}".encode(), b"SLURM_STEP_NUM_TASKS=2"} <= set(variables)
+        if is_task and command.startswith(b"python\0-m\0cifar_dist.train"):
             pids.append(int(process.name))
     assert len(pids) == 2
     os.kill(choice.choice(pids), number)
@@ -277,51 +276,49 @@ def signal_a_task(job: Job, number: signal.Signals, choice: random.Random) -> li
 @pytest.mark.parametrize(
     ("number", "limit"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 10)], ids=["killed", "hung"]
 )
-def test_a_lost_rank_ends_all_tasks_in_time(
+def test_lost_rank_ends_all_tasks_in_time(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster, number: signal.Signals, limit: int
 ) -> None:
-    """At once, or after run.timeout_seconds=5 and 5 s more."""
+    """A killed rank ends the others at once, a hung one within 5 s after the timeout of 5 s."""
     path = recipe(run=LONG | {"epochs": 100_000, "timeout_seconds": 5, "save_every_minutes": 60})
     job = Job(cluster, path, cwd=tmp_path)
     metrics = tmp_path / "runs/tiny/metrics.jsonl"
-    wait_until(metrics.exists, seconds=120, otherwise=lambda: job.output)
+    wait_until(metrics.exists, seconds=120, message=lambda: job.output)
     started = time.monotonic()
     pids = signal_a_task(job, number, random.Random(0))
     wait_until(lambda: not any(process_start_time(pid) for pid in pids), seconds=60)
     seconds = time.monotonic() - started
-    print(f"a rank with {number.name}: both are gone after {seconds:.1f} s")
+    print(f"{number.name} to one rank: both have ended after {seconds:.1f} s")
     assert seconds < limit
-    job.wait("FAILED", seconds=60)  # nothing was saved, so it is not queued again
+    job.wait("FAILED", seconds=60)  # not requeued, since nothing was saved
     if number == signal.SIGSTOP:
-        assert "nothing has happened for run.timeout_seconds=5" in job.output
-        assert "does not answer" in job.output
+        assert "no progress for run.timeout_seconds=5" in job.output
+        assert "does not respond" in job.output
 
 
 @pytest.mark.fault
-def test_a_job_that_cannot_start_is_not_queued_again(
-    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
-) -> None:
+def test_user_error_is_not_requeued(tmp_path: Path, recipe: RecipeMaker, cluster: Cluster) -> None:
     job = Job(cluster, recipe(), "model.backbone=resnet_18", cwd=tmp_path)
     assert job.wait(*ENDED) == "FAILED"
     assert job.output.count("did you mean resnet18") == 1
     assert job.restarts == 0
 
 
-def test_a_crash_is_no_preemption_where_nobody_preempts(tmp_path: Path, cluster: Cluster) -> None:
-    """Slurm prints no PreemptTime for such a job; a job that always crashes must not go on for ever."""
+def test_crash_without_preemption_is_not_requeued(tmp_path: Path, cluster: Cluster) -> None:
+    """Slurm prints no PreemptTime in this partition; a job that always crashes must end."""
     options = ["--partition=high", *two_nodes(), ROOT / "slurm/train.sh"]
     job = cluster.submit(*options, cwd=tmp_path, environment={"MODULE": "no_such_module"})
     assert cluster.wait(job, *ENDED) == "FAILED"
     output = (tmp_path / f"slurm-{job}.out").read_text()
     assert "No module named no_such_module" in output
-    assert "queued again" not in output
+    assert "requeued" not in output
     assert cluster.job(job)["Restarts"] == "0"
 
 
 @pytest.mark.fault
-def test_every_task_of_an_array_is_queued_again(tmp_path: Path, cluster: Cluster) -> None:
-    """The last one has the number of the whole array, to which scontrol answers with all of them."""
-    (tmp_path / "at_second.py").write_text(
+def test_every_task_of_an_array_is_requeued(tmp_path: Path, cluster: Cluster) -> None:
+    """The last task has the id of the whole array, for which scontrol lists all tasks."""
+    (tmp_path / "second_try.py").write_text(
         "import os\nraise SystemExit(0 if int(os.environ.get('SLURM_RESTART_COUNT', 0)) else 75)\n"
     )
     options = [
@@ -332,17 +329,17 @@ def test_every_task_of_an_array_is_queued_again(tmp_path: Path, cluster: Cluster
         "--gpus-per-node=1",
         ROOT / "slurm/train.sh",
     ]
-    chosen = {"MODULE": "at_second", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    job = cluster.submit(*options, cwd=tmp_path, environment=chosen)
+    variables = {"MODULE": "second_try", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    job = cluster.submit(*options, cwd=tmp_path, environment=variables)
     wait_until(lambda: cluster("squeue", "-h") == "", seconds=180)
-    said = cluster("scontrol", "--oneliner", "show", "job", job).splitlines()
-    assert len(said) == 3
-    for line in said:
+    tasks = cluster("scontrol", "--oneliner", "show", "job", job).splitlines()
+    assert len(tasks) == 3
+    for line in tasks:
         assert " JobState=COMPLETED " in line, line
         assert " Restarts=1 " in line, line
 
 
-def test_a_student_without_a_teacher_is_not_submitted(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_student_without_a_teacher_is_not_submitted(tmp_path: Path, recipe: RecipeMaker) -> None:
     submitted = tmp_path / "sbatch"
     submitted.write_text("#!/bin/sh\ntouch submitted\n")
     submitted.chmod(0o755)
@@ -361,7 +358,7 @@ def test_a_student_without_a_teacher_is_not_submitted(tmp_path: Path, recipe: Re
     assert not (tmp_path / "submitted").exists()
 
 
-def test_short_forms_are_read_as_slurm_reads_them(whole_cluster: Cluster) -> None:
+def test_first_host_matches_scontrol(whole_cluster: Cluster) -> None:
     for nodes in ("n1", "n[1-2]", "n[08-11,3],login", "rack1-n[1-2],b", "gpu-7,gpu-8", "n[1,5]"):
         hosts = whole_cluster("scontrol", "show", "hostnames", nodes).split()
         assert slurm.first_host(nodes) == hosts[0]
@@ -373,7 +370,7 @@ def test_tasks_of_a_node() -> None:
 
 
 def task(**changes: str) -> dict[str, str]:
-    """The environment of task 5 of 8, the second one on the second of two nodes."""
+    """Return the environment of task 5 of 8, the second task on the second of two nodes."""
     variables = {
         "SLURM_JOB_ID": "40001",
         "SLURM_PROCID": "5",
@@ -387,9 +384,7 @@ def task(**changes: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("visible", "local_rank"), [(4, "1"), (1, "0"), (2, "1"), (0, "1")])
-def test_a_tasks_device_is_its_local_rank_modulo_what_it_sees(
-    visible: int, local_rank: str
-) -> None:
+def test_local_rank_is_modulo_the_visible_devices(visible: int, local_rank: str) -> None:
     assert slurm.torch_env(task(), visible_devices=visible) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -400,9 +395,9 @@ def test_a_tasks_device_is_its_local_rank_modulo_what_it_sees(
     }
 
 
-def test_who_is_no_task_is_left_alone() -> None:
+def test_only_tasks_of_srun_get_variables() -> None:
     assert slurm.torch_env({}, visible_devices=4) == {}
-    assert slurm.torch_env(task(RANK="0"), visible_devices=4) == {}  # a launcher's process
+    assert slurm.torch_env(task(RANK="0"), visible_devices=4) == {}  # started by a launcher
     assert slurm.torch_env(task(SLURM_STEP_NUM_TASKS="1"), visible_devices=4) == {}
     batch_script = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
     assert slurm.torch_env(batch_script, visible_devices=4) == {}
@@ -412,7 +407,7 @@ def test_who_is_no_task_is_left_alone() -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda p: p.name)
-def test_scripts_are_bash_and_begin_with_the_same_port(script: Path) -> None:
+def test_scripts_parse_and_use_the_same_first_port(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if script.name == "train.sh":
         first = f"MASTER_PORT=$(({slurm.FIRST_PORT} + SLURM_JOB_ID % {slurm.PORTS}))"
@@ -420,8 +415,8 @@ def test_scripts_are_bash_and_begin_with_the_same_port(script: Path) -> None:
 
 
 @pytest.mark.fault
-def test_the_doctor_on_two_nodes(tmp_path: Path, recipe: RecipeMaker, cluster: Cluster) -> None:
-    """Somebody else has the port that the job would take first."""
+def test_doctor_on_two_nodes(tmp_path: Path, recipe: RecipeMaker, cluster: Cluster) -> None:
+    """The job's first port is in use by another process."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     script = "slurm/doctor.sh"
     job = cluster.submit(*two_nodes("--hold"), script, recipe(), cwd=tmp_path)
@@ -434,22 +429,22 @@ def test_the_doctor_on_two_nodes(tmp_path: Path, recipe: RecipeMaker, cluster: C
 
 
 @pytest.mark.fault
-def test_an_array_is_recipes_times_seeds(
+def test_array_trains_recipes_times_seeds(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     for name in ("a", "b"):
         recipe(name, run={"epochs": 1, "micro_batches": 1})
-    chosen = {"RECIPES": "a.yaml b.yaml", "SEEDS": "3 4"}
+    variables = {"RECIPES": "a.yaml b.yaml", "SEEDS": "3 4"}
     options = ["--array=0-3", "--cpus-per-task=1", "slurm/table.sh"]
-    job = cluster.submit(*options, cwd=tmp_path, environment=chosen)
+    job = cluster.submit(*options, cwd=tmp_path, environment=variables)
     wait_until(lambda: cluster("squeue", "-h") == "", seconds=240)
     runs = {path.parent.name for path in tmp_path.glob("runs/*/summary.json")}
     assert runs == {"a_seed3", "a_seed4", "b_seed3", "b_seed4"}, job
     done = subprocess.run(
         ["bash", "slurm/table.sh"],
         cwd=tmp_path,
-        env=os.environ | chosen,
+        env=os.environ | variables,
         capture_output=True,
         text=True,
     )
@@ -458,7 +453,7 @@ def test_an_array_is_recipes_times_seeds(
 
 
 @pytest.mark.fault
-def test_a_teacher_its_logits_and_a_student_are_three_jobs(
+def test_teacher_logits_and_student_are_three_jobs(
     tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
 ) -> None:
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")

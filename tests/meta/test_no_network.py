@@ -1,4 +1,4 @@
-"""A node without a network, for real: packets vanish, and the name server does not answer."""
+"""Run on a node without a network: packets are dropped, and the name server does not answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ TIMED = """
 import sys, time
 from cifar_dist.tracking.tracker import decide_mode
 from cifar_dist.utils.errors import UserError
-from cifar_dist.models.backbones import ModelConfig, fetch_pretrained
+from cifar_dist.models.backbones import fetch_pretrained
+from cifar_dist.models.classifier import ModelConfig
 from cifar_dist.data.ingest.preparation import prepare
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_nothing_waits_more_than_five_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.fault
 def test_a_run_on_such_a_node_is_whole(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """W&B goes offline, and at the end nobody waits for it."""
+    """W&B switches to offline and does not delay the end."""
     command = [sys.executable, "-m", "cifar_dist.train", recipe(tracking={"mode": "online"})]
     done = on_a_node(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

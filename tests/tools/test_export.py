@@ -1,4 +1,4 @@
-"""Each export is loaded by its own reader and says what the run says; what cannot be is refused."""
+"""Tests of the `export` command: each format is loaded by its own reader and gives the same logits."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cifar_dist.data.dataset import data_digest
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.export import main
-from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, describe
+from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, io_config
 from cifar_dist.inference.trained_model import load_trained_model
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.timm_folder import timm_state
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import save_checkpoint
@@ -35,7 +35,7 @@ ARCFACE = {"arcface": {"scale": 16.0, "margin": 0.2}}
 
 @pytest.fixture
 def make_run(tmp_path: Path, data: Path) -> RunMaker:
-    """A run folder whose model's BatchNorms have seen something, with an average beside it."""
+    """Return a function that writes a run folder with random BatchNorm statistics."""
 
     def make(name: str, *, losses: Any = None, ema: bool = False, **model: Any) -> Path:
         config = ModelConfig(**({"backbone": "test_resnet"} | model))
@@ -62,7 +62,7 @@ def make_run(tmp_path: Path, data: Path) -> RunMaker:
     return make
 
 
-def some_pictures(count: int = 5) -> Tensor:
+def random_images(count: int = 5) -> Tensor:
     stream = torch.Generator().manual_seed(3)
     return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=stream)
 
@@ -78,25 +78,25 @@ def test_timm_loads_the_folder_with_equal_logits(make_run: RunMaker, model: dict
     run = make_run("plain", ema=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.25), **model)
     folder = export(run, "timm")
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    usable = load_trained_model(run)
-    pictures = some_pictures()
-    # as timm's users prepare pixels: 0 ... 1, resized, normalised with the folder's numbers
+    trained = load_trained_model(run)
+    images = random_images()
+    # Prepare pixels as timm does: scale to [0, 1], resize, normalize with the exported statistics.
     config = timm.data.resolve_model_data_config(net)
-    side = usable.recipe.model.image_size
-    assert list(config["input_size"]) == [3, side, side]
+    size = trained.recipe.model.image_size
+    assert list(config["input_size"]) == [3, size, size]
     pixels = nn.functional.interpolate(
-        pictures.float() / 255, config["input_size"][1:], mode="bilinear", align_corners=False
+        images.float() / 255, config["input_size"][1:], mode="bilinear", align_corners=False
     )
     pixels = (pixels - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[
         :, None, None
     ]
     with torch.no_grad():
-        assert torch.allclose(net(pixels), usable.logits(pictures), atol=1e-4)
-    assert net.pretrained_cfg["label_names"] == list(usable.fine)
+        assert torch.allclose(net(pixels), trained.logits(images), atol=1e-4)
+    assert net.pretrained_cfg["label_names"] == list(trained.fine)
 
 
 @pytest.mark.parametrize("backbone", ["resnetv2_50", "dla34"])
-def test_a_classifier_that_is_a_convolution_is_written_as_one(backbone: str) -> None:
+def test_convolutional_classifier_is_exported_as_a_convolution(backbone: str) -> None:
     config = ModelConfig(backbone=backbone)
     ours, theirs = build_model(config, 7).eval(), timm.create_model(backbone, num_classes=7)
     theirs.load_state_dict(timm_state(ours, config))
@@ -107,25 +107,25 @@ def test_a_classifier_that_is_a_convolution_is_written_as_one(backbone: str) -> 
         )
 
 
-def test_a_cosine_head_keeps_its_ranking_and_says_so(
+def test_cosine_head_in_timm_keeps_the_ranking(
     make_run: RunMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run("cosine", head="cosine", embedding_size=32, losses=ARCFACE)
     folder = export(run, "timm")
     net = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    usable = load_trained_model(run)
-    pictures = some_pictures(64)
+    trained = load_trained_model(run)
+    images = random_images(64)
     with torch.no_grad():
-        theirs = net(usable.model.preprocess(pictures))
-    ours = usable.logits(pictures)
+        theirs = net(trained.model.preprocess(images))
+    ours = trained.logits(images)
     assert torch.equal(theirs.argsort(1), ours.argsort(1))
     assert "not the same probabilities" in capsys.readouterr().out
     assert "not the same probabilities" in (folder / "README.md").read_text()
     assert "Divide the logits" not in (folder / "README.md").read_text()
 
 
-def test_a_network_that_differs_is_not_kept() -> None:
-    """By more than rounding of the largest logit, at any batch size, or by not being a number."""
+def test_export_with_different_logits_is_refused() -> None:
+    """Refuse differences above rounding at any batch size, and NaN."""
     net, same = nn.Linear(3 * 32 * 32, 100), lambda images: images.flatten(1) / 255
     assert compare(net, net, same) == 0
     assert compare(lambda inputs: net(inputs) + 1e-5, net, same) == pytest.approx(1e-5, rel=0.2)
@@ -134,43 +134,43 @@ def test_a_network_that_differs_is_not_kept() -> None:
         lambda inputs: net(inputs) + 1e-2 * (len(inputs) == CHECKED_BATCHES[-1]),
         lambda inputs: net(inputs) * torch.nan,
     ):
-        with pytest.raises(UserError, match="differs from ours"):
+        with pytest.raises(UserError, match="differ from the original"):
             compare(wrong, net, same)
 
 
-def test_what_goes_in_and_comes_out_is_written_down(make_run: RunMaker) -> None:
+def test_config_describes_input_and_output(make_run: RunMaker) -> None:
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.21, 0.25]
-    usable = load_trained_model(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
-    said = describe(replace(usable, temperature=1.5), from_bytes=False)
-    assert said["input"]["mean"] == pytest.approx(mean)
-    assert said["input"]["std"] == pytest.approx(std)
-    assert said["input"]["shape"] == ["batch", 3, 48, 48]
-    assert said["temperature"] == 1.5
-    assert said["label_names"] == list(usable.fine)
+    trained = load_trained_model(make_run("plain", mean=tuple(mean), std=tuple(std), image_size=48))
+    config = io_config(replace(trained, temperature=1.5), uint8=False)
+    assert config["input"]["mean"] == pytest.approx(mean)
+    assert config["input"]["std"] == pytest.approx(std)
+    assert config["input"]["shape"] == ["batch", 3, 48, 48]
+    assert config["temperature"] == 1.5
+    assert config["label_names"] == list(trained.fine)
 
 
 @pytest.mark.parametrize(("to", "uint8"), [("onnx", True), ("onnx", False), ("pt2", True)])
-def test_programs_take_any_batch(make_run: RunMaker, to: str, uint8: bool) -> None:
+def test_onnx_and_pt2_accept_any_batch_size(make_run: RunMaker, to: str, uint8: bool) -> None:
     run = make_run(
         "r", head="cosine", embedding_size=32, losses=ARCFACE, image_size=48, stem="small"
     )
     folder = export(run, to, *(["--uint8"] if uint8 else []))
-    usable = load_trained_model(run)
-    described = json.loads((folder / "config.json").read_text())
-    assert described["input"]["dtype"] == ("uint8" if uint8 else "float32")
+    trained = load_trained_model(run)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["input"]["dtype"] == ("uint8" if uint8 else "float32")
     for count in (1, 3, 9):
-        pictures = some_pictures(count)
-        inputs = pictures if uint8 else usable.model.preprocess(pictures).contiguous()
+        images = random_images(count)
+        inputs = images if uint8 else trained.model.preprocess(images).contiguous()
         if to == "onnx":
             session = onnxruntime.InferenceSession(folder / "model.onnx")
-            (found,) = session.run(None, {"images": inputs.numpy()})
-            logits = torch.from_numpy(found)
+            (outputs,) = session.run(None, {"images": inputs.numpy()})
+            logits = torch.from_numpy(outputs)
         else:
             logits = torch.export.load(folder / "model.pt2").module()(inputs)
-        assert torch.allclose(logits, usable.logits(pictures), atol=1e-4)  # the scale is inside
+        assert torch.allclose(logits, trained.logits(images), atol=1e-4)  # includes the scale
 
 
-def test_an_export_teaches(
+def test_exported_teacher_trains_a_student(
     make_run: RunMaker, tmp_path: Path, recipe: RecipeMaker, data: Path
 ) -> None:
     run = make_run("teacher", head="cosine", embedding_size=32, losses=ARCFACE, ema=True)
@@ -199,7 +199,7 @@ def test_an_export_teaches(
         find_teacher(TeacherConfig(run=str(folder)))
 
 
-def test_what_cannot_be_exported_is_refused_with_what_can(make_run: RunMaker) -> None:
+def test_unsupported_export_is_refused_with_alternatives(make_run: RunMaker) -> None:
     for name, model in {
         "small": {"stem": "small"},
         "own": {"backbone": "resnet8x4"},
@@ -212,19 +212,19 @@ def test_what_cannot_be_exported_is_refused_with_what_can(make_run: RunMaker) ->
         export(run, "timm", "--uint8")
 
 
-def test_nothing_is_overwritten_by_chance(make_run: RunMaker) -> None:
+def test_existing_export_is_kept_unless_forced(make_run: RunMaker) -> None:
     run = make_run("r")
     folder = export(run, "teacher")
     with pytest.raises(UserError, match="--force"):
         export(run, "teacher")
     export(run, "teacher", "--force")
     (folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         export(run, "teacher", "--force")
     assert (folder / "thesis.tex").exists()
 
 
-def test_the_card_is_valid_and_true(make_run: RunMaker, data: Path) -> None:
+def test_model_card_is_valid_and_has_the_metrics(make_run: RunMaker, data: Path) -> None:
     run = make_run("r", ema=True)
     summary = {"top1": 12.345, "top5": 40.0, "loss": 3.2, "steps": 1, "finished": True}
     (run / "summary.json").write_text(json.dumps(summary))
@@ -235,5 +235,5 @@ def test_the_card_is_valid_and_true(make_run: RunMaker, data: Path) -> None:
     assert yaml.safe_load(header)["datasets"] == ["cifar100"]
     assert "| top-1, % of the test split, last epoch | 12.35 |" in body or "12.34" in body
     assert digest in body
-    assert "moving average" in body
+    assert "averaged weights" in body
     assert "other data in the layout of CIFAR-100" in body

@@ -1,4 +1,4 @@
-"""`predict`: files of any kind and size, folders, rows of a split; calibrated where that is known."""
+"""Tests of the `predict` command: image files, folders, rows of a split, calibration."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy
 import pytest
-from launcher import Ranks
+from launcher import Launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from cifar_dist.data.dataset import load_split
 from cifar_dist.evaluation.scores import fit_temperature
-from cifar_dist.predict import ENDINGS, find_pictures, main, read_picture
+from cifar_dist.inference.prediction import SUFFIXES, find_images, read_image
+from cifar_dist.predict import main
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
@@ -26,44 +27,45 @@ def predictions(run: Path, *arguments: str) -> list[dict[str, Any]]:
     return json.loads(output.read_text())
 
 
-def test_rows_agree_with_the_runs_own_predictions(run: Path, tmp_path: Path) -> None:
+def top_labels(prediction: dict[str, Any]) -> list[str]:
+    return [score["label"] for score in prediction["scores"]]
+
+
+def test_rows_match_the_stored_predictions(run: Path, tmp_path: Path) -> None:
     stored = load_file(run / "predictions.safetensors")
     plain = predictions(run, "--rows", "test", "--save-image", str(tmp_path / "p.png"))
     best = stored["logits"].double().softmax(1).topk(5)
-    for row, one in enumerate(plain):
-        assert one["picture"] == f"test:{row}"
-        values = [guess["probability"] for guess in one["guesses"]]
+    for row, prediction in enumerate(plain):
+        assert prediction["picture"] == f"test:{row}"
+        values = [score["probability"] for score in prediction["scores"]]
         assert values == pytest.approx(best.values[row].tolist(), abs=1e-5)
     assert Image.open(tmp_path / "p.png").size[0] > 900
 
-    ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path)
-    assert ranks.wait() == [0], ranks.output
-    held = load_file(run / "evaluation/held_out.safetensors")
-    temperature = fit_temperature(held["logits"], held["labels"])
-    (one,) = predictions(run, "--rows", "test:7")
+    launch = Launch("evaluate", ["runs/tiny"], cwd=tmp_path)
+    assert launch.wait() == [0], launch.output
+    val = load_file(run / "evaluation/val_predictions.safetensors")
+    temperature = fit_temperature(val["logits"], val["labels"])
+    (prediction,) = predictions(run, "--rows", "test:7")
     calibrated = (stored["logits"][7].double() / temperature).softmax(0).max()
-    assert one["guesses"][0]["probability"] == pytest.approx(float(calibrated), abs=1e-5)
+    assert prediction["scores"][0]["probability"] == pytest.approx(float(calibrated), abs=1e-5)
     assert len(predictions(run, "--rows", "train:5-9")) == 5
 
 
-def test_files_are_seen_as_the_rows_they_were_made_of(run: Path, middle_data: Path) -> None:
+def test_files_and_rows_give_the_same_predictions(run: Path, middle_data: Path) -> None:
     images = load_split(middle_data, "test").images
     folder = run / "pictures"
     (folder / "inner").mkdir(parents=True)
     for row in range(3):
         Image.fromarray(images[row].permute(1, 2, 0).numpy()).save(folder / f"inner/{row}.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "broken.png").write_bytes(b"\x89PNG no")
-    seen = predictions(run, str(folder))
+    files = predictions(run, str(folder))
     rows = predictions(run, "--rows", "test:0-2")
-    assert [Path(one["picture"]).name for one in seen] == ["0.png", "1.png", "2.png"]
-    for one, same in zip(seen, rows, strict=True):
-        assert [guess["label"] for guess in one["guesses"]] == [
-            guess["label"] for guess in same["guesses"]
-        ]
+    assert [Path(file["picture"]).name for file in files] == ["0.png", "1.png", "2.png"]
+    assert [top_labels(file) for file in files] == [top_labels(row) for row in rows]
 
 
-def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
+def test_images_of_any_size_and_mode_become_32_px(tmp_path: Path) -> None:
     red = (200, 10, 10)
     for name, image in {
         "wide.jpg": Image.new("RGB", (900, 31), red),
@@ -74,76 +76,74 @@ def test_any_size_and_mode_becomes_32_px(tmp_path: Path) -> None:
         "bits.png": Image.new("1", (40, 40), 1),
     }.items():
         image.save(tmp_path / name)
-        assert read_picture(tmp_path / name).shape == (3, 32, 32)
-    assert read_picture(tmp_path / "print.jpg").float().mean((1, 2)).tolist() == pytest.approx(
+        assert read_image(tmp_path / name).shape == (3, 32, 32)
+    assert read_image(tmp_path / "print.jpg").float().mean((1, 2)).tolist() == pytest.approx(
         red, abs=5
     )
-    assert (read_picture(tmp_path / "bits.png") == 255).all()
+    assert (read_image(tmp_path / "bits.png") == 255).all()
     Image.fromarray(numpy.full((20, 20), 40000, numpy.uint16)).save(tmp_path / "deep.png")
-    assert (read_picture(tmp_path / "deep.png") == 40000 // 256).all()
+    assert (read_image(tmp_path / "deep.png") == 40000 // 256).all()
     Image.fromarray(numpy.full((20, 20), 0.5, numpy.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(UserError, match="32 bits a pixel have no agreed range"):
-        read_picture(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="the value range of 32 bits per pixel is undefined"):
+        read_image(tmp_path / "float.tif")
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png") == 255).all()  # on white
+    assert (read_image(tmp_path / "clear.png") == 255).all()  # on white
     sideways = Image.new("RGB", (64, 64), "white")
     sideways.paste((0, 0, 0), (0, 0, 64, 32))  # upper half black
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned right by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     sideways.save(tmp_path / "turned.png", exif=exif)
-    turned = read_picture(tmp_path / "turned.png").float().mean((0, 1))
+    turned = read_image(tmp_path / "turned.png").float().mean((0, 1))
     assert turned[:10].mean() > 200 > 50 > turned[-10:].mean()
 
 
-def test_folders_hold_what_the_page_says(tmp_path: Path) -> None:
+def test_suffixes_of_images_in_folders_are_documented(tmp_path: Path) -> None:
     for name in ("a.jfif", "b.JPE", "c.ico", "d.pgm", "e.pdf"):
         Image.new("L", (40, 40)).save(tmp_path / name)
-    found = [Path(name).name for name in find_pictures([tmp_path])]
-    assert found == ["a.jfif", "b.JPE", "c.ico", "d.pgm"]
+    names = [Path(name).name for name in find_images([tmp_path])]
+    assert names == ["a.jfif", "b.JPE", "c.ico", "d.pgm"]
     page = " ".join((Path(__file__).parents[2] / "docs/insight.md").read_text().split())
-    assert f"of a folder those called {', '.join(sorted(ENDINGS))}; " in page
+    assert f"files with the suffix {', '.join(sorted(SUFFIXES))}." in page
 
 
-def test_a_broken_picture_is_passed_over_whatever_its_reader_raises(
+def test_unreadable_image_in_a_folder_is_skipped_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[str] = []
     monkeypatch.setattr(log, "warning", warned.append)
     turned = struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0")
-    wrong = struct.pack("<HHI4s", 0x0103, 2, 3, b"ab\0\0")  # a text where a number has to be
+    wrong = struct.pack("<HHI4s", 0x0103, 2, 3, b"ab\0\0")  # text instead of a number
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + wrong + bytes(4)
     Image.new("RGB", (40, 40)).save(tmp_path / "broken.jpg", exif=exif)
     Image.new("RGB", (40, 40)).save(tmp_path / "fine.png")
-    assert list(find_pictures([tmp_path])) == [str(tmp_path / "fine.png")]
+    assert list(find_images([tmp_path])) == [str(tmp_path / "fine.png")]
     (sentence,) = warned
-    assert "broken.jpg is no picture that can be read (required argument is not an" in sentence
+    assert "broken.jpg cannot be read as an image (required argument is not an" in sentence
 
     def full(*arguments: object, **options: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(ImageOps, "fit", full)
-    with pytest.raises(
-        UserError, match=r"fine\.png is no picture that can be read \(MemoryError\)"
-    ):
-        read_picture(tmp_path / "fine.png")
+    with pytest.raises(UserError, match=r"fine\.png cannot be read as an image \(MemoryError\)"):
+        read_image(tmp_path / "fine.png")
 
 
-def test_mistakes_are_one_sentence(run: Path, tmp_path: Path) -> None:
-    for arguments, said in {
-        (): "give pictures or --rows",
-        ("a.png", "--rows", "test"): "give pictures or --rows",
-        ("absent.png",): r"no picture that can be read \(No such file or directory\)",
-        ("--rows", "test:5-3"): "has the rows 0 to",
+def test_wrong_arguments_are_refused_with_a_remedy(run: Path, tmp_path: Path) -> None:
+    for arguments, message in {
+        (): "give either image files or --rows",
+        ("a.png", "--rows", "test"): "give either image files or --rows",
+        ("absent.png",): r"cannot be read as an image \(No such file or directory\)",
+        ("--rows", "test:5-3"): "has rows 0 to",
         ("--rows", "valid:0"): "write test:0-99",
-        ("--rows", "test:300"): "has the rows 0 to 299",
-        ("--rows", "test:0", "--checkpoint", "step_1"): "those it has: step_000000",
+        ("--rows", "test:300"): "has rows 0 to 299",
+        ("--rows", "test:0", "--checkpoint", "step_1"): "it has: step_000000",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             main([str(run), *arguments])
     bomb = tmp_path / "bomb.png"
     Image.new("1", (14_000, 14_000)).save(bomb)
-    with pytest.raises(UserError, match="no picture that can be read"):
-        read_picture(bomb)
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(bomb)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no picture in these folders"):
-        find_pictures([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no readable image in these folders"):
+        find_images([tmp_path / "empty"])

@@ -1,4 +1,4 @@
-"""The report: groups of seeds, paired tests, and a page that holds all it shows and runs nothing."""
+"""Tests of the `report` command: groups of seeds, paired tests and a self-contained page."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import Ranks, train
+from launcher import Launch, train
 from safetensors.torch import load_file, save_file
 from small_data import quick_recipe
 
 from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.pickles import RawMeta
 from cifar_dist.data.ingest.synthetic import draw_synthetic
+from cifar_dist.inference.stored_run import read_run
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.report import main
 from cifar_dist.reporting.charts import MAX_POINTS, Series, line_chart, number, thinned, ticks
-from cifar_dist.reporting.comparison import (
-    group_runs,
-    latex_table,
-    latex_text,
-    paired_tests,
-    read_run,
-)
+from cifar_dist.reporting.comparison import group_runs, latex_table, latex_text, paired_tests
 from cifar_dist.reporting.tutorial import PUBLISHED
 from cifar_dist.utils.errors import UserError
 
@@ -38,7 +33,7 @@ HOSTILE = "<script>alert('x')</script>"
 
 @pytest.fixture(scope="module")
 def hostile_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn sample in small; one class and one superclass have names that a page must not believe."""
+    """Return synthetic data with HTML in the names of a class and a superclass."""
     train_rows, test_rows, meta = draw_synthetic(train_per_class=1, test_per_class=1)
     names = RawMeta(
         fine_label_names=[HOSTILE, *meta.fine_label_names[1:]],
@@ -50,7 +45,7 @@ def hostile_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: elements, addresses, and whether all that opens closes."""
+    """Collect elements, URLs and event handlers, and check that all elements are closed."""
 
     VOID = frozenset({"meta", "br", "wbr", "img", "link", "input"})
 
@@ -80,7 +75,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, hostile_data: Path) -> Path:
-    """Two seeds of one recipe, one run of another, and one that was stopped before its end."""
+    """Return two seeds of one recipe, a run of another recipe, and an unfinished run."""
     folder = tmp_path_factory.mktemp("report")
     for name, seed, lr in (("tiny_s0", 0, 0.003), ("tiny_s1", 1, 0.003), ("other", 0, 0.01)):
         seeded: dict[str, Any] = {"run": {"seed": seed}, "optim": {"lr": lr}}
@@ -94,11 +89,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, hostile_data: Path) -> Pat
 
 @pytest.fixture
 def runs(tmp_path: Path, trained: Path) -> Path:
-    """A copy that a test may break."""
+    """Return a copy that a test may modify."""
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
-def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
+def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data: Path) -> None:
     output, latex = runs / "page.html", runs / "table.tex"
     folders = [str(runs / name) for name in ("tiny_s0", "tiny_s1", "other", "unfinished")]
     assert main([*folders, "--output", str(output), "--latex", str(latex), "--tutorial"]) == 0
@@ -108,14 +103,14 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert "script" not in page.elements
     assert not page.handlers
     assert HOSTILE not in text
-    assert "&lt;script&gt;" in text  # the class is there, by its name
+    assert "&lt;script&gt;" in text  # the class name, escaped
     assert page.addresses
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", text)
     assert "default-src 'none'" in text
     assert "unfinished (not finished)" in text
-    shown = text.replace("<wbr>", "")  # where a long name may break
-    assert all(row.config in shown for row in PUBLISHED)
+    text = text.replace("<wbr>", "")  # line break opportunities in long names
+    assert all(row.config in text for row in PUBLISHED)
 
     first, second = group_runs([read_run(Path(folder)) for folder in folders])
     assert (first.label, len(first.runs), second.label) == ("tiny", 2, "other")
@@ -127,85 +122,85 @@ def test_page_table_and_tests(runs: Path, hostile_data: Path) -> None:
     assert [run.device_hours for run in second.runs] == [
         pytest.approx(json.loads((runs / "other/summary.json").read_text())["seconds"] / 3600)
     ]
-    (test,) = paired_tests([first, second])  # seed 0, which both have
+    (test,) = paired_tests([first, second])  # the common seed
     assert test.seed == 0
-    right = []
+    correct = []
     for name in ("tiny_s0", "other"):
-        predicted = load_file(runs / name / "predictions.safetensors")
-        right.append(predicted["logits"].argmax(1) == predicted["labels"])
+        tensors = load_file(runs / name / "predictions.safetensors")
+        correct.append(tensors["logits"].argmax(1) == tensors["labels"])
     assert test.difference == pytest.approx(
-        100 * float(right[1].float().mean() - right[0].float().mean()), abs=1e-4
+        100 * float(correct[1].float().mean() - correct[0].float().mean()), abs=1e-4
     )
     assert latex.read_text().count("\\\\") == 3
     assert "tiny & 2 &" in latex.read_text()
 
 
-def test_a_seed_that_counts_twice_is_said(runs: Path, tmp_path: Path) -> None:
-    for name, bears in (("again", "tiny"), ("ours", "r18_32")):
+def test_repeated_seed_gives_a_notice(runs: Path, tmp_path: Path) -> None:
+    for name, recipe_name in (("again", "tiny"), ("ours", "r18_32")):
         folder = Path(shutil.copytree(runs / "tiny_s0", runs / name))
         text = (folder / "recipe.yaml").read_text()
-        (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", f"name: {bears}"))
+        (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", f"name: {recipe_name}"))
     output = tmp_path / "page.html"
-    honest, twice = ("tiny_s0", "tiny_s1"), ("tiny_s0", "tiny_s1", "again")
-    for names, said in ((honest, False), (twice, True)):
+    distinct, repeated = ("tiny_s0", "tiny_s1"), ("tiny_s0", "tiny_s1", "again")
+    for names, expected in ((distinct, False), (repeated, True)):
         folders = [str(runs / name) for name in names]
         assert main([*folders, "--output", str(output)]) == 0
-        assert ("tiny: 3 runs, but 2 seed(s)" in output.read_text()) is said
+        assert ("tiny: 3 runs, but 2 seed(s)" in output.read_text()) is expected
     assert main([str(runs / "ours"), "--tutorial", "--output", str(output)]) == 0
-    assert '<span class="differs">n = 1, 1 epoch</span>' in output.read_text()
+    assert '<span class="detail">n = 1, 1 epoch</span>' in output.read_text()
 
 
-def test_a_run_with_margins_and_a_teacher_is_shown(
+def test_page_lists_losses_and_teacher_of_a_student(
     tmp_path: Path, runs: Path, hostile_data: Path
 ) -> None:
-    taught = quick_recipe(
+    student = quick_recipe(
         tmp_path,
-        "taught",
+        "student",
         hostile_data,
         model={"head": "cosine"},
         losses={"arcface": {"scale": 8}, "distill": {"weight": 0.5}},
         teacher={"run": str(runs / "other")},
     )
-    train(taught, cwd=tmp_path)
+    train(student, cwd=tmp_path)
     output = tmp_path / "page.html"
-    assert main([str(runs / "taught"), str(runs / "other"), "--output", str(output)]) == 0
+    assert main([str(runs / "student"), str(runs / "other"), "--output", str(output)]) == 0
     text = output.read_text()
     assert '<code>losses.arcface.scale</code></td><td class="text"><code>8.0</code>' in text
     assert "<code>teacher.run</code>" in text
     assert '<code>model.head</code></td><td class="text"><code>cosine</code>' in text
 
 
-def test_without_data_the_numbers_remain(runs: Path, data: Path) -> None:
+def test_page_without_data_has_metrics_but_no_images(runs: Path, data: Path) -> None:
     output = runs / "page.html"
     (runs / "other").rename(runs / "<i>other")
-    own = {"kind": "train", "step": 1, "epoch": 0.1, "loss": "a user's own words", "lr": None}
+    record = {"kind": "train", "step": 1, "epoch": 0.1, "loss": "not a number", "lr": None}
     with (runs / "<i>other/metrics.jsonl").open("a") as file:
-        file.write(json.dumps(own) + "\n")
+        file.write(json.dumps(record) + "\n")
     assert main([str(runs / "<i>other"), "--output", str(output), "--data", str(data)]) == 0
     text = output.read_text()
     assert "<i>" not in text
-    assert "holds other data" in text
+    assert "is not the data it was trained on" in text
     assert "Comparison" in text
     assert "<img" not in text
 
 
-def test_folders_that_are_no_runs_are_passed_over(
+def test_other_folders_are_skipped(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (runs / "empty").mkdir()
     (runs / "notes.txt").touch()
     folders = [str(runs / name) for name in ("empty", "notes.txt", "other")]
     assert main([*folders, "--output", str(tmp_path / "page.html")]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "passed over" in line]
-    assert said == [f"passed over: {runs / 'empty'} is no run folder (no recipe.yaml in it)"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped:")]
+    assert lines == [f"skipped: {runs / 'empty'} is not a run folder (no recipe.yaml in it)"]
     with pytest.raises(UserError, match="none of these is a run folder"):
         main([str(runs / "empty"), str(runs / "notes.txt")])
-    with pytest.raises(UserError, match="typo is no run folder"):
+    with pytest.raises(UserError, match="typo is not a run folder"):
         main([str(runs / "other"), str(runs / "typo")])
 
 
-def test_broken_runs_are_one_sentence(runs: Path) -> None:
-    with pytest.raises(UserError, match="no run folder"):
+def test_damaged_runs_are_refused(runs: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
         main([str(runs / "nothing")])
     (runs / "other/predictions.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(UserError, match=r"predictions\.safetensors is damaged"):
@@ -222,11 +217,11 @@ def test_broken_runs_are_one_sentence(runs: Path) -> None:
     (runs / "other/predictions.safetensors").unlink()
     summary = runs / "other/summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds": None}))
-    with pytest.raises(UserError, match=r"summary\.json is damaged \(seconds is no number\)"):
+    with pytest.raises(UserError, match=r"summary\.json is damaged \(seconds is not a number\)"):
         main([str(runs / "other")])
 
 
-def test_other_labels_are_not_compared(runs: Path) -> None:
+def test_runs_with_different_labels_are_not_compared(runs: Path) -> None:
     path = runs / "other/predictions.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"labels": tensors["labels"].flip(0).contiguous()}, path)
@@ -234,13 +229,13 @@ def test_other_labels_are_not_compared(runs: Path) -> None:
     assert paired_tests(groups) == []
 
 
-def test_the_command_and_its_help(runs: Path) -> None:
-    ranks = Ranks("cifar_dist.report", ["runs/other"], cwd=runs.parent)
-    assert ranks.wait() == [0], ranks.output
-    assert "report.html: 1 run(s)" in ranks.output
+def test_command_writes_the_default_output(runs: Path) -> None:
+    launch = Launch("cifar_dist.report", ["runs/other"], cwd=runs.parent)
+    assert launch.wait() == [0], launch.output
+    assert "report.html: 1 run(s)" in launch.output
 
 
-def test_axes_are_round_and_lines_are_thin() -> None:
+def test_ticks_are_round_and_lines_are_thinned() -> None:
     assert ticks(0.13, 0.87) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(3, 3)[0] <= 3 <= ticks(3, 3)[-1]
     assert ticks(-2, 1) == pytest.approx([-2, -1, 0, 1])
@@ -252,8 +247,8 @@ def test_axes_are_round_and_lines_are_thin() -> None:
         "1,200",
     ]
     points = [(float(x), 0.0) for x in range(1000)]
-    short = thinned(points)
-    assert (len(short), short[0], short[-1]) == (MAX_POINTS, points[0], points[-1])
+    thin = thinned(points)
+    assert (len(thin), thin[0], thin[-1]) == (MAX_POINTS, points[0], points[-1])
     assert line_chart([Series(name="a", group=0, points=[])], x_label="x", y_label="y") is None
     chart = line_chart([Series(name=HOSTILE, group=9, points=[(1, 2)])], x_label="x", y_label="y")
     assert chart is not None
@@ -261,12 +256,12 @@ def test_axes_are_round_and_lines_are_thin() -> None:
     assert "c1 dash1" in chart
 
 
-def test_latex_escapes() -> None:
+def test_latex_special_characters_are_escaped() -> None:
     assert latex_text("a_b & 5 % \\x") == r"a\_b \& 5 \% \textbackslash{}x"
     assert latex_table([]).startswith("% needs")
 
 
-def test_the_tutorials_rows_and_pages_name_recipes_that_exist() -> None:
+def test_tutorial_rows_and_page_name_existing_recipes() -> None:
     recipes = Path(__file__).parents[2] / "recipes"
     assert {row.config for row in PUBLISHED} == {
         path.stem for path in recipes.glob("tutorial/*.yaml")
@@ -275,20 +270,20 @@ def test_the_tutorials_rows_and_pages_name_recipes_that_exist() -> None:
         assert row.ours is None or (recipes / f"{row.ours}.yaml").exists()
     page = (recipes.parent / "docs/tutorial.md").read_text()
     for row in PUBLISHED:
-        shown = next(line for line in page.splitlines() if line.startswith(f"| `{row.config}` |"))
-        assert row.published is None or f"{row.published:.2f}" in shown
-        assert row.ours is None or f"`{row.ours}`" in shown
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{row.config}` |"))
+        assert row.published is None or f"{row.published:.2f}" in line
+        assert row.ours is None or f"`{row.ours}`" in line
     for name in re.findall(r"recipes/([\w/]+\.yaml)", page):
         assert (recipes / name).exists(), name
 
 
-def test_the_tutorials_loop_trains_all_and_teachers_before_students() -> None:
+def test_tutorial_commands_train_teachers_before_students() -> None:
     root = Path(__file__).parents[2]
     page = (root / "docs/tutorial.md").read_text()
     loops = page.partition("python -m cifar_dist.report")[0].split("for recipe in ")[1:]
     assert loops
-    listed = " ".join(loop.partition("; do")[0].replace("\\\n", " ") for loop in loops)
-    command = f"shopt -s failglob; printf '%s\\n' {listed}"
+    names = " ".join(loop.partition("; do")[0].replace("\\\n", " ") for loop in loops)
+    command = f"shopt -s failglob; printf '%s\\n' {names}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True
     )

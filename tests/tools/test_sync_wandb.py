@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from compare import lines
-from launcher import Ranks, train
+from launcher import Launch, train
 from wandb_records import records
 
 from cifar_dist import sync_wandb
@@ -44,7 +44,7 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
         tracking={"mode": "offline"},
     )
     run = tmp_path / "runs/tiny"
-    ranks = Ranks("train", [path], cwd=tmp_path)
+    ranks = Launch("train", [path], cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -99,7 +99,7 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
 
 
 def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run folder with reports"):
+    with pytest.raises(UserError, match="not a run folder with records"):
         sync_wandb.main([str(tmp_path)])
 
 

@@ -15,7 +15,7 @@ import numpy
 import pytest
 import yaml
 from compare import lines
-from launcher import Ranks, free_port, train
+from launcher import Launch, free_port, train
 from PIL import Image
 from safetensors.torch import load_file
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -58,7 +58,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
         ("evaluate", "runs/student"),
         ("evaluate", "runs/student"),
     ):
-        ranks = Ranks(command, [argument], cwd=folder)
+        ranks = Launch(command, [argument], cwd=folder)
         assert ranks.wait() == [0], ranks.output
     return folder / "runs"
 
@@ -165,13 +165,13 @@ def test_a_run_is_described_and_shown(tracked: Path, data: Path) -> None:
     table = json.loads(files["predictions.table.json"].read_text())
     stored = load_file(run / "predictions.safetensors")
     hierarchy, images = read_hierarchy(data), load_split(data, "test").images
-    assert table["columns"][:4] == ["test row", "picture", "true", "predicted"]
+    assert table["columns"][:4] == ["test row", "image", "true", "predicted"]
     assert len(table["data"]) == 23  # all rows of the small split, each once
-    for row, picture, truth, predicted, _, right in table["data"]:
+    for row, image, truth, predicted, _, correct in table["data"]:
         assert truth == hierarchy.fine[int(stored["labels"][row])]
         assert predicted == hierarchy.fine[int(stored["logits"][row].argmax())]
-        assert right == (truth == predicted)
-        pixels = numpy.array(Image.open(files[picture["path"]]))
+        assert correct == (truth == predicted)
+        pixels = numpy.array(Image.open(files[image["path"]]))
         assert (pixels == images[row].permute(1, 2, 0).numpy()).all()
     counts = json.loads((root / shown["confusion_table.path"]).read_text())["data"]
     assert sum(count for *_, count in counts) == 23

@@ -1,4 +1,4 @@
-"""All that draws, averages or perturbs in one run: any number of processes, any kill, the same bits."""
+"""All random, averaging and perturbing features in one run: same bits for any world size and any kill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from compare import assert_same_bits, lines
 from launcher import train
-from restarts import kill_and_go_on
+from restarts import kill_and_resume
 
 from recipes import RecipeMaker, TeacherMaker, taught
 
@@ -36,15 +36,15 @@ def everything(recipe: RecipeMaker, precision: str) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.fault)])
-def test_processes_workers_and_kills_make_no_difference(
+def test_same_bits_with_processes_workers_and_kills(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, precision: str
 ) -> None:
-    """Host workers, device operations, partners, SAM, two sizes, dropout, an average, a teacher."""
+    """albumentations workers, device augmentation, mixing, SAM, two sizes, dropout, EMA, a teacher."""
     teacher("big", image_size=48)
     path = everything(recipe, precision)
     train(path, "name=one", "augment.workers=0", cwd=tmp_path)
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
     assert lines(tmp_path / "runs/one")[-1]["step"] == 18
-    kill_and_go_on(path, tmp_path, [4, 9], last_step=18)
+    kill_and_resume(path, tmp_path, [4, 9], last_step=18)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")

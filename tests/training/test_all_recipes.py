@@ -1,4 +1,4 @@
-"""Every recipe that is shipped builds as written, and trains two steps on a small network of its family."""
+"""Every recipe builds as written, and trains two steps with a small network of its family."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from all_recipes import RECIPES, ROOT, SMALL
 from compare import lines
-from launcher import Ranks, train
+from launcher import Launch, train
 
-from cifar_dist.losses.classification import LOSSES
-from cifar_dist.models.backbones import build_model
+from cifar_dist.losses.registry import LOSSES
+from cifar_dist.models.classifier import build_model
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.diff import flatten
@@ -25,7 +25,7 @@ from recipes import TeacherMaker
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_a_recipe_trains(
+def test_recipe_trains(
     tmp_path: Path,
     data: Path,
     middle_data: Path,
@@ -33,7 +33,7 @@ def test_a_recipe_trains(
     monkeypatch: pytest.MonkeyPatch,
     path: Path,
 ) -> None:
-    """As written but for the network, the pictures' size, and 32 rows a batch in two micro-batches at most."""
+    """Smaller network and images, and 32 rows per batch in at most two micro-batches."""
     recipe = load_recipe(ROOT / path)
     model = recipe.model
     family = next(small for name, small in SMALL.items() if model.backbone.startswith(name))
@@ -62,7 +62,7 @@ def test_a_recipe_trains(
         name = Path(taught_by.run).name
         teacher(name, image_size=48, head=model.head, losses=scale)
     if "cached" in (taught_by.placement for taught_by in recipe.all_teachers):
-        ranks = Ranks("cache_logits", [ROOT / path, *arguments], cwd=tmp_path)
+        ranks = Launch("cache_logits", [ROOT / path, *arguments], cwd=tmp_path)
         assert ranks.wait() == [0], ranks.output
     train(ROOT / path, *arguments, cwd=tmp_path)
     first, second = (
@@ -75,8 +75,8 @@ def test_a_recipe_trains(
     assert describe(load_recipe(ROOT / path, arguments)).training_flops > 0
 
 
-def test_the_real_networks_build_as_their_recipes_say() -> None:
-    """Shapes only: sizes, layers of layer_decay, what is frozen; each network and optimizer once."""
+def test_full_size_networks_build() -> None:
+    """Shapes only: sizes, layer_decay groups, freezing; each network and optimizer once."""
     recipes = [load_recipe(ROOT / path) for path in RECIPES]
     for model_config, optim in {
         repr((r.model, r.optim)): (r.model, r.optim) for r in recipes
@@ -107,8 +107,8 @@ UNUSED = {
 }
 
 
-def test_each_technique_has_a_recipe() -> None:
-    """Each loss, each schedule, and each knob of these sections, somewhere other than by default."""
+def test_every_technique_has_a_recipe() -> None:
+    """Each loss, schedule and key of these sections has a recipe with another value than the default."""
     recipes = [load_recipe(ROOT / path) for path in RECIPES]
     assert {name for recipe in recipes for name in recipe.losses} == set(LOSSES)
     schedules = {recipe.optim.schedule for recipe in recipes}

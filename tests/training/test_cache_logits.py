@@ -1,4 +1,4 @@
-"""Cached logits are those of the live teacher, rounded to float16; a wrong cache is refused."""
+"""Cached logits match the online teacher's, rounded to float16; a wrong cache is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from compare import lines
-from launcher import Ranks, train
+from launcher import Launch, train
 
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import gather_batch
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def cache(*arguments: object, cwd: Path, world_size: int = 1, expect: int = 0) -> str:
-    ranks = Ranks("cache_logits", arguments, cwd=cwd, world_size=world_size)
+    ranks = Launch("cache_logits", arguments, cwd=cwd, world_size=world_size)
     codes = ranks.wait()
     assert codes == [expect] * world_size, f"exit codes {codes}:\n{ranks.output}"
     return ranks.output
@@ -53,63 +53,67 @@ def cached(*names: str, **augment: Any) -> dict[str, Any]:
         {"views": "all"},
         {"repeated": 2},
     ],
-    ids=["crop and flip", "holes, partners and policies", "all views", "copies"],
+    ids=["crop and flip", "cutout, mixing and policies", "all views", "repeated"],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_cache_says_what_the_live_teacher_says(
+def test_cached_logits_match_the_online_teacher(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
     augment: dict[str, Any],
     precision: str,
 ) -> None:
-    """In any batch of any epoch: within float16's half unit in the last place.
+    """In any batch of any epoch, within half a unit in the last place of float16.
 
-    2^-11 of a logit, and 2^-25 near zero. In fp32 a live forward of other rows differs by a rounding
-    of its own, 1e-5 here; in bf16 one flips at most a bit of bfloat16.
+    That is 2^-11 of a logit, and 2^-25 near zero. In fp32 the online teacher's forward of another batch
+    differs by rounding, up to 1e-5 here; in bf16 at most by one bit of bfloat16.
     """
     teacher("big", backbone="test_vit", image_size=48)
     path = recipe(**cached("big", **augment), run={"precision": precision})
     cache(path, cwd=tmp_path)
-    made = load_recipe(path)
-    split = load_split(Path(made.data.path), "train")
+    config = load_recipe(path)
+    split = load_split(Path(config.data.path), "train")
     folder = tmp_path / "runs/big"
-    asked = load_recipe(
+    online_configs = load_recipe(
         path, [f"teacher.run={folder}", "teacher.placement=replicated"]
     ).all_teachers
-    live = build_teacher(
-        asked, [find_teacher(asked[0])], num_classes=100, device=CPU, mesh=lambda over: None
+    online = build_teacher(
+        online_configs,
+        [find_teacher(online_configs[0])],
+        num_classes=100,
+        device=CPU,
+        mesh=lambda over: None,
     )
-    assert live is not None
-    says = CachedTeacher(open_logits(folder / "logits"))
-    show = Augment(made.augment, split)
+    assert online is not None
+    cached_teacher = CachedTeacher(open_logits(folder / "logits"))
+    augment_batch = Augment(config.augment, split)
     for epoch, rows in enumerate([range(64), [5], range(40, 3, -1), [7, 7], range(20)]):
-        copies = torch.arange(len(rows)) % 2 if made.augment.repeated == 2 else None
+        copies = torch.arange(len(rows)) % 2 if config.augment.repeated == 2 else None
         batch = gather_batch(
             split, torch.tensor(list(rows)), epoch=epoch, micro_batch=0, copies=copies
         )
-        view = show(batch)
+        view = augment_batch(batch)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            expected = live(view, batch)
-        found = says(view, batch)
-        assert found.dtype == torch.float32
-        slack = 1e-5 if precision == "fp32" else 0.02
-        assert ((found - expected).abs() <= 2**-11 * expected.abs() + slack).all()
+            expected = online(view, batch)
+        result = cached_teacher(view, batch)
+        assert result.dtype == torch.float32
+        tolerance = 1e-5 if precision == "fp32" else 0.02
+        assert ((result - expected).abs() <= 2**-11 * expected.abs() + tolerance).all()
         if (
-            epoch == 0 and made.augment.views != "all" and copies is None
-        ):  # the very block that was written down
-            assert torch.equal(found, expected.half().float())
-    assert len(says.logits.unique(dim=0)) > len(says.logits) / 2
+            epoch == 0 and config.augment.views != "all" and copies is None
+        ):  # the block that was cached
+            assert torch.equal(result, expected.half().float())
+    assert len(cached_teacher.logits.unique(dim=0)) > len(cached_teacher.logits) / 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.fault)])
-def test_training_from_a_cache_is_training_from_the_teacher(
+def test_training_with_a_cache_matches_the_online_teacher(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
     precision: str,
 ) -> None:
-    """24 steps at a small learning rate on two ranks: each logged number to 2e-3 of its size."""
+    """24 steps at a small learning rate on two ranks: each logged value within 0.2 %."""
     teacher("big", image_size=48)
     teacher("cosines", head="cosine", losses={"arcface": {"scale": 20}})
     path = recipe(
@@ -119,55 +123,54 @@ def test_training_from_a_cache_is_training_from_the_teacher(
     )
     cache(path, cwd=tmp_path, world_size=2)
     train(path, "name=cached", cwd=tmp_path, world_size=2)
-    content_of = yaml.safe_load(path.read_text())
-    for each in content_of["teachers"]:
-        each["placement"] = "sharded"
-    path.write_text(yaml.safe_dump(content_of))
+    sections = yaml.safe_load(path.read_text())
+    for section in sections["teachers"]:
+        section["placement"] = "sharded"
+    path.write_text(yaml.safe_dump(sections))
     train(path, "name=sharded", cwd=tmp_path, world_size=2)
     pairs = zip(lines(tmp_path / "runs/cached"), lines(tmp_path / "runs/sharded"), strict=True)
-    for ours, theirs in pairs:
+    for from_cache, online in pairs:
         for name in ("loss", "distill", "cross_entropy"):
-            if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
+            if name in online:
+                assert from_cache[name] == pytest.approx(online[name], rel=2e-3), name
     assert lines(tmp_path / "runs/cached")[-1]["step"] == 24
 
 
-def test_a_kill_and_other_processes_leave_the_same_bytes(
+def test_resumed_cache_has_the_same_bytes(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
 ) -> None:
-    """162 blocks: TERM to two, kill -9 to one that is further on, three go on, sharded."""
+    """162 blocks: SIGTERM to one of two processes, SIGKILL to one process, then three, sharded."""
     teacher("big", backbone="test_vit", image_size=96)
     path = recipe(**cached("big", crop_padding=4, views="all"))
     folder = tmp_path / "runs/big/logits"
-    cache(path, f"teacher.cache={tmp_path / 'whole'}", cwd=tmp_path)
+    cache(path, f"teacher.cache={tmp_path / 'uninterrupted'}", cwd=tmp_path)
 
-    def wait_for_rows(ranks: Ranks, rows: int) -> None:
+    def wait_for_rows(ranks: Launch, rows: int) -> None:
         file, deadline = partial_path(folder) / "logits.npy", time.monotonic() + 60
         while not file.exists() or file.stat().st_size < 128 + rows * 200:
             assert any(process.is_alive() for process in ranks.processes), ranks.output
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    ranks = Ranks("cache_logits", [path], cwd=tmp_path, world_size=2)
+    ranks = Launch("cache_logits", [path], cwd=tmp_path, world_size=2)
     wait_for_rows(ranks, 64 * 20)
     os.kill(ranks.processes[1].pid or 0, signal.SIGTERM)
     assert ranks.wait() == [75, 75], ranks.output
-    assert "start it again to go on" in ranks.output
+    assert "run the same command again to resume" in ranks.output
     saved = json.loads((partial_path(folder) / "progress.json").read_text())["rows"]
     assert 64 * 20 <= saved < 64 * 162
-    refusal = train(path, cwd=tmp_path, expect=2)
-    assert "not finished" in refusal
-    ranks = Ranks("cache_logits", [path], cwd=tmp_path)
+    assert "not finished" in train(path, cwd=tmp_path, expect=2)
+    ranks = Launch("cache_logits", [path], cwd=tmp_path)
     wait_for_rows(ranks, saved + 64 * 20)
     ranks.kill()
     assert not folder.exists()
     kept = json.loads((partial_path(folder) / "progress.json").read_text())["rows"]
-    assert kept >= saved  # more where a slow machine took SAFE_SECONDS before the kill
+    assert kept >= saved  # more if a slow machine took SAVE_SECONDS before the kill
     output = cache(path, "--sharded", cwd=tmp_path, world_size=3)
-    assert f"goes on after {kept:,}" in output
-    assert content(folder) == content(tmp_path / "whole")
+    assert f"resuming after {kept:,}" in output
+    assert content(folder) == content(tmp_path / "uninterrupted")
     assert not partial_path(folder).exists()
     assert "is complete" in cache(path, cwd=tmp_path)
     assert sorted(p.name for p in folder.parent.iterdir()) == [
@@ -177,7 +180,7 @@ def test_a_kill_and_other_processes_leave_the_same_bytes(
     ]
 
 
-def test_seeds_of_the_student_share_a_cache(
+def test_students_with_other_seeds_and_settings_share_a_cache(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
@@ -186,22 +189,22 @@ def test_seeds_of_the_student_share_a_cache(
     path = recipe(**cached("big"), run={"epochs": 1})
     cache(path, cwd=tmp_path)
     before = content(tmp_path / "runs/big/logits")
-    for changes in (["run.seed=1"], ["optim.lr=0.1", "losses.distill.temperature=1"]):
-        train(path, f"name=other{len(changes)}", *changes, cwd=tmp_path)
-        assert "is complete" in cache(path, *changes, cwd=tmp_path)
+    for overrides in (["run.seed=1"], ["optim.lr=0.1", "losses.distill.temperature=1"]):
+        train(path, f"name=other{len(overrides)}", *overrides, cwd=tmp_path)
+        assert "is complete" in cache(path, *overrides, cwd=tmp_path)
     assert content(tmp_path / "runs/big/logits") == before
 
 
-WRONG = {  # what is changed, and what the refusal names
+WRONG = {  # overrides, and the difference in the error
     "another seed of the views": (["augment.seed=1"], "augment.seed: 0 -> 1"),
     "fewer views": (["augment.views=2"], "shape: [3, 64, 100] -> [2, 64, 100]"),
     "another augmentation": (["augment.crop_padding=4"], "augment.crop_padding: 2 -> 4"),
-    "another change": (["augment.affine.degrees=15"], "augment.affine: None -> {'degrees': 15"),
+    "another transform": (["augment.affine.degrees=15"], "augment.affine: None -> {'degrees': 15"),
     "another precision": (["run.precision=bf16"], "precision: fp32 -> bf16"),
 }
 
 
-def test_a_cache_of_something_else_is_refused_before_the_first_step(
+def test_cache_with_another_fingerprint_is_an_error_before_the_first_step(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
@@ -214,11 +217,11 @@ def test_a_cache_of_something_else_is_refused_before_the_first_step(
     folder = tmp_path / "runs/big/logits"
     before = content(folder)
     data = f"data.path={middle_data}"
-    for changes, named in [*WRONG.values(), ([data], "data: ")]:
+    for overrides, difference in [*WRONG.values(), ([data], "data: ")]:
         for command in (train, cache):
-            said = command(path, *changes, cwd=tmp_path, expect=2)
-            assert named in said
-            assert "Traceback" not in said
+            output = command(path, *overrides, cwd=tmp_path, expect=2)
+            assert difference in output
+            assert "Traceback" not in output
     teacher("big", seed=1)
     assert "teacher: " in train(path, cwd=tmp_path, expect=2)
     assert content(folder) == before
@@ -234,15 +237,15 @@ def swap_rows(path: Path) -> None:
     numpy.save(path, logits)
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 200)
 
 
 @pytest.mark.parametrize(
-    "harm",
+    "damage",
     [
         lambda folder: swap_rows(folder / "logits.npy"),
-        lambda folder: cut(folder / "logits.npy"),
+        lambda folder: truncate(folder / "logits.npy"),
         lambda folder: (folder / "logits.npy").unlink(),
         lambda folder: (folder / "logits.npy").write_bytes(b""),
         lambda folder: (folder / "manifest.json").write_text("{"),
@@ -253,34 +256,34 @@ def cut(path: Path) -> None:
     ],
     ids=[
         "permuted",
-        "cut",
-        "lost",
+        "truncated",
+        "deleted",
         "empty",
         "no JSON",
         "a list",
-        "no words",
+        "an empty object",
         "no manifest",
-        "gone",
+        "no folder",
     ],
 )
-def test_a_damaged_cache_is_refused(
+def test_damaged_cache_is_an_error(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
-    harm: Any,
+    damage: Any,
 ) -> None:
     teacher("big")
     path = recipe(**cached("big"))
     cache(path, cwd=tmp_path)
-    harm(tmp_path / "runs/big/logits")
-    said = train(path, cwd=tmp_path, world_size=2, expect=2)
-    assert "Traceback" not in said
-    assert said.count("error:") == 1
-    assert "cache_logits" in said or "make the cache again" in said
+    damage(tmp_path / "runs/big/logits")
+    output = train(path, cwd=tmp_path, world_size=2, expect=2)
+    assert "Traceback" not in output
+    assert output.count("error:") == 1
+    assert "cache_logits" in output or "create the cache again" in output
     assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
 
 
-def test_a_folder_that_is_no_cache_is_never_replaced(
+def test_folder_that_is_no_cache_is_never_replaced(
     tmp_path: Path,
     recipe: RecipeMaker,
     teacher: TeacherMaker,
@@ -289,14 +292,14 @@ def test_a_folder_that_is_no_cache_is_never_replaced(
     path = recipe(**cached("big"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("precious")
-    said = cache(path, "teacher.cache=mine", "--force", cwd=tmp_path, expect=2)
-    assert "no cache" in said
+    output = cache(path, "teacher.cache=mine", "--force", cwd=tmp_path, expect=2)
+    assert "no cache" in output
     assert (tmp_path / "mine/thesis.tex").read_text() == "precious"
-    said = cache(path, "teacher.placement=replicated", cwd=tmp_path, expect=2)
-    assert "no teacher to cache" in said
+    output = cache(path, "teacher.placement=replicated", cwd=tmp_path, expect=2)
+    assert "no teacher to cache" in output
 
 
-def test_logits_that_do_not_fit_float16_are_refused(tmp_path: Path) -> None:
+def test_logits_beyond_float16_are_an_error(tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "big", (1, 2, 3), {"teacher": "a"}, force=False)
     with pytest.raises(ValueError, match="float16"):
         writer.append(torch.tensor([[0.0, 70_000.0, 1.0]]).half())
@@ -306,25 +309,25 @@ def test_logits_that_do_not_fit_float16_are_refused(tmp_path: Path) -> None:
     assert open_logits(tmp_path / "big").shape == (1, 2, 3)
 
 
-@pytest.mark.parametrize("moment", ["before the name", "between two names"])
-def test_a_forced_cache_replaces_the_old_one_as_a_whole(tmp_path: Path, moment: str) -> None:
-    """Whatever moment a kill chooses, the next start finishes and a reader sees one whole cache."""
+@pytest.mark.parametrize("moment", ["before the renames", "between the renames"])
+def test_forced_cache_replaces_the_old_one_only_when_complete(tmp_path: Path, moment: str) -> None:
+    """After a kill at any moment, a reader finds a complete cache and the next start finishes."""
     folder = tmp_path / "big"
 
-    def make(value: float, *, force: bool) -> CacheWriter:
+    def write(value: float, *, force: bool) -> CacheWriter:
         writer = CacheWriter(folder, (1, 2, 3), {"teacher": str(value)}, force=force)
         writer.append(torch.full((2, 3), value).half())
         return writer
 
-    make(1, force=False).finish()
-    second = make(2, force=True)
+    write(1, force=False).finish()
+    second = write(2, force=True)
     second.save()
     check_cache(folder, {"teacher": "1"})
-    if moment == "between two names":
+    if moment == "between the renames":
         os.rename(folder, tmp_path / "big.old")
-        again = CacheWriter(folder, (1, 2, 3), {"teacher": "2"}, force=False)
-        assert again.rows == 2
-        again.finish()
+        restarted = CacheWriter(folder, (1, 2, 3), {"teacher": "2"}, force=False)
+        assert restarted.rows == 2
+        restarted.finish()
     else:
         second.finish()
     check_cache(folder, {"teacher": "2"})
@@ -332,6 +335,6 @@ def test_a_forced_cache_replaces_the_old_one_as_a_whole(tmp_path: Path, moment: 
     assert sorted(path.name for path in folder.iterdir()) == ["logits.npy", "manifest.json"]
 
 
-def test_a_recipe_without_a_number_of_views_has_no_cache(recipe: RecipeMaker) -> None:
+def test_caching_without_augment_views_is_an_error(recipe: RecipeMaker) -> None:
     with pytest.raises(ValueError, match=r"augment\.views"):
         load_recipe(recipe(**cached("big", views=None)))

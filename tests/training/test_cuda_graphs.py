@@ -1,4 +1,4 @@
-"""The step that a GPU records computes what `train_step` under DDP computes."""
+"""The graphed step computes what `train_step` under DDP computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from compare import assert_same_bits, largest_difference
 from emulated_recorder import EmulatedRecorder
-from launcher import Ranks, train
+from launcher import Launch, train
 from step_cost import batches_of, model_of
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
@@ -24,7 +25,7 @@ from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.distillation import Distill
 from cifar_dist.losses.margin import ArcFace
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.optim.optimizer import (
     OptimConfig,
     build_optimizer,
@@ -37,7 +38,7 @@ from cifar_dist.training.cuda_graphs import WARM_UP, GraphedCallable
 from cifar_dist.training.graphed_step import GraphedStep, flat_gradients, unsupported_reason
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import train_step
+from cifar_dist.training.step import StepConfig, train_step
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 from cifar_dist.utils.precision import Precision, make_scaler
@@ -47,16 +48,16 @@ CPU = torch.device("cpu")
 
 
 def captured(path: Path, *arguments: str, cwd: Path, world_size: int = 1) -> None:
-    ranks = Ranks("graphed_train", [path, *arguments], cwd=cwd, world_size=world_size)
+    ranks = Launch("graphed_train", [path, *arguments], cwd=cwd, world_size=world_size)
     assert ranks.wait() == [0] * world_size, ranks.output
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_has_the_same_bits_with_either_step(
+def test_graphed_run_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, world_size: int, precision: str
 ) -> None:
-    """Three micro-batches of unlike size, partners, dropout, an average; two of three micro-batches on rank 0."""
+    """Three micro-batches of different sizes, mixing, dropout, EMA; two of three micro-batches on rank 0."""
     path = recipe(
         run={"micro_batches": 3, "precision": precision},
         model={
@@ -70,10 +71,10 @@ def test_a_run_has_the_same_bits_with_either_step(
     assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
 
 
-def test_a_taught_and_partly_frozen_run_has_the_same_bits(
+def test_graphed_run_with_teacher_and_freezing_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
-    """A loss that warms up and layers that learn later: both are other recordings."""
+    """Loss warm-up and unfreezing both invalidate the graphs."""
     teacher("big", image_size=48)
     sections: dict[str, Any] = taught("big")
     sections["losses"]["distill"]["warmup_epochs"] = 3
@@ -87,7 +88,7 @@ def test_a_taught_and_partly_frozen_run_has_the_same_bits(
     assert_same_bits(tmp_path / "runs/plain", tmp_path / "runs/captured")
 
 
-def test_gradients_in_bf16_are_reduced_alike_and_are_others(
+def test_bf16_reduction_matches_between_steps_and_differs_from_fp32(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
     path = recipe(
@@ -101,10 +102,8 @@ def test_gradients_in_bf16_are_reduced_alike_and_are_others(
 
 
 @pytest.mark.fault
-def test_a_compiled_run_computes_the_same_but_for_rounding(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
-    """By inductor, a minute of compilation; both kinds of step."""
+def test_compiled_run_matches_up_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Uses inductor, which takes a minute."""
     path = recipe(run={"epochs": 1}, optim={"name": "sgd", "lr": 0.005}, model={"drop_rate": 0.0})
     train(path, "name=plain", cwd=tmp_path)
     for name, run in ("compiled", train), ("both", captured):
@@ -113,7 +112,7 @@ def test_a_compiled_run_computes_the_same_but_for_rounding(
         assert difference < 1e-4, name
 
 
-def test_gradients_lie_in_one_tensor_with_their_parameters_strides() -> None:
+def test_flat_gradients_have_the_strides_of_their_parameters() -> None:
     model = model_of(CrossEntropy()).to(memory_format=torch.channels_last)
     frozen = next(model.parameters()).requires_grad_(False)
     flat, views = flat_gradients([p for p in model.parameters() if p.requires_grad])
@@ -125,7 +124,7 @@ def test_gradients_lie_in_one_tensor_with_their_parameters_strides() -> None:
     assert int(flat.sum()) == count, "no two of them share a number"
 
 
-def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
+def test_capturable_optimizer_state_is_portable() -> None:
     optimizer = build_optimizer(OptimConfig(name="adamw"), model_of(CrossEntropy()))
     before = portable_state_dict(optimizer)
     make_capturable(optimizer, CPU)
@@ -140,17 +139,26 @@ def test_scalars_on_the_device_are_saved_like_those_on_the_host() -> None:
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor), "only the copy is plain"
 
 
-def test_what_cannot_be_recorded_says_why() -> None:
-    reason = partial(unsupported_reason, device=torch.device("cuda"), precision="bf16", sam=None)
+def test_unsupported_steps_give_a_reason() -> None:
+    bf16 = StepConfig(precision="bf16", seed=0, batch_size=20, max_grad_norm=None)
+
+    def reason(
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: StepConfig = bf16,
+        device: str = "cuda",
+    ) -> str | None:
+        return unsupported_reason(model, optimizer, config, torch.device(device))
+
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     sgd = build_optimizer(OptimConfig(name="sgd"), model)
     assert reason(model, sgd) is None
     lamb = build_optimizer(OptimConfig(name="lamb"), model)
     two_sizes = build_model(ModelConfig(backbone="test_resnet", mixed_resolution=48), 100)
     slim = build_model(ModelConfig(backbone="test_vit", grad_checkpointing=True), 100)
-    assert "this is cpu" in str(reason(model, sgd, device=CPU))
-    assert "fp16" in str(reason(model, sgd, precision="fp16"))
-    assert "sam" in str(reason(model, sgd, sam=SamConfig()))
+    assert "this is cpu" in str(reason(model, sgd, device="cpu"))
+    assert "fp16" in str(reason(model, sgd, replace(bf16, precision="fp16")))
+    assert "sam" in str(reason(model, sgd, replace(bf16, sam=SamConfig())))
     assert "Lamb" in str(reason(model, lamb))
     assert "mixed_resolution" in str(reason(two_sizes, sgd))
     assert "checkpointing" in str(reason(slim, sgd))
@@ -158,11 +166,11 @@ def test_what_cannot_be_recorded_says_why() -> None:
 
 def test_cuda_graphs_on_without_a_gpu_is_an_error(tmp_path: Path, recipe: RecipeMaker) -> None:
     output = train(recipe(), "run.cuda_graphs=on", cwd=tmp_path, expect=2)
-    assert "run.cuda_graphs=on: the step cannot be recorded: CUDA graphs need a GPU" in output
+    assert "run.cuda_graphs=on: CUDA graphs need a GPU" in output
 
 
 class Adder:
-    """Work that adds a random number to a counter, as dropout would."""
+    """Adds a random number to a counter, like dropout."""
 
     def __init__(self) -> None:
         self.counter = torch.zeros(())
@@ -180,10 +188,10 @@ def totals(recorder: Any, work: Adder) -> list[float]:
     return [float(recorded(work, written=work.written)) for _ in range(6)]
 
 
-def test_work_is_eager_then_recorded_and_compared_once_then_replayed() -> None:
+def test_work_is_eager_then_captured_once_then_replayed() -> None:
     before = EmulatedRecorder.recordings
-    found = totals(EmulatedRecorder(CPU), Adder())
-    assert found == totals(None, Adder()), "no call adds twice or draws other numbers"
+    actual = totals(EmulatedRecorder(CPU), Adder())
+    assert actual == totals(None, Adder()), "no call adds twice or draws other numbers"
     assert EmulatedRecorder.recordings == before + 1
 
 
@@ -192,25 +200,25 @@ class Failing(EmulatedRecorder):
         raise RuntimeError("the CPU tensor is not pinned\nmore")
 
 
-def test_a_recording_that_fails_cleanly_leaves_the_work_eager(
+def test_failed_capture_stays_eager(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
     assert totals(Failing(CPU), Adder()) == totals(None, Adder())
     (record,) = {id(record): record for record in caplog.records}.values()  # seen twice, it may be
     message = record.getMessage()
-    assert "the step stays eager: recording failed (the CPU tensor is not pinned)" in message
+    assert "CUDA graphs: off, capturing failed (the CPU tensor is not pinned)" in message
     assert "more" not in message
 
 
 class Forgetful(EmulatedRecorder):
-    """Records half of the work."""
+    """Captures only half of the work."""
 
     def record(self, work: Callable[[], Any], *, own_pool: bool) -> Any:
         return super().record(lambda: work().mul_(0.5), own_pool=own_pool)
 
 
-def test_a_replay_that_differs_from_eager_execution_ends_the_run() -> None:
+def test_replay_that_differs_from_eager_is_an_error() -> None:
     with pytest.raises(
         UserError, match=r"differs from the eager step by 0\.5.*run\.cuda_graphs=off"
     ):
@@ -218,7 +226,7 @@ def test_a_replay_that_differs_from_eager_execution_ends_the_run() -> None:
 
 
 @pytest.mark.parametrize("draws", [True, False])
-def test_only_what_draws_no_random_number_is_replayed_in_parallel(draws: bool) -> None:
+def test_only_deterministic_work_is_replayed_in_parallel(draws: bool) -> None:
     work = partial(torch.rand, ()) if draws else torch.zeros(()).clone
     recorder: Any = EmulatedRecorder(CPU)
     recorded: GraphedCallable[torch.Tensor] = GraphedCallable(recorder, parallel=True)
@@ -232,19 +240,15 @@ def a_step(model: torch.nn.Module, objective: Any, new_recorder: Any) -> Graphed
         model,
         objective,
         build_optimizer(OptimConfig(name="sgd"), model),
+        StepConfig(precision="fp32", seed=0, batch_size=20, max_grad_norm=None),
         device=CPU,
         world_size=1,
-        precision="fp32",
-        seed=0,
-        batch_size=20,
-        max_grad_norm=None,
-        grad_reduce_dtype="fp32",
         new_recorder=new_recorder,
     )
 
 
-def test_a_step_is_freed_with_its_last_reference(data: Path) -> None:
-    """Without the garbage collector: a recording's memory must not outlive a thaw."""
+def test_step_is_freed_with_its_last_reference(data: Path) -> None:
+    """Without the garbage collector: the memory of graphs is freed when layers unfreeze."""
     split = load_split(data, "train")
     objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
     step = a_step(model_of(CrossEntropy()), objective, EmulatedRecorder)
@@ -263,10 +267,10 @@ def test_a_step_is_freed_with_its_last_reference(data: Path) -> None:
         gc.enable()
 
 
-def test_a_step_that_cannot_be_recorded_computes_what_the_eager_step_does(data: Path) -> None:
-    """The update must not replay gradients of a micro-batch that is computed elsewhere each time."""
+def test_step_with_failed_capture_matches_eager_step(data: Path) -> None:
+    """The update must not replay gradients that an eager micro-batch writes elsewhere each time."""
     split = load_split(data, "train")
-    found = []
+    actual = []
     for recorder in (None, FailsOnce):
         FailsOnce.left = 1
         torch.manual_seed(0)
@@ -275,9 +279,9 @@ def test_a_step_that_cannot_be_recorded_computes_what_the_eager_step_does(data: 
         step, batches = a_step(model, objective, recorder), batches_of(split)
         for number in range(8):
             step(next(batches), step=number)
-        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        actual.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert FailsOnce.left == 0
-    assert torch.equal(*found)
+    assert torch.equal(*actual)
 
 
 class FailsOnce(EmulatedRecorder):
@@ -335,10 +339,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_replayed_step_has_the_bits_of_the_eager_step(
+def test_replayed_step_matches_eager_step(
     data: Path, monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
-    """Three micro-batches of unlike size, over three epochs: weights, statistics, momenta, sums."""
+    """Three micro-batches of different sizes over three epochs: weights, statistics, momenta, sums."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     before = EmulatedRecorder.recordings
     eager, replayed = bits_after(data, None, **case), bits_after(data, EmulatedRecorder, **case)
@@ -356,7 +360,7 @@ def bits_after(
     losses: dict[str, Any] = LEARNS,
     model: dict[str, Any] | None = None,
 ) -> torch.Tensor:
-    """All numbers after nine steps, by `train_step` or with a recorder."""
+    """Return all numbers after nine steps of `train_step`, or of a graphed step."""
     torch.manual_seed(0)
     split = load_split(data, "train")
     chosen: dict[str, Any] = {"backbone": backbone, "drop_rate": 0.1} | (model or {})
@@ -369,24 +373,22 @@ def bits_after(
     augment = Augment(AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0), split)
     objective = Objective(augment, losses, teacher)
     optimizer = build_optimizer(OptimConfig(name=optim, weight_decay=2**-7), network)
-    settings: dict[str, Any] = {"precision": precision, "seed": 0, "batch_size": 20}
-    settings["max_grad_norm"] = 1.0
+    step_config = StepConfig(precision=precision, seed=0, batch_size=20, max_grad_norm=1.0)
     if recorder:
         take_step: Any = GraphedStep(
             network,
             objective,
             optimizer,
+            step_config,
             device=CPU,
             world_size=1,
-            grad_reduce_dtype="fp32",
             new_recorder=recorder,
-            **settings,
         )
     else:
         scaler = make_scaler(precision, CPU)
         accelerator = Accelerator(cpu=True)
         take_step = partial(
-            train_step, accelerator, network, objective, optimizer, scaler, **settings
+            train_step, accelerator, network, objective, optimizer, scaler, step_config
         )
     window, batches = (
         MetricWindow(objective.names, micro_batches=3, device=CPU),
@@ -409,7 +411,7 @@ class FailsToUpdate(EmulatedRecorder):
 
 
 @pytest.mark.parametrize("recorder", [FailsOnce, FailsToUpdate])
-def test_with_cuda_graphs_on_any_failed_recording_is_an_error(data: Path, recorder: Any) -> None:
+def test_failed_capture_is_an_error_with_cuda_graphs_on(data: Path, recorder: Any) -> None:
     FailsOnce.left = 1
     split = load_split(data, "train")
     objective = Objective(Augment(AugmentConfig(), split), {"cross_entropy": CrossEntropy()})
@@ -417,5 +419,5 @@ def test_with_cuda_graphs_on_any_failed_recording_is_an_error(data: Path, record
     step.required = True
     for number in range(WARM_UP):
         step(next(batches), step=number)
-    with pytest.raises(UserError, match=r"run\.cuda_graphs=on: recording the step failed"):
+    with pytest.raises(UserError, match=r"run\.cuda_graphs=on: capturing the step failed"):
         step(next(batches), step=WARM_UP)

@@ -1,4 +1,4 @@
-"""A teacher may be whole or sharded: the same numbers; and it is part of what a run is."""
+"""Distillation: teacher placements give the same results, and a run depends on its teacher's weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from compare import assert_same_bits, lines, tensors
-from launcher import Ranks, train
+from launcher import Launch, train
 from restarts import EVERY_STEP, wait_for_step
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,8 @@ from cifar_dist.distill.teacher import (
     load_sharded,
 )
 from cifar_dist.distributed.context import rank_mesh
-from cifar_dist.models.backbones import ModelConfig, build_model, create_backbone
+from cifar_dist.models.backbones import create_backbone
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import checkpoints
@@ -34,13 +35,13 @@ from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import sha256
 from recipes import RecipeMaker, TeacherMaker, taught
 
-MODELS = {  # with what is hard to shard about them
-    "test_resnet": "BatchNorm's statistics",
+MODELS = {  # with what makes each hard to shard
+    "test_resnet": "BatchNorm statistics",
     "test_vit": "parameters of one row",
-    "test_vit_relpos": "buffers that no file has",
-    "test_nfnet": "parameters without rows",
-    "resnet8x4": "chains of chains of blocks",
-    "wrn_16_2": "norms outside of the blocks",
+    "test_vit_relpos": "non-persistent buffers",
+    "test_nfnet": "scalar parameters",
+    "resnet8x4": "nested Sequentials of blocks",
+    "wrn_16_2": "norms outside the blocks",
 }
 
 
@@ -53,19 +54,19 @@ MODELS = {  # with what is hard to shard about them
         pytest.param("test_vit", 4, marks=pytest.mark.fault),
     ],
 )
-def test_whole_sharded_and_cached_teachers_train_the_same(
+def test_replicated_sharded_and_cached_teachers_train_alike(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, backbone: str, world_size: int
 ) -> None:
-    """24 steps in four shards; the teacher sees 64 px where the student sees 32.
+    """24 steps in four micro-batches, the teacher at 64 px, the student at 32.
 
-    Sharded and whole to the last bit; cached to what rounding the logits to float16 makes of it.
+    Sharded and replicated agree bit for bit, cached within the rounding of logits to float16.
     """
     teacher("big", backbone=backbone, image_size=64)
     sections = taught("big") | {"augment": {"views": 2}}
     path = recipe(
         run={"epochs": 4, "micro_batches": 4, "batch_size": 10}, optim={"lr": 1e-5}, **sections
     )
-    command = Ranks("cache_logits", [path, "teacher.placement=cached"], cwd=tmp_path, world_size=2)
+    command = Launch("cache_logits", [path, "teacher.placement=cached"], cwd=tmp_path, world_size=2)
     assert command.wait() == [0, 0], command.output
     for placement in ("replicated", "sharded", "cached"):
         output = train(
@@ -78,27 +79,27 @@ def test_whole_sharded_and_cached_teachers_train_the_same(
         assert f"{world_size} process(es)" in output
         if placement != "cached":
             assert f"teacher runs/big: {backbone} at 64 px" in output
-            said = re.findall(r"parameters on each rank: (.*)", output)[0].split()
-            held = [int(number.replace(",", "")) for number in said]
+            counts = re.findall(r"parameters on each rank: (.*)", output)[0].split()
+            per_rank = [int(number.replace(",", "")) for number in counts]
             total = int(re.findall(r"px, ([\d,]+) parameters", output)[0].replace(",", ""))
-            assert len(held) == world_size
-            assert sum(held) == (total if placement == "sharded" else world_size * total)
-    whole = lines(tmp_path / "runs/whole")
-    assert whole[-1]["step"] == 24
-    assert all(line["distill"] > 0 for line in whole if "distill" in line)
-    assert_same_bits(tmp_path / "runs/whole", tmp_path / "runs/sharded")
-    for ours, theirs in zip(lines(tmp_path / "runs/cached"), whole, strict=True):
+            assert len(per_rank) == world_size
+            assert sum(per_rank) == (total if placement == "sharded" else world_size * total)
+    replicated = lines(tmp_path / "runs/replicated")
+    assert replicated[-1]["step"] == 24
+    assert all(line["distill"] > 0 for line in replicated if "distill" in line)
+    assert_same_bits(tmp_path / "runs/replicated", tmp_path / "runs/sharded")
+    for ours, theirs in zip(lines(tmp_path / "runs/cached"), replicated, strict=True):
         if "distill" in theirs:
             assert ours["distill"] == pytest.approx(theirs["distill"], rel=2e-3)
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-def test_one_and_two_processes_and_kills_make_no_difference(
+def test_resume_with_sharded_teachers_matches_uninterrupted_run(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
-    """Two teachers of other sizes and heads; one process alone has nothing to shard over.
+    """Two teachers of different sizes and heads, sharded over two processes, replicated on one.
 
-    kill -9 of one process mid-epoch and mid-window (6 and 5 steps); two go on, sharded.
+    SIGKILL of a single process within an epoch and a metric window (6 and 5 steps); two resume.
     """
     teacher("big", image_size=48)
     teacher("cosines", head="cosine", losses={"arcface": {"scale": 20}})
@@ -107,39 +108,39 @@ def test_one_and_two_processes_and_kills_make_no_difference(
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
     arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
-    alone = Ranks("train", arguments, cwd=tmp_path)
-    wait_for_step(alone, tmp_path / "runs/killed", 8)
-    alone.kill()
+    process = Launch("train", arguments, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "runs/killed", 8)
+    process.kill()
     assert not (tmp_path / "runs/killed/summary.json").exists()
     output = train(*arguments, cwd=tmp_path, world_size=2)
-    assert "goes on at step" in output
+    assert "resuming from step" in output
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")
 
 
-def test_a_warm_up_follows_the_epoch_through_kills_and_worlds(
+def test_distillation_warm_up_follows_the_epoch_and_resumes_exactly(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
-    """A teacher and a student without counterparts in timm; four epochs of 6 steps, a report each."""
+    """With a teacher and a student that timm lacks; four epochs of 6 steps, one record each."""
     teacher("big", backbone="resnet8x1")
     keys = taught("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
     keys["losses"] = {"cross_entropy": {"weight": 0.5}, "dkd": {"weight": 2.0, "warmup_epochs": 3}}
     path = recipe(run={"log_every_steps": 6}, **keys)
     train(path, "name=straight", cwd=tmp_path)
-    reports = [line for line in lines(tmp_path / "runs/straight") if line["kind"] == "train"]
-    assert [line["epoch"] for line in reports] == [1, 2, 3, 4]
-    for line, share in zip(reports, (1 / 3, 2 / 3, 1, 1), strict=True):
-        wanted = 0.5 * line["cross_entropy"] + share * 2.0 * line["dkd"]
-        assert line["loss"] == pytest.approx(wanted, rel=1e-5)
+    records = [line for line in lines(tmp_path / "runs/straight") if line["kind"] == "train"]
+    assert [line["epoch"] for line in records] == [1, 2, 3, 4]
+    for line, factor in zip(records, (1 / 3, 2 / 3, 1, 1), strict=True):
+        expected = 0.5 * line["cross_entropy"] + factor * 2.0 * line["dkd"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
     arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
-    alone = Ranks("train", arguments, cwd=tmp_path)
-    wait_for_step(alone, tmp_path / "runs/killed", 8)
-    alone.kill()
+    process = Launch("train", arguments, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "runs/killed", 8)
+    process.kill()
     assert not (tmp_path / "runs/killed/summary.json").exists()
-    assert "goes on at step" in train(*arguments, cwd=tmp_path, world_size=2)
+    assert "resuming from step" in train(*arguments, cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
-def test_the_teacher_changes_what_is_learnt_and_is_in_no_checkpoint(
+def test_teacher_affects_training_but_is_in_no_checkpoint(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     folder = teacher("big", backbone="test_vit")
@@ -160,27 +161,25 @@ def test_the_teacher_changes_what_is_learnt_and_is_in_no_checkpoint(
     assert json.loads((run / "environment.json").read_text())["teachers"] == [digest]
 
 
-def test_the_average_is_the_teacher_where_a_run_has_one(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_teacher_is_the_average_if_its_run_has_one(tmp_path: Path, recipe: RecipeMaker) -> None:
     train(recipe("big", run={"epochs": 1}), cwd=tmp_path)
     train(recipe(run={"epochs": 1}, **taught("big")), cwd=tmp_path)
     average = checkpoints(tmp_path / "runs/big/checkpoints")[0] / "average.safetensors"
-    surroundings = json.loads((tmp_path / "runs/tiny/environment.json").read_text())
-    assert surroundings["teachers"] == [sha256(average)]
+    environment = json.loads((tmp_path / "runs/tiny/environment.json").read_text())
+    assert environment["teachers"] == [sha256(average)]
 
 
 @pytest.mark.parametrize(("world_size", "over"), [(2, "world"), (3, "world"), (4, "node")])
-def test_each_rank_holds_its_rows_and_says_the_same(
+def test_sharded_teachers_match_replicated_ones_and_keep_only_their_rows(
     tmp_path: Path, teacher: TeacherMaker, world_size: int, over: str
 ) -> None:
-    """At rest ceil(rows / ranks) of each parameter; `node`: four ranks on two machines of two."""
+    """Each rank has ceil(rows / ranks) of each parameter; `node`: two machines of two ranks."""
     folders = [teacher(name, backbone=name, image_size=32) for name in MODELS]
-    if world_size == 2:  # 28 million parameters, and masks that are built where the parameters are
+    if world_size == 2:  # 28 million parameters, and masks on the device of the parameters
         swin = "swin_tiny_patch4_window7_224"
         folders.append(teacher(swin, backbone=swin, image_size=64))
     sharing = world_size if over == "world" else 2
-    processes = Ranks(
+    processes = Launch(
         "sharded_teacher",
         [over, *folders],
         cwd=tmp_path,
@@ -189,12 +188,12 @@ def test_each_rank_holds_its_rows_and_says_the_same(
     )
     assert processes.wait() == [0] * world_size, processes.output
     for rank in range(world_size):
-        said = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert list(said) == [str(folder) for folder in folders]
-        for folder, found in said.items():
-            assert found["world_size"] == world_size
-            assert found["same"] == [True] * 4, folder
-            for name, (whole, local, storage) in found["kept"].items():
+        results = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert list(results) == [str(folder) for folder in folders]
+        for folder, result in results.items():
+            assert result["world_size"] == world_size
+            assert result["equal"] == [True] * 4, folder
+            for name, (whole, local, storage) in result["shapes"].items():
                 if whole:
                     rows = -(-whole[0] // sharing)
                     first = min(rank % sharing * rows, whole[0])
@@ -202,8 +201,8 @@ def test_each_rank_holds_its_rows_and_says_the_same(
                     assert storage <= rows * torch.Size(whole[1:]).numel(), name
 
 
-def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
-    """Frozen: what it says about a picture depends on no other one, and looking leaves no trace."""
+def test_teacher_logits_are_those_of_its_evaluation(teacher: TeacherMaker) -> None:
+    """It is in eval mode: logits do not depend on other images, and a call changes no state."""
     folder = teacher("cosines", head="cosine", drop_rate=0.5, losses={"arcface": {"scale": 20}})
     trained, device = find_teacher(TeacherConfig(run=str(folder))), torch.device("cpu")
     model = build_model(trained.model, 100, load_file(trained.weights)).eval()
@@ -215,31 +214,31 @@ def test_a_teacher_says_what_its_evaluation_says(teacher: TeacherMaker) -> None:
         mesh=lambda over: rank_mesh(device, 1, over=over),
     )
     assert built is not None
-    pictures, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
-    batch = gather_batch(Split(images=pictures, labels=rows), rows, epoch=0, micro_batch=0)
-    view = AugmentedBatch(images=pictures, labels=rows, view_ids=rows)
+    images, rows = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8), torch.arange(6)
+    batch = gather_batch(Split(images=images, labels=rows), rows, epoch=0, micro_batch=0)
+    view = AugmentedBatch(images=images, labels=rows, view_ids=rows)
     teacher_logits = built(view, batch)
-    assert torch.equal(teacher_logits, 20 * model(pictures).logits)
+    assert torch.equal(teacher_logits, 20 * model(images).logits)
     assert torch.equal(built(view, batch), teacher_logits)
     assert teacher_logits.dtype == torch.float32
     assert not teacher_logits.requires_grad
-    alone = built(AugmentedBatch(images=pictures[:1], labels=rows[:1], view_ids=rows[:1]), batch)
-    torch.testing.assert_close(alone, teacher_logits[:1])
+    single = built(AugmentedBatch(images=images[:1], labels=rows[:1], view_ids=rows[:1]), batch)
+    torch.testing.assert_close(single, teacher_logits[:1])
 
 
-def test_parameters_are_built_without_numbers_and_buffers_with_them() -> None:
+def test_init_params_on_meta_keeps_buffer_values() -> None:
     config = ModelConfig(backbone="test_vit_relpos", image_size=32)
     with init_params_on_meta():
         backbone = create_backbone(config, pretrained=False)
     assert all(parameter.is_meta for parameter in backbone.parameters())
-    theirs = dict(create_backbone(config, pretrained=False).named_buffers())
-    assert theirs.keys() > backbone.state_dict().keys() - dict(backbone.named_parameters()).keys()
+    buffers = dict(create_backbone(config, pretrained=False).named_buffers())
+    assert buffers.keys() > backbone.state_dict().keys() - dict(backbone.named_parameters()).keys()
     for name, buffer in backbone.named_buffers():
-        assert torch.equal(buffer, theirs[name])
+        assert torch.equal(buffer, buffers[name])
     assert not any(p.is_meta for p in create_backbone(config, pretrained=False).parameters())
 
 
-def test_one_whose_buffers_need_numbers_is_refused_sharded(teacher: TeacherMaker) -> None:
+def test_sharding_a_model_with_computed_buffers_is_an_error(teacher: TeacherMaker) -> None:
     swin = "swinv2_tiny_window8_256"
     folder = teacher("swin", backbone=swin, image_size=64)
     trained = find_teacher(TeacherConfig(run=str(folder)))
@@ -247,19 +246,19 @@ def test_one_whose_buffers_need_numbers_is_refused_sharded(teacher: TeacherMaker
         load_sharded(trained, 100, mesh=None)  # type: ignore[arg-type]
 
 
-def test_a_missing_teacher_is_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
-    path = recipe(**taught("nobody"))
+def test_missing_teacher_is_an_error(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(**taught("missing"))
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
-    assert "runs/nobody is no run folder" in output
-    (tmp_path / "runs/nobody").mkdir()
-    (tmp_path / "runs/nobody/recipe.yaml").write_text("name: nobody\n")
+    assert "runs/missing is not a run folder" in output
+    (tmp_path / "runs/missing").mkdir()
+    (tmp_path / "runs/missing/recipe.yaml").write_text("name: missing\n")
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
-    assert "runs/nobody has no checkpoint yet; train it first" in output
+    assert "runs/missing has no checkpoint yet: train it first" in output
     assert "parameters" in train(path, "--dry-run", cwd=tmp_path)
 
 
-def test_another_teacher_is_refused_like_other_data(
+def test_resuming_with_another_teacher_is_an_error(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
@@ -270,16 +269,16 @@ def test_another_teacher_is_refused_like_other_data(
     teacher("big", seed=1)
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
-    assert "the weights of teacher runs/big:" in output
+    assert "weights of teacher runs/big:" in output
     assert "--force" in output
 
 
-def test_a_teacher_that_does_not_fit_is_refused(
+def test_teacher_whose_weights_do_not_fit_is_an_error(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     folder = teacher("big")
-    described = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(described.replace("test_resnet", "test_vit"))
+    content = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(content.replace("test_resnet", "test_vit"))
     for placement in ("replicated", "sharded"):
         path = recipe(**taught("big", placement=placement))
         output = train(path, cwd=tmp_path, world_size=2, expect=2)
@@ -290,7 +289,7 @@ def test_a_teacher_that_does_not_fit_is_refused(
         assert "Traceback" not in output
 
 
-def test_a_sharded_teacher_is_called_equally_often(
+def test_sharded_teacher_needs_a_world_size_that_divides_the_micro_batches(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
@@ -300,32 +299,32 @@ def test_a_sharded_teacher_is_called_equally_often(
         path, "name=a", "teacher.placement=sharded", cwd=tmp_path, world_size=2, expect=2
     )
     assert output.count("error:") == 1
-    assert "3 micro-batches of the batch on 2 processes" in output
+    assert "3 micro-batches on 2 processes" in output
     assert "placement: replicated" in output
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "message"),
     [
         ({"losses": {"dkd": {}}}, "losses.dkd needs a teacher"),
-        ({"teacher": {"run": "runs/big"}}, "no loss listens to the teacher"),
+        ({"teacher": {"run": "runs/big"}}, "no loss uses the teacher"),
     ],
 )
-def test_a_loss_without_teacher_and_a_teacher_without_loss_are_refused(
-    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any], words: str
+def test_distillation_loss_and_teacher_need_each_other(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any], message: str
 ) -> None:
     output = train(recipe(**sections), cwd=tmp_path, expect=2)
     assert output.count("error:") == 1
-    assert words in output
+    assert message in output
 
 
-# ----------------------------------------------------------------------------- files, train mode
+# ----------------------------------------------------------------------------- files, train_mode
 
 
-def test_a_file_teaches_like_the_run_that_it_came_from(
+def test_file_as_teacher_matches_its_run(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
-    """Whole and sharded; a cosine head with the scale that its run's loss had."""
+    """Replicated and sharded, with a cosine head and the scale of its run's loss."""
     folder = teacher("big", head="cosine", image_size=48, losses={"arcface": {"scale": 20}})
     weights = checkpoints(folder / "checkpoints")[0] / "model.safetensors"
     exported = shutil.copy(weights, tmp_path / "big.safetensors")
@@ -344,11 +343,11 @@ def test_a_file_teaches_like_the_run_that_it_came_from(
     for placement in ("replicated", "sharded"):
         options = [f"name=half_{placement}", f"teacher.placement={placement}"]
         train(path, *options, cwd=tmp_path, world_size=2)
-    assert_same_bits(tmp_path / "runs/half_whole", tmp_path / "runs/half_sharded")
+    assert_same_bits(tmp_path / "runs/half_replicated", tmp_path / "runs/half_sharded")
     Path(exported).write_bytes(b"not a file of tensors")
     assert "error: " in train(path, "name=wrong", cwd=tmp_path, expect=2)
     Path(exported).unlink()
-    assert "there is no file" in train(path, "name=wrong", cwd=tmp_path, expect=2)
+    assert "big.safetensors does not exist" in train(path, "name=wrong", cwd=tmp_path, expect=2)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +359,7 @@ def test_a_file_teaches_like_the_run_that_it_came_from(
         ({"run": "runs/a", "placement": "cached", "train_mode": True}, "no fixed logits"),
     ],
 )
-def test_a_teacher_that_cannot_be_is_refused(
+def test_invalid_teacher_config_is_an_error(
     recipe: RecipeMaker, keys: dict[str, Any], remedy: str
 ) -> None:
     sections = taught("a") | {"teacher": keys, "augment": {"views": 2}}
@@ -368,10 +367,10 @@ def test_a_teacher_that_cannot_be_is_refused(
         load_recipe(recipe(**sections))
 
 
-def test_in_train_mode_a_teacher_goes_by_the_batch(
+def test_train_mode_teacher_uses_batch_statistics(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
-    """Other numbers than in evaluation mode; the same for one and two processes, and after a stop."""
+    """Results differ from eval mode, and are the same for one and two processes and after a kill."""
     teacher("big", drop_rate=0.3)
     path = recipe(run={"epochs": 2}, **taught("big"))
     train(path, "name=frozen", cwd=tmp_path)
@@ -382,8 +381,8 @@ def test_in_train_mode_a_teacher_goes_by_the_batch(
     assert not torch.equal(frozen["logits"], one["logits"])
     arguments = [path, "name=killed", "teacher.train_mode=true"]
     arguments += [f"run.save_every_minutes={EVERY_STEP}"]
-    alone = Ranks("train", arguments, cwd=tmp_path)
-    wait_for_step(alone, tmp_path / "runs/killed", 8)
-    alone.kill()
+    process = Launch("train", arguments, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "runs/killed", 8)
+    process.kill()
     train(*arguments, cwd=tmp_path)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/killed")

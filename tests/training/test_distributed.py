@@ -1,4 +1,4 @@
-"""The number of processes is the launcher's business: the numbers do not change with it."""
+"""Results do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_bits, largest_difference, lines, tensors
-from launcher import Ranks, free_port, start_rank, train
+from launcher import Launch, free_port, start_rank, train
 from safetensors.torch import load_file
 
 from recipes import RecipeMaker
@@ -19,7 +19,7 @@ def summary(run: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_one_and_two_processes_compute_the_same_bits(
+def test_one_and_two_processes_have_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, precision: str
 ) -> None:
     augment = {"trivial_augment": {}, "one_of": {"affine": {"degrees": 15}, "erasing": {}}}
@@ -31,7 +31,7 @@ def test_one_and_two_processes_compute_the_same_bits(
     assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
 
 
-def test_more_processes_agree_to_rounding(
+def test_more_processes_agree_up_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
@@ -46,10 +46,10 @@ def test_more_processes_agree_to_rounding(
         assert difference < 1e-5, f"{world_size} processes: {difference}"
 
 
-def test_number_of_shards_is_only_rounding_without_batch_norm(
+def test_micro_batches_only_change_rounding_without_batch_norm(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    """24 steps of SGD in float32; a ViT normalises over features, so micro-batches do not matter to it."""
+    """24 steps of SGD in float32 with a ViT, whose normalization does not depend on micro-batches."""
     for micro_batches in (1, 4):
         train(
             recipe(
@@ -64,19 +64,19 @@ def test_number_of_shards_is_only_rounding_without_batch_norm(
     assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s4") < 1e-6
 
 
-def test_batch_norm_sees_shards_and_keeps_shard_zeros_statistics(
+def test_batch_norm_keeps_statistics_of_micro_batch_zero(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
-    """With BatchNorm the number of micro-batches is part of the mathematics, so it must not be rounding."""
+    """With BatchNorm the number of micro-batches changes the result by more than rounding."""
     for micro_batches in (1, 2):
         train(recipe(f"s{micro_batches}", run={"micro_batches": micro_batches}), cwd=tmp_path)
     assert largest_difference(tmp_path / "runs/s1", tmp_path / "runs/s2") > 1e-3
 
 
-def test_predictions_have_the_same_bits_in_any_world(
+def test_predictions_do_not_depend_on_world_size(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
-    """The training itself evaluates on two ranks, where only rank 0's statistics are the right ones."""
+    """Evaluation on two ranks uses rank 0's statistics."""
     path = recipe(
         run={"batch_size": 50, "epochs": 1},
         data={"path": str(middle_data)},
@@ -84,13 +84,13 @@ def test_predictions_have_the_same_bits_in_any_world(
     )
     train(path, cwd=tmp_path, world_size=2)
     for world_size in (1, 2, 3):
-        ranks = Ranks("evaluate", ["runs/tiny"], cwd=tmp_path, world_size=world_size)
+        ranks = Launch("evaluate", ["runs/tiny"], cwd=tmp_path, world_size=world_size)
         assert ranks.wait() == [0] * world_size, ranks.output
         assert "the same bits as" in ranks.output, ranks.output
 
 
 def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Each rank hashes its weights after four steps; the step itself never compares them."""
+    """Each rank hashes its weights after four steps."""
     path = recipe(run={"micro_batches": 4, "batch_size": 12, "epochs": 1})
     script, port = Path(__file__).parents[1] / "helpers/rank_hashes.py", free_port()
     processes = [
@@ -101,15 +101,13 @@ def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
     assert len(set(hashes)) == 1
 
 
-def test_too_many_processes_are_refused_with_the_remedy(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_more_processes_than_micro_batches_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
     output = train(recipe(), cwd=tmp_path, world_size=3, expect=2)
     assert output.count("error:") == 1
     assert "run.micro_batches=3" in output
 
 
-def test_default_shards_are_the_first_starts_world_size(
+def test_default_micro_batches_are_the_first_world_size(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
     path = recipe(run={"micro_batches": None})
@@ -117,7 +115,7 @@ def test_default_shards_are_the_first_starts_world_size(
     assert summary(tmp_path / "runs/tiny")["micro_batches"] == 2
 
 
-def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_finished_run_has_all_metrics_and_files(tmp_path: Path, recipe: RecipeMaker) -> None:
     train(recipe(data={"val_size": 0}), cwd=tmp_path, world_size=2)
     run = tmp_path / "runs/tiny"
     logged = lines(run)
@@ -138,9 +136,9 @@ def test_metrics_and_files_of_a_finished_run(tmp_path: Path, recipe: RecipeMaker
     assert torch.isfinite(torch.stack([t.double().sum() for t in tensors(run).values()])).all()
 
 
-def test_gradients_travel_while_the_backward_computes(tmp_path: Path) -> None:
-    """By a trace of ResNet-18, 45 MB of gradients: all buckets but the last are on their way before."""
-    ranks = Ranks("overlap_rank", ["trace.json"], cwd=tmp_path, world_size=2)
+def test_ddp_overlaps_reduction_with_backward(tmp_path: Path) -> None:
+    """In a trace of ResNet-18 (45 MB of gradients), all buckets but the last are sent during the backward."""
+    ranks = Launch("overlap_rank", ["trace.json"], cwd=tmp_path, world_size=2)
     assert ranks.wait() == [0, 0], ranks.output
     trace = json.loads((tmp_path / "trace.json").read_text())
     ((begins, _),) = trace["backward"]

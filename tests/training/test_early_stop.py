@@ -1,4 +1,4 @@
-"""A run that ends when held-out accuracy no longer rises: when, why, and alike after any kill."""
+"""Early stopping: when, why, and with the same result after any kill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from compare import assert_same_bits, lines
 from launcher import train
-from restarts import kill_and_go_on
+from restarts import kill_and_resume
 
 from cifar_dist.recipe.load import validate
 from cifar_dist.run_folder.checkpoint import checkpoints
@@ -18,7 +18,7 @@ from recipes import RecipeMaker
 
 @pytest.fixture
 def stuck(recipe: RecipeMaker, middle_data: Path) -> Path:
-    """Ten steps an epoch, and a rate so small that an untrained net stays where it is."""
+    """A recipe with ten steps per epoch and a learning rate too small to learn."""
     return recipe(
         run={
             "epochs": 30,
@@ -33,7 +33,7 @@ def stuck(recipe: RecipeMaker, middle_data: Path) -> Path:
 
 
 def expected_end(run: Path, patience: int) -> int:
-    """The step of the first evaluation so long after the best before it; by hand from the log."""
+    """Return the step at which the run must stop, computed from its records."""
     best, best_step = -1.0, 0
     for line in (line for line in lines(run) if line["kind"] == "eval"):
         if line["val_top1"] > best:
@@ -43,10 +43,10 @@ def expected_end(run: Path, patience: int) -> int:
     raise AssertionError("never without gain for so long")
 
 
-def test_it_ends_where_the_log_says_and_says_why(tmp_path: Path, stuck: Path) -> None:
+def test_early_stop_is_logged_with_its_reason(tmp_path: Path, stuck: Path) -> None:
     for world_size in (1, 2):
         output = train(stuck, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
-        assert "val top1 has not risen for 3 epochs" in output
+        assert "val top1 has not improved for 3 epochs" in output
     run = tmp_path / "runs/w1"
     assert_same_bits(run, tmp_path / "runs/w2")
     end = expected_end(run, 3)
@@ -57,7 +57,7 @@ def test_it_ends_where_the_log_says_and_says_why(tmp_path: Path, stuck: Path) ->
     assert summary["finished"] is True
     assert summary["steps"] == end
     assert summary["epochs"] == end / 10
-    assert summary["ended_early"].startswith("val top1 has not risen for 3 epochs, since its ")
+    assert summary["ended_early"].startswith("val top1 has not improved for 3 epochs, since ")
     assert checkpoints(run / "checkpoints")[0].name == f"step_{end:08d}"
     assert (run / "predictions.safetensors").exists()
     again = train(stuck, "name=w1", cwd=tmp_path)  # a finished run stays finished
@@ -65,9 +65,9 @@ def test_it_ends_where_the_log_says_and_says_why(tmp_path: Path, stuck: Path) ->
     assert "has not risen" in again
 
 
-def test_killed_at_any_place_it_ends_alike(tmp_path: Path, stuck: Path) -> None:
+def test_early_stop_after_kills_ends_at_the_same_step(tmp_path: Path, stuck: Path) -> None:
     train(stuck, "name=straight", cwd=tmp_path)
-    kill_and_go_on(stuck, tmp_path, [4, 15, 27], last_step=300)
+    kill_and_resume(stuck, tmp_path, [4, 15, 27], last_step=300)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
     run = tmp_path / "runs/killed"
     before = lines(run)
@@ -79,7 +79,7 @@ def test_killed_at_any_place_it_ends_alike(tmp_path: Path, stuck: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["ended_early"]
 
 
-def test_a_run_that_gains_goes_to_its_end(
+def test_improving_run_reaches_the_last_epoch(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
@@ -92,6 +92,6 @@ def test_a_run_that_gains_goes_to_its_end(
     assert "ended_early" not in summary
 
 
-def test_the_test_rows_decide_nothing() -> None:
+def test_early_stopping_needs_validation_rows() -> None:
     with pytest.raises(UserError, match=r"set data\.val_size, like 5000, or remove it"):
         validate({"name": "a", "run": {"early_stopping_patience": 3}}, where="here")

@@ -1,8 +1,8 @@
-"""The whole step of every recipe, on a small network of its family and a device that does not exist.
+"""The step of every recipe on a small network of its family and a fake device.
 
-Forward, backward, update, window and average run on fake tensors of torch's "lazy" device, which have
-shapes, strides and a device, and no numbers. From the second step of an epoch on nothing may copy
-between devices or read a number. Autocast is left out: torch knows none for that device.
+Forward, backward, update, metric window and averaging run on fake tensors of torch's "lazy" device, which have
+shapes, strides and a device but no values. From the second step of an epoch on, nothing may copy between
+devices or read a number. Autocast is left out: torch has none for that device.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import tree_leaves
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import train_batches
+from cifar_dist.data.batches import BatchPlan, train_batches
 from cifar_dist.data.dataset import Split
 from cifar_dist.distill.teacher import OnlineTeacher
-from cifar_dist.models.backbones import build_model
+from cifar_dist.models.classifier import build_model
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.averaging import build_average
 from cifar_dist.optim.optimizer import build_optimizer, make_capturable, set_learning_rate
@@ -36,13 +36,14 @@ from cifar_dist.training import graphed_step, step
 from cifar_dist.training.graphed_step import GraphedStep, unsupported_reason
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepConfig
 
 DEVICE = torch.device("lazy", 0)
 ROWS, MICRO_BATCHES = 64, 2
 
 
 class WaitsOnOneDevice(Waits):
-    """`Waits` that takes the place of fused optimizers, which have no fake form here."""
+    """`Waits` that replaces fused optimizers, which have no fake implementation."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -59,7 +60,7 @@ class WaitsOnOneDevice(Waits):
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torch and the step take the lazy device for one of theirs."""
+    """Make torch and the step accept the lazy device."""
 
     def nothing(*args: Any, **kwargs: Any) -> Any:
         return contextlib.nullcontext()
@@ -72,12 +73,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     for module in (step, graphed_step):
         monkeypatch.setattr(module, "autocast", nothing)
-    monkeypatch.setattr(step, "generator_of", lambda device: torch.default_generator)
+    monkeypatch.setattr(step, "device_generator", lambda device: torch.default_generator)
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    """The model with its tensors replaced by others of their shapes and strides."""
+    """Return the model with its tensors replaced by fake ones."""
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
@@ -93,7 +94,7 @@ def on_device(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=str)
-def test_no_step_waits_for_the_device(pretended: None, path: Path) -> None:
+def test_steps_never_wait_for_the_device(pretended: None, path: Path) -> None:
     changes = ["model.pretrained=false", "model.grad_checkpointing=false"]  # no lazy device has it
     written = load_recipe(ROOT / path, changes).model
     small = next(small for name, small in SMALL.items() if written.backbone.startswith(name))
@@ -128,37 +129,41 @@ def take_three_steps(recipe: Recipe, network: nn.Module, teaching: nn.Module | N
     batches = train_batches(
         split,
         torch.arange(ROWS),
-        seed=0,
-        shuffle=True,
-        batch_size=batch_size,
-        micro_batches=MICRO_BATCHES,
+        BatchPlan(
+            seed=0,
+            shuffle=True,
+            batch_size=batch_size,
+            micro_batches=MICRO_BATCHES,
+            rank=0,
+            world_size=1,
+            repeated=augment.repeated,
+        ),
         start_step=0,
-        rank=0,
-        world_size=1,
-        repeated=augment.repeated,
     )
     take_step = GraphedStep(
         model,
         objective,
         optimizer,
+        StepConfig(
+            precision="fp32",
+            seed=0,
+            batch_size=batch_size,
+            max_grad_norm=recipe.optim.max_grad_norm,
+        ),
         device=DEVICE,
         world_size=1,
-        precision="fp32",
-        seed=0,
-        batch_size=batch_size,
-        max_grad_norm=recipe.optim.max_grad_norm,
-        grad_reduce_dtype="fp32",
         new_recorder=None,
     )
-    reason = unsupported_reason(
-        model, optimizer, device=torch.device("cuda"), precision="bf16", sam=recipe.optim.sam
+    config = StepConfig(
+        precision="bf16", seed=0, batch_size=batch_size, max_grad_norm=None, sam=recipe.optim.sam
     )
+    reason = unsupported_reason(model, optimizer, config, torch.device("cuda"))
     if reason is None:
         make_capturable(optimizer, DEVICE)
-    else:  # its own kind of step reads a number; all but the update is looked at
-        take_step.update_weights = lambda learned: (  # type: ignore[method-assign]
+    else:  # the update of such a step reads a number, so it is left out
+        take_step.update_weights = lambda gradients: (  # type: ignore[method-assign]
             torch.zeros((), dtype=torch.bool, device=DEVICE),
-            torch.stack([one.sums for one in learned]),
+            torch.stack([one.sums for one in gradients]),
         )
     model.train_size = recipe.model.train_size(0)
     counts = []

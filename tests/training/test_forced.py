@@ -1,4 +1,4 @@
-"""--force: a finished run goes on under a changed recipe, as far as its state can, or stays as it was."""
+"""--force resumes a run with a changed recipe as far as its state fits, or leaves it unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from compare import lines
-from launcher import Ranks, train
+from launcher import Launch, train
 from restarts import EVERY_STEP, wait_for_step
 
 from cifar_dist.distill.teacher import TeacherConfig
@@ -33,12 +33,12 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("run.epochs=1", "has done 12 steps and this recipe ends after 6"),
-        ("optim.name=sgd", "SGD cannot go on from the state of AdamW"),
+        ("run.epochs=1", "has completed 12 steps but this recipe has only 6"),
+        ("optim.name=sgd", "SGD cannot continue from the state of AdamW"),
         ("model.freeze=[{pattern: 'backbone.conv1.*'}]", "the saved optimizer is another"),
     ],
 )
-def test_what_it_cannot_go_on_from_leaves_the_run_as_it_was(
+def test_refused_force_leaves_the_run_unchanged(
     tmp_path: Path, recipe: RecipeMaker, change: str, words: str
 ) -> None:
     path = recipe(run=SHORT)
@@ -51,7 +51,7 @@ def test_what_it_cannot_go_on_from_leaves_the_run_as_it_was(
     assert "finished, top1" in train(path, cwd=tmp_path)
 
 
-def test_an_optimizers_new_numbers_count(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_forced_hyper_parameters_take_effect(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run=SHORT)
     train(path, cwd=tmp_path)
     new = ["optim.weight_decay=0.5", "optim.betas=[0.5, 0.6]", "optim.eps=0.1"]
@@ -69,8 +69,8 @@ def test_an_optimizers_new_numbers_count(tmp_path: Path, recipe: RecipeMaker) ->
         "run.precision=fp16",
     ],
 )
-def test_what_it_can_go_on_from(tmp_path: Path, recipe: RecipeMaker, change: str) -> None:
-    """12 steps are two reports of 5 and an open window of 2; what is reported later is a mean."""
+def test_forced_changes_resume(tmp_path: Path, recipe: RecipeMaker, change: str) -> None:
+    """12 steps are two logs of 5 and an open window of 2; later logs are means."""
     path = recipe(run=SHORT, augment={"mixup": 0.0, "cutmix": 0.0})
     train(path, cwd=tmp_path)
     train(path, "run.epochs=3", change, "--force", cwd=tmp_path)
@@ -79,34 +79,32 @@ def test_what_it_can_go_on_from(tmp_path: Path, recipe: RecipeMaker, change: str
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["steps"] == 18
 
 
-def test_a_thaw_may_come_later_than_the_first_end(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_unfreezing_after_a_finished_run(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(model={"freeze": [{"pattern": "backbone.conv1.*", "until_epoch": 1}]})
     train(path, "run.epochs=1", cwd=tmp_path)
     train(path, "run.epochs=2", "--force", cwd=tmp_path)
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["steps"] == 12
 
 
-def test_a_run_that_was_forced_on_and_killed_is_not_finished(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
+def test_forced_and_killed_run_is_not_finished(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run=SHORT)
     train(path, cwd=tmp_path)
     arguments = [path, "run.epochs=40", "run.eval_every_epochs=40"]
     saving = f"run.save_every_minutes={EVERY_STEP}"
-    ranks = Ranks("train", [*arguments, saving, "--force"], cwd=tmp_path)
+    ranks = Launch("train", [*arguments, saving, "--force"], cwd=tmp_path)
     wait_for_step(ranks, tmp_path / "runs/tiny", 14)
     ranks.kill()
     assert not (tmp_path / "runs/tiny/summary.json").exists()
-    assert "goes on at step" in train(*arguments, cwd=tmp_path)
+    assert "resuming from step" in train(*arguments, cwd=tmp_path)
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["steps"] == 240
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_good_one(
+def test_damaged_checkpoint_does_not_replace_a_valid_one(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
     path = recipe(run={"epochs": 20, "eval_every_epochs": 20})
     arguments = [path, f"run.save_every_minutes={EVERY_STEP}"]
-    ranks = Ranks("train", arguments, cwd=tmp_path)
+    ranks = Launch("train", arguments, cwd=tmp_path)
     folder = tmp_path / "runs/tiny/checkpoints"
     wait_for_step(ranks, tmp_path / "runs/tiny", 10)
     ranks.kill()
@@ -117,21 +115,26 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(
     assert {path.name for path in folder.iterdir()} == {"damaged_step_00000200", "step_00000120"}
 
 
-def test_a_shard_of_one_row_is_one_sentence(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_micro_batch_of_one_row_is_a_user_error(tmp_path: Path, recipe: RecipeMaker) -> None:
     output = train(recipe(run=SHORT), "run.micro_batches=10", cwd=tmp_path, expect=2)
-    assert "BatchNorm needs two rows" in output
+    assert "BatchNorm needs at least two rows" in output
     assert "Traceback" not in output
 
 
-def test_a_window_of_other_shards_or_terms_is_not_counted() -> None:
-    open_window = {"steps": 10, "seconds": 1.0, "skips": [0, 0, 10], "ranks": RankGroup(0, 1, None)}
+def test_window_of_other_micro_batches_or_terms_is_dropped() -> None:
+    open_window = {
+        "steps": 10,
+        "seconds": 1.0,
+        "skips": [0, 0, 10],
+        "context": RankGroup(0, 1, None),
+    }
     for names, sums in ((["loss"], [[450.0]]), (["other"], [[225.0], [225.0]])):
         window = MetricWindow(["loss"], micro_batches=2, device=torch.device("cpu"))
         window.restore(names=names, sums=sums, **open_window)  # type: ignore[arg-type]
         assert (window.steps, window.sums.sum().item()) == (0, 0.0)
 
 
-def test_what_broke_before_a_stop_is_named_after_it() -> None:
+def test_nonfinite_terms_survive_a_restart() -> None:
     ranks, device = RankGroup(0, 1, None), torch.device("cpu")
     before = MetricWindow(["loss", "cross_entropy"], micro_batches=2, device=device)
     before.nonfinite[1, 1] = 1
@@ -141,7 +144,7 @@ def test_what_broke_before_a_stop_is_named_after_it() -> None:
     assert after.nonfinite_terms(ranks) == "cross_entropy on rank 0"
 
 
-def test_a_teacher_that_has_no_average_yet_is_one_sentence(
+def test_teacher_without_average_is_a_user_error(
     tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(recipe(averaging=None), cwd=tmp_path)
@@ -149,12 +152,12 @@ def test_a_teacher_that_has_no_average_yet_is_one_sentence(
     content = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump(content | {"averaging": {}}))  # as --force does
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="has no average yet"):
+    with pytest.raises(UserError, match="has no average"):
         find_teacher(TeacherConfig(run="runs/tiny"))
-    with pytest.raises(UserError, match="has no average yet"):
+    with pytest.raises(UserError, match="has no average"):
         load_model(*load_run(run), 100)
 
 
-def test_numbers_that_an_optimizer_refuses_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="sgd cannot be had with these numbers: Nesterov"):
+def test_invalid_hyper_parameters_are_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"sgd does not accept these settings \(Nesterov"):
         build_optimizer(OptimConfig(name="sgd", momentum=0.0), torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Parameters that do not learn, or not yet: in one process and two, after a kill, and under an average."""
+"""Frozen and unfrozen parameters: on one and two processes, after a kill, and with averaging."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from compare import assert_same_bits, largest_difference, tensors
 from launcher import free_port, start_rank, train
-from restarts import kill_and_go_on
+from restarts import kill_and_resume
 from torch import nn
 
 from cifar_dist.data.dataset import load_split
 from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.evaluation.evaluator import evaluate
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.freeze import FreezeConfig, find_unfreeze_epochs, freeze, frozen_parameters
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
 from cifar_dist.utils.errors import UserError
@@ -29,7 +29,7 @@ def learning(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_epochs_and_patterns() -> None:
+def test_patterns_and_epochs() -> None:
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     every = learning(model)
     freezes = [
@@ -49,8 +49,8 @@ def test_epochs_and_patterns() -> None:
     assert not freeze(build_model(ModelConfig(backbone="test_resnet"), 100), None, epoch=0)
 
 
-def test_an_optimizers_group_begins_at_one_time() -> None:
-    """torch's fused SGD wants momentum for all of a group or for none."""
+def test_optimizer_groups_unfreeze_together() -> None:
+    """torch's fused SGD needs momentum for all parameters of a group or for none."""
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     freezes = [
         FreezeConfig(pattern="backbone.*", until_epoch=2),
@@ -71,7 +71,7 @@ def test_an_optimizers_group_begins_at_one_time() -> None:
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(learning(model))
 
 
-def test_frozen_batch_norm_is_in_eval_mode_until_it_learns() -> None:
+def test_frozen_batch_norm_is_in_eval_mode() -> None:
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     freeze(model, [FreezeConfig(pattern="backbone.*", until_epoch=1)], epoch=0)
@@ -81,7 +81,7 @@ def test_frozen_batch_norm_is_in_eval_mode_until_it_learns() -> None:
     assert all(norm.training for norm in norms)
 
 
-def test_an_evaluation_leaves_each_modules_mode_as_it_was(data: Path) -> None:
+def test_evaluation_restores_module_modes(data: Path) -> None:
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     freeze(model, [FreezeConfig(pattern="backbone.*")], epoch=0)
     before = [module.training for module in model.modules()]
@@ -100,11 +100,11 @@ def test_an_evaluation_leaves_each_modules_mode_as_it_was(data: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "sentence"),
     [
-        ("layer9.*", r"nothing is called 'layer9\.\*'; there are backbone\."),
-        ("*", "nothing learns"),
+        ("layer9.*", r"no parameter matches 'layer9\.\*'; there are backbone\."),
+        ("*", "all parameters are frozen"),
     ],
 )
-def test_a_pattern_that_cannot_be_meant_is_refused(pattern: str, sentence: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str, sentence: str) -> None:
     model = build_model(ModelConfig(backbone="test_resnet"), 100)
     with pytest.raises(UserError, match=sentence):
         freeze(model, [FreezeConfig(pattern=pattern)], epoch=0)
@@ -120,7 +120,7 @@ def test_a_pattern_that_cannot_be_meant_is_refused(pattern: str, sentence: str) 
     ],
     ids=["adamw", "sgd sam", "lamb fp16", "lookahead"],
 )
-def test_one_and_two_processes_across_the_boundary(
+def test_same_bits_on_one_and_two_processes_across_unfreezing(
     tmp_path: Path, recipe: RecipeMaker, optim: dict[str, Any], precision: str
 ) -> None:
     path = recipe(run={"precision": precision}, model={"freeze": BODY_FIRST_TWO}, optim=optim)
@@ -132,10 +132,10 @@ def test_one_and_two_processes_across_the_boundary(
 
 
 @pytest.mark.parametrize("micro_batches", [2, pytest.param(4, marks=pytest.mark.fault)])
-def test_ranks_hold_equal_weights_after_the_boundary(
+def test_ranks_have_equal_weights_after_unfreezing(
     tmp_path: Path, recipe: RecipeMaker, micro_batches: int
 ) -> None:
-    """What is thawed under an old DDP is reduced by nobody, and no number that is logged tells."""
+    """DDP must be rebuilt: it does not reduce parameters that were frozen when it was built."""
     path = recipe(
         run={"micro_batches": micro_batches, "batch_size": 12},
         model={"freeze": BODY_FIRST_TWO, "drop_rate": 0.0},
@@ -149,8 +149,8 @@ def test_ranks_hold_equal_weights_after_the_boundary(
     assert len(set(hashes)) == 1
 
 
-def test_what_is_frozen_stays_to_the_bit(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Statistics too, through evaluations of the model itself; the head learns, and alone has a state."""
+def test_frozen_weights_do_not_change(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Includes BatchNorm statistics; only the head trains and has optimizer state."""
     frozen = [{"pattern": "backbone.*"}]
     train(recipe("one", run={"epochs": 1}, model={"freeze": frozen}, averaging=None), cwd=tmp_path)
     train(recipe("four", run={"epochs": 4}, model={"freeze": frozen}, averaging=None), cwd=tmp_path)
@@ -164,17 +164,17 @@ def test_what_is_frozen_stays_to_the_bit(tmp_path: Path, recipe: RecipeMaker) ->
 
 @pytest.mark.fault
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_before_and_after_the_boundary(
+def test_same_bits_after_kills_around_unfreezing(
     tmp_path: Path, recipe: RecipeMaker, world_size: int
 ) -> None:
-    """The body learns from step 12 on (6 steps an epoch); kills mid-epoch on both sides of it."""
+    """The backbone unfreezes at step 12 (6 steps per epoch); kills mid-epoch before and after."""
     epochs, until = (8, 3) if world_size == 1 else (60, 20)  # two ranks save about once a second
     path = recipe(
         run={"epochs": epochs, "eval_every_epochs": 2},
         model={"freeze": [{"pattern": "backbone.*", "until_epoch": until}]},
     )
     train(path, "name=straight", cwd=tmp_path, world_size=world_size)
-    kill_and_go_on(
+    kill_and_resume(
         path,
         tmp_path,
         [4, 6 * until - 4, 6 * until + 3],
@@ -184,6 +184,6 @@ def test_killed_before_and_after_the_boundary(
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
-def test_what_is_frozen_in_an_epoch_by_name() -> None:
+def test_frozen_parameters_by_epoch() -> None:
     assert frozen_parameters({"a": 0, "b": 2, "c": None}, 1) == {"b", "c"}
     assert frozen_parameters({"a": 0, "b": 2, "c": None}, 2) == {"c"}

@@ -1,6 +1,6 @@
-"""What only a GPU can show. `make gpu-check` runs each of these tests in a process of its own.
+"""Tests that need a GPU. `make gpu-check` runs each of them in a separate process.
 
-Accelerate's state is a singleton and a failed capture spoils the device, so no two tests share a
+Accelerate's state is a singleton and a failed capture leaves the device unusable, so no two tests share a
 process. Runs are compared under `run.deterministic`, to equal bits.
 """
 
@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from compare import assert_same_bits
 from step_cost import ALL_OPS, Waits, batches_of, model_of
-from streams import plan, shown
+from streams import augment_steps, plan
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
@@ -35,6 +35,7 @@ from cifar_dist.run_folder.checkpoint import checkpoints
 from cifar_dist.training.cuda_graphs import WARM_UP, GraphRecorder
 from cifar_dist.training.graphed_step import GraphedStep, StepFn, build_step
 from cifar_dist.training.objective import Objective
+from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.precision import Precision, make_scaler
 from recipes import RecipeMaker, TeacherMaker, taught
@@ -84,27 +85,22 @@ def step_of(
         Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()}),
         optimizer,
         make_scaler(precision, accelerator.device),
+        StepConfig(precision=precision, seed=0, batch_size=20, max_grad_norm=1.0),
         cuda_graphs=cuda_graphs,
         micro_batches=2,
-        precision=precision,
-        seed=0,
-        batch_size=20,
-        max_grad_norm=1.0,
-        sam=None,
-        grad_reduce_dtype="fp32",
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
-def test_a_recorded_step_has_the_bits_of_the_eager_step(
+def test_graphed_step_matches_eager_step(
     data: Path,
     accelerator: Accelerator,
     deterministic: None,
     optimizer_name: str,
     precision: Precision,
 ) -> None:
-    """Ten steps with dropout, partners and a learning rate that changes, over three epochs."""
+    """Ten steps with dropout, mixing and a changing learning rate, over three epochs."""
     split = load_split(data, "train", accelerator.device)
     initial = model_of(CrossEntropy()).to(accelerator.device).to(memory_format=torch.channels_last)
     results: dict[str, Tensor] = {}
@@ -118,10 +114,10 @@ def test_a_recorded_step_has_the_bits_of_the_eager_step(
         for step in range(10):
             set_learning_rate(optimizer, 0.01 / (1 + step))
             with Waits() as waits:
-                made = take_step(next(batches), step=step)
+                result = take_step(next(batches), step=step)
             if step % STEPS_PER_EPOCH and step != WARM_UP:  # the recording compares with eager
                 assert waits.count == 0, f"{cuda_graphs}, step {step}"
-        assert not made.skipped
+        assert not result.skipped
         if cuda_graphs == "on":
             assert isinstance(take_step, GraphedStep)
             assert take_step.update_graph.replay is not None
@@ -137,7 +133,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("cuda_graphs", ["off", "on"])
-def test_a_step_never_waits_for_the_device(
+def test_step_never_waits_for_the_device(
     data: Path, accelerator: Accelerator, cuda_graphs: str
 ) -> None:
     split = load_split(data, "train", accelerator.device)
@@ -161,8 +157,8 @@ def test_a_step_never_waits_for_the_device(
             take_step(next(batches), step=step)
 
 
-def test_a_recording_that_waits_ends_in_one_sentence(accelerator: Accelerator) -> None:
-    """A capture that a host read has invalidated cannot be ended; nothing may continue after it."""
+def test_capture_with_a_host_read_is_a_user_error(accelerator: Accelerator) -> None:
+    """A capture invalidated by a host read cannot be ended, and nothing may run after it."""
     recorder = GraphRecorder(accelerator.device)
     numbers = torch.ones(3, device=accelerator.device)
 
@@ -170,7 +166,7 @@ def test_a_recording_that_waits_ends_in_one_sentence(accelerator: Accelerator) -
         recorder.record(lambda: numbers.sum().item(), own_pool=False)
 
 
-def test_a_recording_that_fails_cleanly_leaves_the_device_usable(accelerator: Accelerator) -> None:
+def test_device_is_usable_after_a_failed_capture(accelerator: Accelerator) -> None:
     recorder = GraphRecorder(accelerator.device)
     numbers = torch.ones(3, device=accelerator.device)
 
@@ -192,15 +188,15 @@ def test_images_on_the_host_arrive_without_a_wait(data: Path) -> None:
     assert not on_host.images.is_cuda
     plan_from_start = partial(plan, start_step=0)
     rows = torch.arange(5, 64)
-    expected = shown(Augment(ALL_OPS, split, rows), plan_from_start(split))
+    expected = augment_steps(Augment(ALL_OPS, split, rows), plan_from_start(split))
     with stream_images(ALL_OPS, on_host, rows, plan_from_start) as pictures:
         batches = plan_from_start(on_host)
-        augment = Augment(ALL_OPS, on_host, rows, host=pictures)
-        found = shown(augment, batches, steps=1)
+        augment = Augment(ALL_OPS, on_host, rows, image_source=pictures)
+        actual = augment_steps(augment, batches, steps=1)
         with waiting_is_an_error():
-            found += shown(augment, batches, steps=4)  # the rest of the epoch
-        found += shown(augment, batches, steps=7)
-    for one, other in zip(found, expected, strict=True):
+            actual += augment_steps(augment, batches, steps=4)  # the rest of the epoch
+        actual += augment_steps(augment, batches, steps=7)
+    for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.images, other.images)
 
 
@@ -247,7 +243,7 @@ SMALL_RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("sections", SMALL_RUNS.values(), ids=SMALL_RUNS)
-def test_a_recorded_run_has_the_bits_of_an_eager_run(
+def test_graphed_run_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
 ) -> None:
     path = recipe(**sections)
@@ -261,7 +257,7 @@ def test_a_recorded_run_has_the_bits_of_an_eager_run(
     assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
 
 
-def test_a_taught_run_has_the_same_bits_recorded_and_eager(
+def test_graphed_run_with_teacher_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big", image_size=48)
@@ -274,20 +270,20 @@ def test_a_taught_run_has_the_same_bits_recorded_and_eager(
     assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
 
 
-def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """SIGTERM in the middle of an epoch, with the step recorded before and after."""
+def test_resume_matches_uninterrupted_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """SIGTERM in the middle of an epoch, with graphs before and after."""
     path = recipe(run={"epochs": 100})
     straight = start(path, "name=straight", cwd=tmp_path)
     stopped = start(path, "name=stopped", "run.save_every_minutes=1e-9", cwd=tmp_path)
     folder = tmp_path / "runs/stopped/checkpoints"
     deadline = time.monotonic() + 100
-    while not any(int(found.name.removeprefix("step_")) > 40 for found in checkpoints(folder)):
+    while not any(int(actual.name.removeprefix("step_")) > 40 for actual in checkpoints(folder)):
         assert stopped.poll() is None, finish(stopped)
         assert time.monotonic() < deadline, "no checkpoint of step 41 or later"
         time.sleep(0.01)
     stopped.send_signal(signal.SIGTERM)
     finish(stopped, code=75)
     output = finish(start(path, "name=stopped", cwd=tmp_path))
-    assert "goes on at step" in output
+    assert "resuming from step" in output
     finish(straight)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/stopped")

@@ -1,4 +1,4 @@
-"""Blocks that are computed twice: the same bits, dropout included, and less memory."""
+"""Gradient checkpointing: same bits, dropout included, and less memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from compare import assert_same_bits
 from launcher import train
 from torch import nn
 
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_training_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker, precision: str) -> None:
-    """Dropout and dropped layers on; two processes with two micro-batches each."""
+def test_checkpointing_does_not_change_the_bits(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    """With dropout and drop path; two processes with two micro-batches each."""
     model = {"backbone": "test_vit", "image_size": 64, "drop_rate": 0.1, "drop_path_rate": 0.2}
     run = {"epochs": 2, "micro_batches": 4, "precision": precision}
     for name, twice in (("once", False), ("twice", True)):
@@ -26,7 +28,7 @@ def test_a_training_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker, preci
     assert_same_bits(tmp_path / "runs/once", tmp_path / "runs/twice")
 
 
-def test_less_is_kept_for_the_backward() -> None:
+def test_checkpointing_saves_memory() -> None:
     kept = []
     for twice in (False, True):
         config = ModelConfig(
@@ -49,6 +51,6 @@ def test_less_is_kept_for_the_backward() -> None:
 @pytest.mark.parametrize(
     ("backbone", "reason"), [("resnet18", "BatchNorm"), ("resnet9", "no blocks")]
 )
-def test_what_cannot_be_computed_twice_is_refused(backbone: str, reason: str) -> None:
+def test_unsupported_backbones_are_refused(backbone: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         build_model(ModelConfig(backbone=backbone, grad_checkpointing=True), 10)

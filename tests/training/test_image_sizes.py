@@ -1,4 +1,4 @@
-"""Training at other sizes than an evaluation: growing with the epoch, or two at once."""
+"""Progressive resizing and mixed resolution."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_bits, tensors
-from launcher import Ranks, train
+from launcher import Launch, train
 from restarts import EVERY_STEP, wait_for_step
 
-from cifar_dist.models.backbones import ModelConfig, ProgressiveResize, build_model
+from cifar_dist.models.classifier import ModelConfig, ProgressiveResize, build_model
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker
 
 IMAGES = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
 
 
-def test_sizes_grow_in_steps_up_to_the_last() -> None:
+def test_sizes_grow_in_steps_to_the_last_one() -> None:
     growing = ProgressiveResize(start=96, epochs=10, multiple=32)
     sizes = [growing.size_in(epoch, 224) for epoch in range(12)]
     assert sizes == [96, 96, 128, 128, 160, 160, 160, 192, 192, 224, 224, 224]
@@ -26,7 +26,7 @@ def test_sizes_grow_in_steps_up_to_the_last() -> None:
     assert [odd.size_in(epoch, 30) for epoch in range(3)] == [20, 24, 30]
 
 
-def test_the_size_of_an_epoch_is_that_of_the_pixels_in_training_alone() -> None:
+def test_evaluation_uses_the_final_size() -> None:
     model = build_model(ModelConfig(backbone="test_resnet", image_size=64), 10)
     seen: list[int] = []
     model.backbone.register_forward_pre_hook(lambda _, pixels: seen.append(pixels[0].shape[-1]))
@@ -37,8 +37,8 @@ def test_the_size_of_an_epoch_is_that_of_the_pixels_in_training_alone() -> None:
     assert seen == [48, 64]
 
 
-def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> None:
-    """7 pictures: 3 at 48 px; which ones is drawn anew, and an evaluation has the first size."""
+def test_half_of_the_images_have_the_second_size_in_order() -> None:
+    """3 of 7 images at 48 px, drawn in each step; evaluation uses the first size."""
     config = ModelConfig(backbone="test_resnet", image_size=32, mixed_resolution=48)
     model = build_model(config, 10)
     seen: list[tuple[int, ...]] = []
@@ -53,9 +53,9 @@ def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> No
         seen.clear()
         for seed in range(4):
             torch.manual_seed(seed)
-            found = model(IMAGES).embedding
-            is_second = (found - at_second).abs().amax(1) < 1e-5
-            is_first = (found - at_first).abs().amax(1) < 1e-5
+            actual = model(IMAGES).embedding
+            is_second = (actual - at_second).abs().amax(1) < 1e-5
+            is_first = (actual - at_first).abs().amax(1) < 1e-5
             assert is_second.sum() == 3
             assert torch.equal(is_first, ~is_second)
             chosen.add(tuple(is_second.tolist()))
@@ -77,7 +77,7 @@ def test_half_of_the_pictures_have_the_second_size_and_keep_their_places() -> No
         ),
     ],
 )
-def test_processes_and_a_kill_make_no_difference(
+def test_same_bits_with_processes_and_a_kill(
     tmp_path: Path, recipe: RecipeMaker, model: dict[str, object]
 ) -> None:
     path = recipe(model=model)
@@ -85,7 +85,7 @@ def test_processes_and_a_kill_make_no_difference(
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
     arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
-    alone = Ranks("train", arguments, cwd=tmp_path)
+    alone = Launch("train", arguments, cwd=tmp_path)
     wait_for_step(alone, tmp_path / "runs/killed", 8)
     alone.kill()
     train(*arguments, cwd=tmp_path, world_size=2)
@@ -96,7 +96,7 @@ def test_processes_and_a_kill_make_no_difference(
     assert not torch.equal(plain["logits"], other["logits"])
 
 
-def test_what_a_backbone_cannot_take_is_refused_at_the_start() -> None:
+def test_unsupported_sizes_are_refused_at_the_start() -> None:
     with pytest.raises(UserError, match="48 px"):
         build_model(
             ModelConfig(backbone="vit_tiny_patch16_224", image_size=64, mixed_resolution=48), 10

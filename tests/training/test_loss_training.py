@@ -1,4 +1,4 @@
-"""Each loss in a real training of two steps, on one process and on two: the same bits."""
+"""Each loss trains two steps with the same bits on one and two processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from compare import assert_same_bits, lines
 from launcher import train
 
-from cifar_dist.losses.classification import LOSSES
+from cifar_dist.losses.registry import LOSSES
 from recipes import RecipeMaker
 
 BESIDE: dict[str, dict[str, Any]] = {  # what a loss needs that cannot stand alone
@@ -21,10 +21,10 @@ ALONE = ["bce", "arcface", "cosface", "sphereface", "l_softmax"]
 
 
 @pytest.mark.parametrize("name", [*ALONE, *BESIDE])
-def test_two_steps_have_the_same_bits_on_one_and_two_processes(
+def test_same_bits_on_one_and_two_processes(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path, name: str
 ) -> None:
-    """Two micro-batches of 125 rows of 100 classes: most rows have a partner in their own micro-batch."""
+    """Two micro-batches of 125 rows of 100 classes: most rows have a positive in their micro-batch."""
     losses = {name: {"weight": 0.5}, **BESIDE.get(name, {})}
     heads = {LOSSES[each].head for each in losses} - {None}
     path = recipe(
@@ -44,6 +44,6 @@ def test_two_steps_have_the_same_bits_on_one_and_two_processes(
     assert first[name] != second[name]
 
 
-def test_every_loss_without_a_teacher_is_trained_somewhere() -> None:
+def test_every_loss_without_a_teacher_is_covered() -> None:
     trained = {"cross_entropy", *ALONE, *BESIDE}  # cross_entropy in test_distributed.py
     assert trained == {name for name, kind in LOSSES.items() if not kind.needs_teacher}

@@ -1,4 +1,4 @@
-"""The sums between two reports: what a report makes of them, and what it leaves behind."""
+"""The metric window: means, rates, and what is cleared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def window() -> MetricWindow:
     return MetricWindow(["cross_entropy", "loss"], micro_batches=2, device=CPU)
 
 
-def test_the_pace_counts_pictures_over_all_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_per_second_include_time_before_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     ours = window()
@@ -29,7 +29,7 @@ def test_the_pace_counts_pictures_over_all_its_seconds(monkeypatch: pytest.Monke
     assert ours.report(batch_size=10, may_skip=False)["images_per_second"] == pytest.approx(5)
 
 
-def test_means_are_over_the_steps_that_were_made() -> None:
+def test_means_exclude_skipped_steps() -> None:
     ours = window()
     ours.steps, ours.sums = 3, torch.tensor([[10.0, 10.0], [20.0, 30.0]])
     ours.skips[1] = 1
@@ -37,9 +37,9 @@ def test_means_are_over_the_steps_that_were_made() -> None:
     assert (report["cross_entropy"], report["loss"], report["skipped"]) == (3, 4, 1)
 
 
-def test_what_broke_is_forgotten_with_its_window() -> None:
+def test_nonfinite_terms_are_cleared_with_the_window() -> None:
     ours = window()
     ours.nonfinite[1, 0] = 1
     assert ours.nonfinite_terms(ALONE) == "cross_entropy on rank 0"
     ours.clear()
-    assert ours.nonfinite_terms(ALONE) == "the gradient, though no loss was"
+    assert ours.nonfinite_terms(ALONE) == "the gradient, though all losses are finite"

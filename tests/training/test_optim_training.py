@@ -1,4 +1,4 @@
-"""Optimizers and their groups, and what drops layers, in a real training on one process and on two."""
+"""Optimizers, parameter groups and drop path on one and two processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from compare import assert_same_bits, largest_difference, lines
 from launcher import train
-from restarts import kill_and_go_on
+from restarts import kill_and_resume
 
 from recipes import RecipeMaker
 
@@ -25,7 +25,7 @@ LAYERS = {"name": "adamw", "layer_decay": 0.7}
     ],
     ids=["lamb", "muon", "muon fp16", "layer decay"],
 )
-def test_two_processes_compute_the_same_bits(
+def test_one_and_two_processes_have_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, optim: dict[str, Any], precision: str
 ) -> None:
     path = recipe(run={"precision": precision, "epochs": 2}, optim=optim)
@@ -36,16 +36,16 @@ def test_two_processes_compute_the_same_bits(
 
 @pytest.mark.fault
 @pytest.mark.parametrize("optim", [{"name": "lamb"}, {"name": "muon"}, LAYERS])
-def test_killed_runs_end_with_the_same_bits(
+def test_killed_runs_match_uninterrupted_runs(
     tmp_path: Path, recipe: RecipeMaker, optim: dict[str, Any]
 ) -> None:
     path = recipe(run={"epochs": 8}, optim=optim)
     train(path, "name=straight", cwd=tmp_path)
-    kill_and_go_on(path, tmp_path, [4, 15], last_step=48)
+    kill_and_resume(path, tmp_path, [4, 15], last_step=48)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
-def test_the_rate_in_the_log_is_the_recipes(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_logged_learning_rate_follows_the_schedule(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 1}, optim=LAYERS | {"lr": 0.003, "schedule": "constant"})
     train(path, cwd=tmp_path)
     said = {line["lr"] for line in lines(tmp_path / "runs/tiny") if line["kind"] == "train"}
@@ -53,10 +53,10 @@ def test_the_rate_in_the_log_is_the_recipes(tmp_path: Path, recipe: RecipeMaker)
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
-def test_dropped_layers_and_features_are_keyed(
+def test_drop_path_and_dropout_are_keyed(
     tmp_path: Path, recipe: RecipeMaker, backbone: str
 ) -> None:
-    """Stochastic depth and dropout: the same on one process and on two, whose ranks draw half each."""
+    """Drop path and dropout: same bits on one process and on two."""
     model = {"backbone": backbone, "drop_rate": 0.2, "drop_path_rate": 0.3}
     path = recipe(run={"epochs": 2}, model=model)
     for world_size in (1, 2):

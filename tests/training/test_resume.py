@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or moved to another number of processes ends with the same bits."""
+"""A killed, stopped or moved run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_bits, largest_difference, lines
-from launcher import Ranks, train
-from restarts import EVERY_STEP, kill_and_go_on, wait_for_step
+from launcher import Launch, train
+from restarts import EVERY_STEP, kill_and_resume, wait_for_step
 
 from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.run_folder.checkpoint import (
@@ -26,24 +26,24 @@ from cifar_dist.training.metric_window import MetricWindow
 from recipes import RecipeMaker
 
 
-def test_two_killed_ranks_end_with_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two ranks vote, and so save, about once a second."""
+def test_two_killed_ranks_match_an_uninterrupted_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two ranks poll, and so save, about once per second."""
     path = recipe(run={"epochs": 60, "eval_every_epochs": 30, "log_every_steps": 7})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
-    kill_and_go_on(path, tmp_path, [1, 60, 120], last_step=360, world_size=2)
+    kill_and_resume(path, tmp_path, [1, 60, 120], last_step=360, world_size=2)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
 @pytest.mark.parametrize(
     "precision", ["fp32", *(pytest.param(p, marks=pytest.mark.fault) for p in ("bf16", "fp16"))]
 )
-def test_killed_runs_end_with_the_same_bits(
+def test_killed_runs_match_uninterrupted_runs(
     tmp_path: Path, recipe: RecipeMaker, precision: str
 ) -> None:
-    """Three kills mid-epoch (6 steps an epoch) and mid-window (5 steps a report)."""
+    """Three kills mid-epoch (6 steps per epoch) and mid-window (5 steps per log)."""
     path = recipe(run={"precision": precision, "epochs": 8})
     train(path, "name=straight", cwd=tmp_path)
-    kill_and_go_on(path, tmp_path, [4, 15, 29], last_step=48)
+    kill_and_resume(path, tmp_path, [4, 15, 29], last_step=48)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
@@ -55,17 +55,17 @@ def test_twenty_kills(tmp_path: Path, recipe: RecipeMaker, precision: str, world
     path = recipe(run={"precision": precision, "epochs": epochs})
     train(path, "name=straight", cwd=tmp_path, world_size=world_size)
     steps = sorted(random.Random(precision).sample(range(2, 6 * epochs - 40), 20))
-    kill_and_go_on(path, tmp_path, steps, last_step=6 * epochs, world_size=world_size)
+    kill_and_resume(path, tmp_path, steps, last_step=6 * epochs, world_size=world_size)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
 def stop_at(path: Path, cwd: Path, step: int, *, world_size: int, name: str) -> str:
-    """Start, send SIGUSR1 to one rank once past `step`, and see all ranks save and exit with 75."""
+    """Start, send SIGUSR1 to one rank after `step`, and wait until all ranks saved and exited with 75."""
     before = checkpoints(cwd / "runs" / name / "checkpoints")
     if before:  # a signal before the first new step may meet a process without a handler
         step = max(step, int(before[0].name.removeprefix("step_")) + 1)
     arguments = [path, f"name={name}", f"run.save_every_minutes={EVERY_STEP}"]
-    ranks = Ranks("train", arguments, cwd=cwd, world_size=world_size)
+    ranks = Launch("train", arguments, cwd=cwd, world_size=world_size)
     wait_for_step(ranks, cwd / "runs" / name, step)
     pid = ranks.processes[-1].pid
     assert pid is not None
@@ -75,12 +75,12 @@ def stop_at(path: Path, cwd: Path, step: int, *, world_size: int, name: str) -> 
     return ranks.output
 
 
-def test_two_one_two_processes_are_bitwise_two(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_changing_world_size_keeps_the_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 60, "eval_every_epochs": 20})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
     stop_at(path, tmp_path, 2, world_size=2, name="moved")
     output = stop_at(path, tmp_path, 40, world_size=1, name="moved")
-    assert "goes on at step" in output
+    assert "resuming from step" in output
     train(path, "name=moved", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/moved")
     summary = json.loads((tmp_path / "runs/moved/summary.json").read_text())
@@ -88,8 +88,8 @@ def test_two_one_two_processes_are_bitwise_two(tmp_path: Path, recipe: RecipeMak
     assert summary["finished"] is True
 
 
-def test_an_open_windows_sums_go_on_where_their_shards_run() -> None:
-    """One rank that took them all would add them up in another order."""
+def test_open_window_sums_follow_their_micro_batches() -> None:
+    """A single rank would sum the micro-batches in another order."""
     sums = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     for rank, mine in (
         (0, [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]),
@@ -103,7 +103,7 @@ def test_an_open_windows_sums_go_on_where_their_shards_run() -> None:
         assert window.sums.tolist() == mine
 
 
-def test_four_then_three_processes_agree_to_rounding(
+def test_four_then_three_processes_agree_up_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
@@ -118,7 +118,7 @@ def test_four_then_three_processes_agree_to_rounding(
     assert largest_difference(tmp_path / "runs/straight", tmp_path / "runs/moved") < 1e-5
 
 
-def test_start_of_a_finished_run_says_so(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_finished_run_is_not_trained_again(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe()
     train(path, cwd=tmp_path)
     before = (tmp_path / "runs/tiny/metrics.jsonl").read_bytes()
@@ -129,7 +129,7 @@ def test_start_of_a_finished_run_says_so(tmp_path: Path, recipe: RecipeMaker) ->
     assert time.monotonic() - started < 60
 
 
-def test_a_changed_recipe_is_refused_and_can_be_forced(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_changed_recipe_is_refused_unless_forced(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe()
     train(path, cwd=tmp_path)
     output = train(path, "optim.lr=0.001", "run.epochs=6", cwd=tmp_path, expect=2)
@@ -146,12 +146,12 @@ def test_changed_data_are_refused(tmp_path: Path, recipe: RecipeMaker, middle_da
     path = recipe()
     train(path, cwd=tmp_path)
     output = train(path, f"data.path={middle_data}", cwd=tmp_path, expect=2)
-    assert "the data set:" in output
+    assert "data set: " in output
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
-def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, harm: str) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, name: str, harm: str) -> None:
     for step in (22, 23):
         save_checkpoint(
             tmp_path,
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path: Path, name: str, ha
 def harm_file(path: Path, harm: str) -> None:
     content = bytearray(path.read_bytes())
     match harm:
-        case "hflip":
+        case "flip":
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         case "cut":
@@ -181,7 +181,9 @@ def harm_file(path: Path, harm: str) -> None:
             path.unlink()
 
 
-def test_a_run_never_starts_from_zero_silently(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_run_without_valid_checkpoint_does_not_restart_silently(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
     path = recipe()
     train(path, cwd=tmp_path)
     run = tmp_path / "runs/tiny"
@@ -193,7 +195,7 @@ def test_a_run_never_starts_from_zero_silently(tmp_path: Path, recipe: RecipeMak
     assert "model.safetensors is damaged" in output
 
 
-def test_the_best_by_held_out_accuracy_is_kept(
+def test_best_validation_checkpoint_is_kept(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
     path = recipe(
@@ -212,9 +214,9 @@ def test_the_best_by_held_out_accuracy_is_kept(
     assert summary["val_top1"] == evals[-1]["val_top1"]  # the headline is the last epoch's
 
 
-def test_one_job_at_a_time(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_second_job_in_a_run_folder_is_refused(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 400})
-    first = Ranks("train", [path, f"run.save_every_minutes={EVERY_STEP}"], cwd=tmp_path)
+    first = Launch("train", [path, f"run.save_every_minutes={EVERY_STEP}"], cwd=tmp_path)
     wait_for_step(first, tmp_path / "runs/tiny", 1)
     try:
         output = train(path, cwd=tmp_path, expect=2)
@@ -222,15 +224,15 @@ def test_one_job_at_a_time(tmp_path: Path, recipe: RecipeMaker) -> None:
         assert "name=" in output
     finally:
         first.kill()
-    ranks = Ranks("train", [path], cwd=tmp_path)  # a dead owner's lock is nobody's
+    ranks = Launch("train", [path], cwd=tmp_path)  # the lock of a dead process is ignored
     deadline = time.monotonic() + 60
-    while "goes on at step" not in ranks.output and time.monotonic() < deadline:
+    while "resuming from step" not in ranks.output and time.monotonic() < deadline:
         time.sleep(0.01)
     ranks.kill()
-    assert "goes on at step" in ranks.output
+    assert "resuming from step" in ranks.output
 
 
-def test_broken_numbers_stop_all_ranks_with_the_last_good_weights(
+def test_nonfinite_loss_stops_all_ranks_with_valid_weights(
     tmp_path: Path, recipe: RecipeMaker
 ) -> None:
     path = recipe(optim={"name": "sgd", "lr": 1e30, "max_grad_norm": None})

@@ -1,4 +1,4 @@
-"""SAM and ASAM against updates written by hand, what its second pass leaves alone, and other worlds."""
+"""SAM and ASAM against manual updates, side effects of the second pass, and other world sizes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import torch
 from accelerate import Accelerator
 from compare import assert_same_bits, largest_difference
 from launcher import train
-from restarts import kill_and_go_on
-from steps import CPU, model_of, plainly, shards_of
+from restarts import kill_and_resume
+from steps import CPU, micro_batches_of, model_of, plain_objective
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
 from cifar_dist.losses.base import Loss
-from cifar_dist.losses.classification import CrossEntropy, Distill
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.losses.distillation import Distill
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import StepResult, bn_stats_enabled, seed_dropout, train_step
+from cifar_dist.training.step import (
+    StepConfig,
+    StepResult,
+    bn_stats_enabled,
+    seed_dropout,
+    train_step,
+)
 from cifar_dist.utils.precision import Precision, make_scaler
 from recipes import RecipeMaker, TeacherMaker, taught
 
@@ -49,23 +56,25 @@ def step(
     return train_step(
         accelerator,
         model,
-        objective or plainly(micro_batches[0].split),
+        objective or plain_objective(micro_batches[0].split),
         optimizer or torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
         scaler or make_scaler(precision, CPU),
+        StepConfig(
+            precision=precision,
+            seed=0,
+            batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
+            max_grad_norm=max_grad_norm,
+            sam=sam,
+        ),
         micro_batches,
-        precision=precision,
-        seed=0,
         step=0,
-        batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
-        max_grad_norm=max_grad_norm,
-        sam=sam,
     )
 
 
 def gradient(
     model: nn.Module, micro_batch: Batch, precision: Precision = "fp32"
 ) -> dict[str, Tensor]:
-    """Of the summed cross-entropy of one micro-batch, by name; dropout is keyed, statistics move."""
+    """Return the gradient of the summed cross-entropy of a micro-batch by name; updates statistics."""
     model.zero_grad()
     seed_dropout(CPU, seed=0, step=0, micro_batch=micro_batch.micro_batch)
     with (
@@ -74,17 +83,17 @@ def gradient(
     ):
         logits = model(micro_batch.images).logits
     nn.functional.cross_entropy(logits.float(), micro_batch.labels, reduction="sum").backward()
-    found = {}
+    actual = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        found[name] = parameter.grad.clone()
-    return found
+        actual[name] = parameter.grad.clone()
+    return actual
 
 
 def by_hand(
     model: nn.Module, micro_batches: list[Batch], sam: SamConfig, **options: Any
 ) -> nn.Module:
-    """One update of plain SGD at 0.1 with the mean of each micro-batch's gradient uphill."""
+    """Apply one manual SGD update at 0.1 with the mean of each micro-batch's perturbed gradient."""
     total: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
         first = gradient(copy.deepcopy(model), micro_batch, **options)
@@ -114,11 +123,11 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("sam", [SAM, ASAM], ids=["sam", "asam"])
-def test_update_equals_the_one_by_hand(
+def test_update_matches_a_manual_computation(
     accelerator: Accelerator, data: Path, sam: SamConfig, micro_batches: int
 ) -> None:
-    """A ViT with dropout: it is smooth, and its two passes must drop the same."""
-    parts = shards_of(data, micro_batches=micro_batches)
+    """A ViT with dropout: it is smooth, and both passes must drop the same activations."""
+    parts = micro_batches_of(data, micro_batches=micro_batches)
     model = model_of(backbone="test_vit", drop_rate=0.2)
     start, plain = copy.deepcopy(model), copy.deepcopy(model)
     wanted = by_hand(copy.deepcopy(model), parts, sam)
@@ -130,9 +139,9 @@ def test_update_equals_the_one_by_hand(
     assert distance(model, plain) > 0.02 * distance(model, start)  # uphill is somewhere else
 
 
-def test_bf16_sees_the_weights_uphill(accelerator: Accelerator, data: Path) -> None:
-    """Autocast keeps cast weights for as long as it lasts: both passes under one would be one."""
-    parts = shards_of(data, micro_batches=2)
+def test_bf16_uses_the_perturbed_weights(accelerator: Accelerator, data: Path) -> None:
+    """Autocast caches cast weights: both passes in one context would use the same ones."""
+    parts = micro_batches_of(data, micro_batches=2)
     model = model_of(backbone="test_vit")
     plain = copy.deepcopy(model)
     wanted = by_hand(copy.deepcopy(model), parts, SAM, precision="bf16")
@@ -142,11 +151,9 @@ def test_bf16_sees_the_weights_uphill(accelerator: Accelerator, data: Path) -> N
 
 
 @pytest.mark.parametrize("sam", [SAM, ASAM], ids=["sam", "asam"])
-def test_the_weights_come_back_to_the_bit(
-    accelerator: Accelerator, data: Path, sam: SamConfig
-) -> None:
-    """With a learning rate of 0 all that a step may leave are micro-batch 0's first statistics."""
-    parts = shards_of(data, micro_batches=2)
+def test_weights_are_restored_exactly(accelerator: Accelerator, data: Path, sam: SamConfig) -> None:
+    """With learning rate 0 only micro-batch 0's statistics of the first pass may change."""
+    parts = micro_batches_of(data, micro_batches=2)
     model = model_of()
     first_only = copy.deepcopy(model)
     step(accelerator, model, parts, sam=sam, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
@@ -157,24 +164,24 @@ def test_the_weights_come_back_to_the_bit(
         assert torch.equal(ours, theirs), name
 
 
-def test_terms_are_those_at_the_weights(accelerator: Accelerator, data: Path) -> None:
-    parts = shards_of(data, micro_batches=2)
+def test_terms_are_those_of_the_unperturbed_weights(accelerator: Accelerator, data: Path) -> None:
+    parts = micro_batches_of(data, micro_batches=2)
     model = model_of(drop_rate=0.2)
     plain = step(accelerator, copy.deepcopy(model), parts, sam=None)
-    made = step(accelerator, model, parts, sam=replace(SAM, rho=5.0))
-    assert torch.equal(made.sums, plain.sums)
-    assert not made.sums.requires_grad
+    result = step(accelerator, model, parts, sam=replace(SAM, rho=5.0))
+    assert torch.equal(result.sums, plain.sums)
+    assert not result.sums.requires_grad
 
 
-def test_the_gradient_uphill_is_what_is_clipped(accelerator: Accelerator, data: Path) -> None:
+def test_perturbed_gradient_is_clipped(accelerator: Accelerator, data: Path) -> None:
     model = model_of()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    step(accelerator, model, shards_of(data, micro_batches=2), sam=SAM, max_grad_norm=0.5)
+    step(accelerator, model, micro_batches_of(data, micro_batches=2), sam=SAM, max_grad_norm=0.5)
     change = [now - then for now, then in zip(model.parameters(), before, strict=True)]
     assert nn.utils.get_total_norm(change).item() == pytest.approx(0.1 * 0.5, rel=1e-3)
 
 
-def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -> None:
+def test_teacher_runs_once_per_micro_batch(accelerator: Accelerator, data: Path) -> None:
     class Counts:
         asked = 0
         local_num_params = 0
@@ -186,7 +193,7 @@ def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -
 
     teacher = Counts()
     losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(), "distill": Distill()}
-    micro_batches = shards_of(data, micro_batches=3)
+    micro_batches = micro_batches_of(data, micro_batches=3)
     objective = Objective(Augment(AugmentConfig(), micro_batches[0].split), losses, teacher)
     step(accelerator, model_of(), micro_batches, sam=SAM, objective=objective)
     assert teacher.asked == 3
@@ -195,7 +202,7 @@ def test_a_teacher_is_asked_once_a_shard(accelerator: Accelerator, data: Path) -
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("factor", [torch.inf, 1e30])  # each finite, but not their norm
 @pytest.mark.parametrize("broken", [0, 1])
-def test_a_broken_gradient_of_either_pass_changes_nothing(
+def test_nonfinite_gradient_of_either_pass_is_skipped(
     accelerator: Accelerator, data: Path, broken: int, factor: float, fused: bool
 ) -> None:
     model = model_of()
@@ -206,7 +213,7 @@ def test_a_broken_gradient_of_either_pass_changes_nothing(
         passes += 1
         return gradient * factor if passes == 2 + broken else gradient  # of the second micro-batch
 
-    parts = shards_of(data, micro_batches=2)
+    parts = micro_batches_of(data, micro_batches=2)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     head = model.get_submodule("head")
     handle = head.register_forward_hook(
@@ -222,8 +229,10 @@ def test_a_broken_gradient_of_either_pass_changes_nothing(
     assert not step(accelerator, model, parts, sam=SAM, optimizer=optimizer).skipped
 
 
-def test_the_guard_needs_no_weight_to_notice(accelerator: Accelerator, data: Path) -> None:
-    """A first gradient that is broken breaks the second, whatever the loss does with such weights."""
+def test_nonfinite_loss_is_noticed_with_zero_gradients(
+    accelerator: Accelerator, data: Path
+) -> None:
+    """A nonfinite first gradient makes the second nonfinite, even if the loss hides it."""
     weight = nn.Parameter(torch.ones(2))
     with SAM.perturbed_weights([("weight", weight)], [torch.tensor([1.0, torch.inf])]) as sound:
         assert sound.isnan()
@@ -233,36 +242,36 @@ def test_the_guard_needs_no_weight_to_notice(accelerator: Accelerator, data: Pat
         assert torch.equal(weight, torch.ones(2))
 
 
-def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: Path) -> None:
-    """A direction has no scale, so SAM under a scaler is SAM, once nothing overflows."""
-    parts = shards_of(data, micro_batches=2)
+def test_fp16_overflow_is_handled_by_the_scaler(accelerator: Accelerator, data: Path) -> None:
+    """Normalized gradients do not depend on the loss scale."""
+    parts = micro_batches_of(data, micro_batches=2)
     model = model_of(backbone="test_vit")
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    made = step(accelerator, model, parts, sam=SAM, precision="fp16", scaler=scaler)
-    assert made.skipped
+    result = step(accelerator, model, parts, sam=SAM, precision="fp16", scaler=scaler)
+    assert result.skipped
     assert scaler.get_scale() == 2.0**39
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
-    found = []
+    actual = []
     for scale in (2.0**12, 2.0**14):
         one = copy.deepcopy(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         assert not step(accelerator, one, parts, sam=SAM, precision="fp16", scaler=scaler).skipped
-        found.append(one)
+        actual.append(one)
     wanted = by_hand(copy.deepcopy(model), parts, SAM)
-    for name, ours in found[0].named_parameters():
-        torch.testing.assert_close(ours, found[1].get_parameter(name), rtol=1e-3, atol=1e-4)
+    for name, ours in actual[0].named_parameters():
+        torch.testing.assert_close(ours, actual[1].get_parameter(name), rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(ours, wanted.get_parameter(name), rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize(
     ("precision", "adaptive"), [("fp32", False), ("bf16", True), ("fp16", False)]
 )
-def test_one_and_two_processes_compute_the_same_bits(
+def test_one_and_two_processes_have_the_same_bits(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, precision: str, adaptive: bool
 ) -> None:
-    """With a teacher and an average beside; a shard a process, so DDP's graph is static."""
+    """With a teacher and EMA; one micro-batch per process, so the DDP graph is static."""
     teacher("taught_by")
     path = recipe(
         run={"precision": precision, "epochs": 2},
@@ -276,8 +285,8 @@ def test_one_and_two_processes_compute_the_same_bits(
     assert largest_difference(tmp_path / "runs/w1", tmp_path / "runs/plain") > 1e-3
 
 
-def test_four_shards_agree_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two processes of two micro-batches each: the first of them under no_sync."""
+def test_four_micro_batches_agree_up_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two processes with two micro-batches each: the first under no_sync."""
     path = recipe(
         run={"micro_batches": 4, "epochs": 2},
         model={"backbone": "test_vit"},
@@ -289,9 +298,9 @@ def test_four_shards_agree_to_rounding(tmp_path: Path, recipe: RecipeMaker) -> N
 
 
 @pytest.mark.fault  # one such run with kills is in test_all_at_once.py
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two kills mid-epoch (6 steps an epoch) and mid-window (5 steps a report)."""
+def test_killed_run_matches_an_uninterrupted_run(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two kills mid-epoch (6 steps per epoch) and mid-window (5 steps per log)."""
     path = recipe(run={"epochs": 8}, optim={"sam": {"rho": 0.1}})
     train(path, "name=straight", cwd=tmp_path)
-    kill_and_go_on(path, tmp_path, [4, 15], last_step=48)
+    kill_and_resume(path, tmp_path, [4, 15], last_step=48)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")

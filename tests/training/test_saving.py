@@ -1,4 +1,4 @@
-"""A checkpoint is a copy of its step, written beside the training, one at a time."""
+"""A checkpoint is a copy of its step, written in a thread, one at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def update(state: TrainState) -> None:
     state.step += 1
 
 
-def test_training_goes_on_while_its_past_is_written(tmp_path: Path, state: TrainState) -> None:
+def test_training_continues_while_a_checkpoint_is_written(
+    tmp_path: Path, state: TrainState
+) -> None:
     weights = state.model.weight.detach().clone()
     moments = state.optimizer.state[state.model.weight]["exp_avg"].clone()
     gate = Event()
@@ -64,7 +66,7 @@ def test_training_goes_on_while_its_past_is_written(tmp_path: Path, state: Train
     assert not torch.equal(state.model.weight, weights)
 
 
-def test_one_is_written_at_a_time_and_in_order(tmp_path: Path, state: TrainState) -> None:
+def test_checkpoints_are_written_in_order(tmp_path: Path, state: TrainState) -> None:
     for _ in range(4):
         state.save(tmp_path, ALONE, **KEPT)
         earlier = state.writing
@@ -74,9 +76,7 @@ def test_one_is_written_at_a_time_and_in_order(tmp_path: Path, state: TrainState
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000003"]
 
 
-def test_a_write_that_fails_is_told_at_the_next_vote_not_at_the_next_save(
-    tmp_path: Path, state: TrainState
-) -> None:
+def test_failed_write_is_reported_at_the_next_poll(tmp_path: Path, state: TrainState) -> None:
     place = tmp_path / "checkpoints"
     place.write_text("a file where the folder should be")
     state.save(place, ALONE, **KEPT)
@@ -88,6 +88,6 @@ def test_a_write_that_fails_is_told_at_the_next_vote_not_at_the_next_save(
         state.save(place, ALONE, **KEPT)
 
 
-def test_nothing_written_yet_is_nothing_to_wait_for(state: TrainState) -> None:
+def test_finish_saving_without_a_checkpoint_returns_at_once(state: TrainState) -> None:
     state.finish_saving(ALONE)
     assert not state.checkpoint_failed

@@ -1,4 +1,4 @@
-"""The step against updates written by hand: scaling, statistics, clipping, the guard, dropout's key."""
+"""The step against manual updates: scaling, statistics, clipping, nonfinite values, dropout keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from steps import CPU, model_of, plainly, shards_of
+from steps import CPU, micro_batches_of, model_of, plain_objective
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -19,7 +19,7 @@ from cifar_dist.data.batches import Batch
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.heads import Outputs
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.step import StepResult, seed_dropout, train_step
+from cifar_dist.training.step import StepConfig, StepResult, seed_dropout, train_step
 from cifar_dist.utils.config import config
 from cifar_dist.utils.precision import Precision, check_precision, make_scaler
 
@@ -42,29 +42,31 @@ def step(
     return train_step(
         accelerator,
         model,
-        plainly(micro_batches[0].split),
+        plain_objective(micro_batches[0].split),
         optimizer,
         scaler or make_scaler(precision, CPU),
+        StepConfig(
+            precision=precision,
+            seed=0,
+            batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
+            max_grad_norm=max_grad_norm,
+        ),
         micro_batches,
-        precision=precision,
-        seed=0,
         step=0,
-        batch_size=sum(len(micro_batch.rows) for micro_batch in micro_batches),
-        max_grad_norm=max_grad_norm,
     )
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.1])
-def test_update_equals_the_mean_loss_by_hand(
+def test_update_matches_the_manual_mean_loss(
     accelerator: Accelerator, data: Path, micro_batches: int, max_grad_norm: float | None
 ) -> None:
-    parts = shards_of(data, micro_batches=micro_batches)
+    parts = micro_batches_of(data, micro_batches=micro_batches)
     model = model_of()
     by_hand = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    made = step(accelerator, model, optimizer, parts, max_grad_norm=max_grad_norm)
-    assert not made.skipped
+    result = step(accelerator, model, optimizer, parts, max_grad_norm=max_grad_norm)
+    assert not result.skipped
 
     loss = torch.zeros(())
     for part in parts:
@@ -78,8 +80,8 @@ def test_update_equals_the_mean_loss_by_hand(
         torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_running_statistics_are_shard_zeros(accelerator: Accelerator, data: Path) -> None:
-    parts = shards_of(data, micro_batches=3)
+def test_running_statistics_follow_micro_batch_zero(accelerator: Accelerator, data: Path) -> None:
+    parts = micro_batches_of(data, micro_batches=3)
     model = model_of()
     first_only = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -94,7 +96,7 @@ def test_running_statistics_are_shard_zeros(accelerator: Accelerator, data: Path
     )
 
 
-def test_dropout_belongs_to_seed_step_and_shard() -> None:
+def test_dropout_depends_on_seed_step_and_micro_batch() -> None:
     dropout = nn.Dropout(0.5)
     ones = torch.ones(1000)
 
@@ -106,8 +108,8 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
     base = mask(seed=0, step=5, micro_batch=1)
     assert torch.equal(base, mask(seed=0, step=5, micro_batch=1))
     for other in (
-        {"seed": 1, "step": 5, "micro-batch": 1},
-        {"seed": 0, "step": 6, "micro-batch": 1},
+        {"seed": 1, "step": 5, "micro_batch": 1},
+        {"seed": 0, "step": 6, "micro_batch": 1},
     ):
         assert not torch.equal(base, mask(**other))
     assert not torch.equal(base, mask(seed=0, step=5, micro_batch=0))
@@ -124,12 +126,12 @@ def test_dropout_belongs_to_seed_step_and_shard() -> None:
     ],
     ids=["fused sgd", "fused adamw", "not fused", "lamb", "muon"],
 )
-def test_a_broken_gradient_changes_nothing(
+def test_nonfinite_gradient_is_skipped(
     accelerator: Accelerator, data: Path, make: Callable[[Any], torch.optim.Optimizer]
 ) -> None:
     model = model_of()
     optimizer = make(model.parameters())
-    parts = shards_of(data, micro_batches=2)
+    parts = micro_batches_of(data, micro_batches=2)
     step(accelerator, model, optimizer, parts)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
 
@@ -146,14 +148,14 @@ def test_a_broken_gradient_changes_nothing(
     assert not step(accelerator, model, optimizer, parts).skipped
 
 
-def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: Path) -> None:
+def test_fp16_overflow_is_handled_by_the_scaler(accelerator: Accelerator, data: Path) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = copy.deepcopy(model.state_dict())
-    parts = shards_of(data, micro_batches=2)
-    made = step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler)
-    assert made.skipped
+    parts = micro_batches_of(data, micro_batches=2)
+    result = step(accelerator, model, optimizer, parts, precision="fp16", scaler=scaler)
+    assert result.skipped
     assert scaler.get_scale() == 2.0**39
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     skips = 0
@@ -162,20 +164,18 @@ def test_fp16_overflow_is_the_scalers_business(accelerator: Accelerator, data: P
     assert 10 < skips < 40
 
 
-def test_under_fp16_the_norm_is_of_the_gradients_without_the_scalers_factor(
-    accelerator: Accelerator, data: Path
-) -> None:
+def test_fp16_clips_unscaled_gradients(accelerator: Accelerator, data: Path) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
     before = copy.deepcopy(list(model.parameters()))
     scaler, parts = (
         torch.amp.GradScaler("cpu", init_scale=2.0**10),
-        shards_of(data, micro_batches=2),
+        micro_batches_of(data, micro_batches=2),
     )
-    made = step(
+    result = step(
         accelerator, model, optimizer, parts, max_grad_norm=0.5, precision="fp16", scaler=scaler
     )
-    assert not made.skipped
+    assert not result.skipped
     moved = [old - new for old, new in zip(before, model.parameters(), strict=True)]
     # the gradient is longer than 0.5, and clipped to it
     assert nn.utils.get_total_norm(moved).item() == pytest.approx(0.1 * 0.5, rel=1e-3)
@@ -183,7 +183,7 @@ def test_under_fp16_the_norm_is_of_the_gradients_without_the_scalers_factor(
 
 @config
 class Endless(CrossEntropy):
-    """Its gradient is finite, it is not."""
+    """A nonfinite loss with a finite gradient."""
 
     def __call__(
         self, outputs: Outputs, labels: torch.Tensor, teacher_logits: Any = None
@@ -191,45 +191,40 @@ class Endless(CrossEntropy):
         return super().__call__(outputs, labels, teacher_logits) + torch.inf
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
+def test_nonfinite_loss_with_finite_gradient_is_skipped(
     accelerator: Accelerator, data: Path
 ) -> None:
-    model, parts = model_of(), shards_of(data, micro_batches=2)
+    model, parts = model_of(), micro_batches_of(data, micro_batches=2)
     before = copy.deepcopy(list(model.parameters()))
-    made = train_step(
+    result = train_step(
         accelerator,
         model,
         Objective(Augment(AugmentConfig(), parts[0].split), {"endless": Endless()}),
         torch.optim.SGD(model.parameters(), lr=0.1, fused=True),
         make_scaler("fp32", CPU),
+        StepConfig(precision="fp32", seed=0, batch_size=10, max_grad_norm=None),
         parts,
-        precision="fp32",
-        seed=0,
         step=0,
-        batch_size=10,
-        max_grad_norm=None,
     )
-    assert made.skipped
+    assert result.skipped
     assert all(map(torch.equal, model.parameters(), before))
 
 
-def test_terms_are_one_number_a_sample_and_their_sums_are_returned(
-    accelerator: Accelerator, data: Path
-) -> None:
-    parts = shards_of(data, micro_batches=3)
+def test_step_returns_summed_terms(accelerator: Accelerator, data: Path) -> None:
+    parts = micro_batches_of(data, micro_batches=3)
     model = model_of()
-    objective, before = plainly(parts[0].split), copy.deepcopy(model)
+    objective, before = plain_objective(parts[0].split), copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    made = step(accelerator, model, optimizer, parts)
-    assert made.micro_batches == slice(0, None, 1)
-    for part, sums in zip(parts, made.sums, strict=True):
+    result = step(accelerator, model, optimizer, parts)
+    assert result.micro_batches == slice(0, None, 1)
+    for part, sums in zip(parts, result.sums, strict=True):
         terms = objective(before, part)
         assert list(terms) == ["cross_entropy", "loss", "top1"] == objective.names
         for term, total in zip(terms.values(), sums, strict=True):
             assert term.shape == (len(part.rows),)
             assert term.dtype == torch.float32
             assert torch.equal(term.sum(), total)
-    assert not made.sums.requires_grad
+    assert not result.sums.requires_grad
 
 
 def test_cpu_takes_every_precision() -> None:

@@ -1,4 +1,4 @@
-"""What keeps a GPU fed, guarded on the CPU: no wait for numbers in a step, no work per picture."""
+"""Guard the cost of a step on the CPU: no host waits and no work per image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.distill.teacher import OnlineTeacher
 from cifar_dist.losses.base import Loss
-from cifar_dist.losses.classification import LOSSES, CrossEntropy
+from cifar_dist.losses.classification import CrossEntropy
+from cifar_dist.losses.registry import LOSSES
 from cifar_dist.optim.averaging import AveragingConfig, Ema
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.training.graphed_step import GraphedStep
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective, sum_terms
-from cifar_dist.training.step import StepResult, optimizer_step, train_step
+from cifar_dist.training.step import StepConfig, StepResult, optimizer_step, train_step
 from cifar_dist.utils.precision import Precision, make_scaler
 
 CPU = torch.device("cpu")
@@ -58,8 +59,8 @@ def test_waits_are_counted() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer_name", ["adamw", "sgd"])
-def test_a_step_reads_no_number(data: Path, optimizer_name: str, precision: Precision) -> None:
-    """From the learning rate to the average: nothing between two reports waits for the device."""
+def test_step_reads_no_number(data: Path, optimizer_name: str, precision: Precision) -> None:
+    """Nothing between two logs waits for the device."""
     accelerator = Accelerator(cpu=True)
     split = load_split(data, "train", accelerator.device)
     config = OptimConfig(name=optimizer_name, lr=0.01, max_grad_norm=5.0)
@@ -72,20 +73,22 @@ def test_a_step_reads_no_number(data: Path, optimizer_name: str, precision: Prec
     with Waits() as waits:
         for step in range(5):
             set_learning_rate(optimizer, 0.01 / (1 + step))
-            made = train_step(
+            result = train_step(
                 accelerator,
                 model,
                 objective,
                 optimizer,
                 scaler,
+                StepConfig(
+                    precision=precision,
+                    seed=0,
+                    batch_size=BATCH_SIZE,
+                    max_grad_norm=config.max_grad_norm,
+                ),
                 next(batches),
-                precision=precision,
-                seed=0,
                 step=step,
-                batch_size=BATCH_SIZE,
-                max_grad_norm=config.max_grad_norm,
             )
-            window.add(made)
+            window.add(result)
             ema.update(model, step + 1)
     assert waits.count == 0
     assert window.read()[0][-2] > 0
@@ -93,10 +96,10 @@ def test_a_step_reads_no_number(data: Path, optimizer_name: str, precision: Prec
 
 @pytest.mark.parametrize("loss", [make() for make in LOSSES.values()], ids=LOSSES)
 @pytest.mark.parametrize("augment", [CROP_FLIP, ALL_OPS], ids=["crop and flip", "all operations"])
-def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConfig) -> None:
-    """A blocking copy waits for all that the device still has to do, so none from step 2 of an epoch.
+def test_step_copies_nothing_to_or_from_the_device(loss: Loss, augment: AugmentConfig) -> None:
+    """No blocking copy from step 2 of an epoch on.
 
-    On a pretended GPU, whose tensors have no numbers; all but the backward, which needs a true one.
+    On a fake GPU, whose tensors have no values, without the backward.
     """
     with PRETENDED:
         with GPU:
@@ -124,7 +127,7 @@ def test_a_step_copies_nothing_to_or_from_a_gpu(loss: Loss, augment: AugmentConf
 
 
 class Operations(TorchDispatchMode):
-    """Counts what would be a kernel on a GPU, roughly: all operations but views and fresh memory."""
+    """Counts operations that would be kernels on a GPU: all but views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class Operations(TorchDispatchMode):
     ],
     ids=["nothing", "crop and flip", "and cutout", "and mixup"],
 )
-def test_a_view_takes_few_operations(data: Path, config: AugmentConfig, most: int) -> None:
+def test_augmentation_takes_few_operations(data: Path, config: AugmentConfig, most: int) -> None:
     split = load_split(data, "train")
     augment, batches = Augment(config, split), batches_of(split, micro_batches=1)
     augment(next(batches)[0])  # draws the epoch's tables
@@ -160,10 +163,10 @@ def test_a_view_takes_few_operations(data: Path, config: AugmentConfig, most: in
 
 
 @pytest.mark.parametrize("augment", [CROP_FLIP, ALL_OPS], ids=["crop and flip", "all operations"])
-def test_a_recorded_step_reads_no_number_and_launches_few_operations(
+def test_graphed_step_reads_no_number_and_launches_few_operations(
     data: Path, augment: AugmentConfig
 ) -> None:
-    """One by one are launched: the rows' copy, the learning rate, the sums of the window."""
+    """Single launches: copy of the rows, learning rate, sums of the window."""
     split = load_split(data, "train")
     model = model_of(CrossEntropy())
     objective = Objective(Augment(augment, split), {"cross_entropy": CrossEntropy()})
@@ -172,13 +175,9 @@ def test_a_recorded_step_reads_no_number_and_launches_few_operations(
         model,
         objective,
         optimizer,
+        StepConfig(precision="bf16", seed=0, batch_size=BATCH_SIZE, max_grad_norm=1.0),
         device=CPU,
         world_size=1,
-        precision="bf16",
-        seed=0,
-        batch_size=BATCH_SIZE,
-        max_grad_norm=1.0,
-        grad_reduce_dtype="fp32",
         new_recorder=EmulatedRecorder,  # type: ignore[arg-type]
     )
     batches, window = batches_of(split), MetricWindow(objective.names, micro_batches=2, device=CPU)
@@ -191,8 +190,8 @@ def test_a_recorded_step_reads_no_number_and_launches_few_operations(
     assert len(loose.names) <= 20, loose.names
 
 
-def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
-    """Shards of two sizes, another learning rate each step, over an epoch's end."""
+def test_no_recompilation_after_the_first_steps(data: Path) -> None:
+    """Micro-batches of two sizes and another learning rate in each step, across epochs."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -212,12 +211,9 @@ def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
             objective,
             optimizer,
             scaler,
+            StepConfig(precision="bf16", seed=0, batch_size=BATCH_SIZE, max_grad_norm=None),
             next(batches),
-            precision="bf16",
-            seed=0,
             step=step,
-            batch_size=BATCH_SIZE,
-            max_grad_norm=None,
         )
 
     take(0)
@@ -227,7 +223,7 @@ def test_nothing_is_compiled_again_after_the_first_steps(data: Path) -> None:
             take(step)
 
 
-def test_fused_adamw_reads_nothing_where_foreach_reads_all_steps() -> None:
+def test_fused_adamw_reads_no_number() -> None:
     model = model_of(CrossEntropy())
     parameters = list(model.parameters())
     ours = build_optimizer(OptimConfig(name="adamw"), model)
@@ -243,8 +239,8 @@ def test_fused_adamw_reads_nothing_where_foreach_reads_all_steps() -> None:
     assert counts["foreach"] >= len(parameters)
 
 
-def test_the_data_path_is_many_times_the_per_item_ways(middle_data: Path) -> None:
-    """By CPU time; measured were 30 times the tutorial's loader, and 40 times where both augment."""
+def test_data_path_is_many_times_faster_than_per_item_loading(middle_data: Path) -> None:
+    """By CPU time; measured: 30 times the tutorial's loader, 40 times with augmentation."""
     split = load_split(middle_data, "train")
     plain, augmented = (batches_of(split, batch_size=250, micro_batches=1) for _ in range(2))
     augment = Augment(CROP_FLIP, split)

@@ -1,4 +1,4 @@
-"""The equal average by hand, statistics that fit it in any world, and a run that resumes with it."""
+"""SWA against a manual average, BatchNorm updates for any world size, and resuming."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from averages import one_number, set_to
+from averages import fill, scalar_model
 from compare import assert_same_bits, lines, tensors
-from launcher import Ranks, train
-from restarts import kill_and_go_on
+from launcher import Launch, train
+from restarts import kill_and_resume
 from torch import nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
@@ -19,7 +19,7 @@ from cifar_dist.data.batches import epoch_order
 from cifar_dist.data.dataset import load_split
 from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.evaluation.evaluator import update_bn
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.optim.averaging import AveragingConfig, Swa
 from cifar_dist.recipe.load import validate
 from cifar_dist.utils.errors import UserError
@@ -28,22 +28,22 @@ from recipes import RecipeMaker
 SWA = {"kind": "swa", "decay": 0.999, "start_epoch": 2}  # the tests' recipe has another decay
 
 
-def test_epochs_ends_from_the_start_on_count_alike() -> None:
-    model = one_number(0.0)
+def test_swa_averages_epoch_ends_equally() -> None:
+    model = scalar_model(0.0)
     swa: Any = Swa(AveragingConfig(kind="swa", start_epoch=2), model, steps_per_epoch=3)
     seen = []
     for step in range(1, 13):
-        set_to(model, float(step))
+        fill(model, float(step))
         swa.update(model, step)
         seen.append(swa.model.weight.item())
     # epochs end after 3, 6, 9 and 12 updates: the first is before the start, the mean is of the rest
     assert seen == [0, 0, 3, 3, 3, 6, 6, 6, 7.5, 7.5, 7.5, 9]
     assert swa.model.count.item() == 12
-    assert [swa.mixes_statistics(step) for step in (3, 6, 8, 9, 12)] == [False] * 3 + [True] * 2
+    assert [swa.needs_bn_update(step) for step in (3, 6, 8, 9, 12)] == [False] * 3 + [True] * 2
 
 
-def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
-    """600 rows are two blocks of 250 as epoch 3 shows them; dropout stays out, the rest as it was."""
+def test_bn_update_is_the_mean_over_blocks(middle_data: Path) -> None:
+    """600 rows are two blocks of 250 images of epoch 3, without dropout."""
     split = load_split(middle_data, "train")
     rows = torch.arange(600)
     augment = Augment(AugmentConfig(crop_padding=4, hflip=True), split)
@@ -62,7 +62,7 @@ def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
     )
     order = epoch_order(rows, seed=7, epoch=3, shuffle=True)
     first: Any = next(m for m in before.modules() if isinstance(m, nn.BatchNorm2d))
-    found: Any = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    actual: Any = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     inputs: list[torch.Tensor] = []
     first.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     for begin in (0, 250):
@@ -71,16 +71,16 @@ def test_statistics_are_the_mean_over_blocks_by_hand(middle_data: Path) -> None:
             before(batch)
     mean = torch.stack([given.mean((0, 2, 3)) for given in inputs]).mean(0)
     variance = torch.stack([given.transpose(0, 1).flatten(1).var(1) for given in inputs]).mean(0)
-    torch.testing.assert_close(found.running_mean, mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.running_var, variance, rtol=1e-4, atol=1e-5)
-    assert found.momentum == first.momentum
+    torch.testing.assert_close(actual.running_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.running_var, variance, rtol=1e-4, atol=1e-5)
+    assert actual.momentum == first.momentum
     assert not any(module.training for module in model.modules())
     for (name, ours), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
-def test_frozen_statistics_stay(middle_data: Path) -> None:
-    """What learnt behind a frozen norm saw its features by the statistics it has."""
+def test_frozen_statistics_do_not_change(middle_data: Path) -> None:
+    """Layers behind a frozen norm were trained with its statistics."""
     split = load_split(middle_data, "train")
     model = build_model(ModelConfig(backbone="test_resnet"), 100).eval()
     norms: Any = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -108,10 +108,10 @@ def take_view(split: Any, augment: Augment, rows: torch.Tensor, *, epoch: int) -
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_same_bits_in_any_world(
+def test_same_bits_for_any_world_size(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path, precision: str
 ) -> None:
-    """Two blocks of 250 rows, one for each of two ranks; evaluated again from the files."""
+    """One block of 250 rows for each of two ranks; evaluated again from the files."""
     path = recipe(
         run={"precision": precision, "batch_size": 100, "epochs": 4},
         data={"path": str(middle_data)},
@@ -120,29 +120,31 @@ def test_the_same_bits_in_any_world(
     for world_size in (1, 2):
         train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
     assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
-    ranks = Ranks("evaluate", ["runs/w2"], cwd=tmp_path)
+    ranks = Launch("evaluate", ["runs/w2"], cwd=tmp_path)
     assert ranks.wait() == [0], ranks.output
     assert "the same bits as" in ranks.output, ranks.output
 
 
-def test_it_is_judged_and_resumes_to_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Kills before the average begins, after it, and in an epoch without an evaluation."""
+def test_average_is_evaluated_and_resumes_with_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
+    """Kills before and after averaging starts, and in an epoch without an evaluation."""
     path = recipe(run={"epochs": 8, "eval_every_epochs": 2}, averaging=SWA | {"start_epoch": 3})
     train(path, "name=straight", cwd=tmp_path)
-    kill_and_go_on(path, tmp_path, [4, 15, 28, 37], last_step=48)
+    kill_and_resume(path, tmp_path, [4, 15, 28, 37], last_step=48)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
-    found = tensors(tmp_path / "runs/straight")
+    actual = tensors(tmp_path / "runs/straight")
     moved = [
         name
-        for name in found
+        for name in actual
         if name.startswith("model.")
-        and not torch.equal(found[name], found[name.replace("model.", "average.", 1)])
+        and not torch.equal(actual[name], actual[name.replace("model.", "average.", 1)])
     ]
     assert any("running_mean" in name for name in moved)
     assert any("weight" in name for name in moved)
 
 
-def test_training_itself_is_untouched(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_averaging_does_not_change_training(tmp_path: Path, recipe: RecipeMaker) -> None:
     train(recipe("with_swa", averaging=SWA), cwd=tmp_path)
     train(recipe("without", averaging=None), cwd=tmp_path)
     one, other = tensors(tmp_path / "runs/with_swa"), tensors(tmp_path / "runs/without")
@@ -160,9 +162,9 @@ def test_training_itself_is_untouched(tmp_path: Path, recipe: RecipeMaker) -> No
         ({"kind": "swa"}, "need each other"),
         ({"start_epoch": 3}, "need each other"),
         ({"kind": "swa", "start_epoch": 3, "decay": 0.9}, "remove them"),
-        ({"kind": "swa", "start_epoch": 300}, "start_epoch=300 is past run.epochs=200"),
+        ({"kind": "swa", "start_epoch": 300}, "start_epoch=300 must be at most run.epochs=200"),
     ],
 )
-def test_what_means_nothing_is_refused(averaging: dict[str, Any], sentence: str) -> None:
+def test_invalid_averaging_is_refused(averaging: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         validate({"name": "a", "averaging": averaging}, where="here")

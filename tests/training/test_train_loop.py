@@ -1,4 +1,4 @@
-"""What the training loop decides between two steps: pure functions of the step and a few numbers."""
+"""Decisions of the training loop between two steps."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_should_log(step: int, pending: int, at_end: bool, due: bool) -> None:
 def test_should_evaluate(
     step: int, evaluated: int, at_end: bool, stopping: bool, due: bool
 ) -> None:
-    found = should_evaluate(step, evaluated=evaluated, every=6, at_end=at_end, stopping=stopping)
-    assert found is due
+    actual = should_evaluate(step, evaluated=evaluated, every=6, at_end=at_end, stopping=stopping)
+    assert actual is due
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_should_evaluate(
 def test_should_save(
     step: int, saved: int, at_end: bool, stopping: bool, save_now: bool, due: bool
 ) -> None:
-    found = should_save(step, saved=saved, at_end=at_end, stopping=stopping, save_now=save_now)
-    assert found is due
+    actual = should_save(step, saved=saved, at_end=at_end, stopping=stopping, save_now=save_now)
+    assert actual is due

@@ -1,1 +1,1 @@
-"""Image augmentation as tables of parameters."""
+"""Image augmentation driven by per-epoch parameter tables."""

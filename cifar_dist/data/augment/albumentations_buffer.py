@@ -1,6 +1,6 @@
-"""Floor 1. What `augment.albumentations` makes of the rows: here and now, or by workers an epoch ahead.
+"""Images of an albumentations pipeline, computed on demand or by workers an epoch ahead.
 
-Either way a picture is a pure function of (augment.seed, view, row), so both give the same ones.
+Both give the same images, because an image is a pure function of (augment.seed, view, row).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ WORKER = "import sys; sys.path[:] = {}; from cifar_dist.data.augment.albumentati
 
 
 class ImageSource(Protocol):
-    """The pictures of a view before the device's own augmentation."""
+    """Interface of a source of images for the augmentation on the device."""
 
     def __call__(self, view: int, rows: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
 
 
 def view_seed(seed: int, view: int) -> int:
-    """With a row, the key of a picture."""
+    """Return the seed of a view; with a row, it is the key of an image."""
     return derive_seed("host", seed, view)
 
 
 class InlineImages:
-    """Makes pictures when they are asked for, in this process."""
+    """Computes images on demand in this process."""
 
     def __init__(self, transforms: Transforms, split: Split, *, seed: int) -> None:
         self.pipeline, self.seed = Pipeline(transforms), seed
@@ -50,14 +50,14 @@ class InlineImages:
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
         seed = view_seed(self.seed, view)
-        made = [self.pipeline(self.images[row], seed, row) for row in rows.tolist()]
-        return torch.from_numpy(numpy.stack(made)).to(self.device)
+        images = [self.pipeline(self.images[row], seed, row) for row in rows.tolist()]
+        return torch.from_numpy(numpy.stack(images)).to(self.device)
 
 
 class BufferedImages:
-    """Takes pictures from slots of shared pages, which workers fill; a slot is an epoch's view.
+    """Reads images from two shared slots that workers fill, each with the view of one epoch.
 
-    `mine` are the workers of this process. While an epoch is shown they fill the next one's slot.
+    `worker_ids` are the workers of this process. They fill the slot of the next epoch during this one.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ class BufferedImages:
         *,
         file: int,
         layout: Layout,
-        mine: range,
+        worker_ids: range,
         seed: int,
-        view_of: Callable[[int], int],
+        view_of_epoch: Callable[[int], int],
         epochs: int,
         device: torch.device,
     ) -> None:
         self.file, self.layout, self.device = file, layout, device
-        self.seed, self.view_of, self.epochs = seed, view_of, epochs
+        self.seed, self.view_of_epoch, self.epochs = seed, view_of_epoch, epochs
         self.slots = [torch.from_numpy(slot) for slot in layout.pages(file)[1:]]
-        self.epoch = self.asked = -1  # the one shown, the last that workers were told to fill
-        self.shown: Tensor | None = None
+        self.epoch = self.requested_epoch = -1
+        self.images: Tensor | None = None  # of the current epoch
         self.workers: list[subprocess.Popen[str]] = []
         try:
-            for worker in mine:
+            for worker in worker_ids:
                 self.workers.append(start_worker(transforms, file, layout, worker))
             for process in self.workers:
                 assert process.stdout
@@ -91,51 +91,52 @@ class BufferedImages:
             raise
 
     def request(self, epoch: int) -> None:
-        """Have the workers fill an epoch's slot, if that is not asked yet."""
-        if epoch == self.asked or epoch >= self.epochs:
+        """Request an epoch's slot from the workers, once per epoch."""
+        if epoch == self.requested_epoch or epoch >= self.epochs:
             return
-        self.asked = epoch
-        view = self.view_of(epoch)
+        self.requested_epoch = epoch
+        view = self.view_of_epoch(epoch)
         line = json.dumps([epoch % 2, view, view_seed(self.seed, view)])
         for process in self.workers:
             assert process.stdin
-            with suppress(BrokenPipeError):  # the next check says so
+            with suppress(BrokenPipeError):  # the next check reports the dead worker
                 process.stdin.write(f"{line}\n")
                 process.stdin.flush()
 
     def wait_for_epoch(self, epoch: int) -> bool:
-        """Show an epoch from now on, if its slot is full within a second; UserError for a dead worker.
+        """Switch to an epoch and return True, or return False if its slot is not full after a second.
 
-        No process of the machine may still take pictures of an earlier epoch.
+        No process of the machine may still read images of an earlier epoch. Raises UserError if a
+        worker has died.
         """
         self.check()
         if epoch == self.epoch:
             return True
         self.request(epoch)
-        slot, view = epoch % 2, self.view_of(epoch)
-        until = time.monotonic() + WAIT_SECONDS
+        slot, view = epoch % 2, self.view_of_epoch(epoch)
+        deadline = time.monotonic() + WAIT_SECONDS
         while not self.layout.is_full(self.file, slot, view):
             self.check()
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 return False
             time.sleep(POLL_SECONDS)
         if self.device.type == "cpu":
-            self.shown = self.slots[slot]
+            self.images = self.slots[slot]
         else:
-            if self.shown is None:
-                self.shown = torch.empty_like(self.slots[slot], device=self.device)
-            self.shown.copy_(self.slots[slot])
+            if self.images is None:
+                self.images = torch.empty_like(self.slots[slot], device=self.device)
+            self.images.copy_(self.slots[slot])
         self.epoch = epoch
         return True
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
-        assert self.shown is not None, "an epoch is shown before its pictures are taken"
-        assert view == self.view_of(self.epoch), "pictures are those of the epoch that is shown"
-        self.request(self.epoch + 1)  # all processes show this epoch now: the other slot is free
-        return self.shown.index_select(0, rows)
+        assert self.images is not None, "wait_for_epoch comes first"
+        assert view == self.view_of_epoch(self.epoch), "only the current epoch has images"
+        self.request(self.epoch + 1)  # all processes are in this epoch: the other slot is free
+        return self.images.index_select(0, rows)
 
     def check(self) -> None:
-        """UserError when a worker of this process has ended."""
+        """Raise UserError if a worker of this process has ended."""
         for process in self.workers:
             code = process.poll()
             if code is not None:
@@ -144,12 +145,12 @@ class BufferedImages:
                 how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 raise UserError(
                     reason
-                    or f"worker process {process.pid} of augment.albumentations ended with {how}; if memory is "
-                    "short, use fewer (augment.workers=1), then start it again to go on"
+                    or f"worker process {process.pid} of augment.albumentations ended with {how}; if memory "
+                    "is short, use fewer workers (augment.workers=1); run the command again to resume"
                 )
 
     def close(self) -> None:
-        """End the workers; they hold nothing that anybody needs."""
+        """Kill the workers; they hold no state."""
         for process in self.workers:
             process.kill()
         for process in self.workers:
@@ -163,8 +164,8 @@ class BufferedImages:
 def start_worker(
     transforms: Transforms, file: int, layout: Layout, worker: int
 ) -> subprocess.Popen[str]:
-    """An interpreter of its own, deaf to stop signals from its first moment on: it inherits the mask."""
-    before = signal.pthread_sigmask(
+    """Start a worker process; it inherits a mask that blocks stop signals from the beginning."""
+    previous_mask = signal.pthread_sigmask(
         signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     )
     try:
@@ -177,7 +178,7 @@ def start_worker(
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     spec = {
         "pipeline": transforms,
         "layout": {"rows": layout.rows, "workers": layout.workers},

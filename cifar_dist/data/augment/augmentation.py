@@ -1,7 +1,7 @@
-"""Batch -> View: a sample's picture is a row in a table.
+"""Augment batches with parameters that are looked up in per-epoch tables.
 
-For each view (the epoch, or epoch % views) every rank draws the same parameters for all N rows.
-What a sample looks like depends on (augment.seed, view, row), never on batch, rank or world size.
+For each view (the epoch, or epoch % views) every rank draws the same parameters for all N rows. An
+augmented image depends on (augment.seed, view, row), never on the batch, rank or world size.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from cifar_dist.data.batches import Batch
 from cifar_dist.data.dataset import Split
 from cifar_dist.utils.config import Count, Fraction, Index, NonNegative, config
 
-Padding = Annotated[int, Interval(ge=0, lt=SIDE)]  # with more, a crop could miss the picture
-Hole = Annotated[int, Interval(ge=0, le=2 * SIDE)]  # its middle lies in the picture
+Padding = Annotated[int, Interval(ge=0, lt=SIDE)]  # with more, a crop could miss the image
+Hole = Annotated[int, Interval(ge=0, le=2 * SIDE)]  # the center is inside the image
 
 
 @config
 class AugmentConfig:
-    """What is done to pictures, in this order; the defaults leave them as they are.
+    """Image augmentation, in the order in which it is applied; all off by default.
 
-    `host` is an albumentations pipeline as data (host_pipeline.py); all below it runs on the device.
+    `albumentations` is a pipeline that runs on the CPU; the transforms after it run on the device.
 
-    `views` says how many different views of the data there are: None, a new one each epoch; a number,
-    these again and again; `all`, a new one each epoch, drawn from all that crop and flip can make of
-    a picture: (2 crop_padding + 1)^2, twice with flip.
+    `views` limits the number of different views of the data. None: a new view each epoch. A number:
+    cycle through that many views. `all`: a new view each epoch, identified by its number among the
+    (2 crop_padding + 1)^2 crops of an image, twice that with hflip.
     """
 
     seed: Index = 0
     views: Count | Literal["all"] | None = None
     albumentations: tuple[dict[str, dict[str, Any]], ...] | None = None
-    workers: Index = 2  # a process; 0: the training process makes its own pictures
+    workers: Index = 2  # per process; 0: run the pipeline in the training process
     crop_padding: Padding = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
-    # left to right, one picture in two; `alternate`: by lot at first, then every other epoch, so that two
-    # epochs in a row show both sides of each picture (Jordan 2024, arXiv 2404.00498, section 3.6)
+    # True: flip with probability 0.5. `alternate`: choose at random in the first epoch, then flip in
+    # every other epoch, so that two consecutive epochs use both sides (Jordan 2024, arXiv 2404.00498, 3.6).
     hflip: bool | Literal["alternate"] = False
-    vflip: bool = False  # upside down, one picture in two
+    vflip: bool = False  # with probability 0.5
     affine: Affine | None = None
     color_jitter: ColorJitter | None = None
     rand_augment: RandAugment | None = None
@@ -67,30 +67,31 @@ class AugmentConfig:
         0  # side of one square hole in pixels (DeVries and Taylor 2017, arXiv 1708.04552)
     )
     mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)
-    cutmix: NonNegative = 0.0  # the same (Yun et al. 2019, arXiv 1905.04899); both: either by coin
-    mix_probability: Fraction = 1.0  # of a picture to be mixed at all
-    repeated: Count = 1  # views of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
+    cutmix: NonNegative = 0.0  # same (Yun et al. 2019, arXiv 1905.04899); with both, one at random
+    mix_probability: Fraction = 1.0  # of mixing an image at all
+    repeated: Count = 1  # copies of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
 
     def __post_init__(self) -> None:
         if self.albumentations is not None:
             check_names(self.albumentations)
             if self.repeated > 1:
                 raise ValueError(
-                    "albumentations makes one view an epoch, repeated wants more: remove one"
+                    "albumentations creates one view per epoch, but repeated needs several; remove one"
                 )
         if isinstance(self.views, int) and self.views % 2 and self.hflip == "alternate":
             raise ValueError(
-                f"flip: alternate shows both sides in two views, and views={self.views} is odd: add one"
+                f"hflip: alternate needs an even number of views (got {self.views}); add one"
             )
-        if self.views == "all" and self.hflip == "alternate":
-            raise ValueError("views: all draws flips of its own: write flip: true")
-        others = ("albumentations", "vflip", "one_of", "cutout", "mixup", "cutmix")
-        uncounted = [*named_transforms(self), *(name for name in others if vars(self)[name])]
-        if self.views == "all" and uncounted:
-            raise ValueError(
-                f"views: all can count crops and flips only; remove {', '.join(uncounted)}, or "
-                "give a number of views"
-            )
+        if self.views == "all":
+            if self.hflip == "alternate":
+                raise ValueError("views: all does not support hflip: alternate; set hflip: true")
+            others = ("albumentations", "vflip", "one_of", "cutout", "mixup", "cutmix")
+            unsupported = [*named_transforms(self), *(name for name in others if vars(self)[name])]
+            if unsupported:
+                raise ValueError(
+                    f"views: all supports crops and hflip only; remove {', '.join(unsupported)}, or "
+                    "give a number of views"
+                )
 
     @property
     def uses_mixing(self) -> bool:
@@ -98,25 +99,25 @@ class AugmentConfig:
 
     @property
     def transforms(self) -> dict[str, Transform]:
-        """What each picture goes through between crop and cutout, by name and in order."""
+        """Return the transforms between flips and cutout by name, in the order of application."""
         group = named_transforms(self.one_of) if self.one_of else {}
-        changes = named_transforms(self) | {f"one_of.{name}": one for name, one in group.items()}
-        return dict(sorted(changes.items(), key=lambda named: named[0] == "erasing"))  # stays last
+        transforms = named_transforms(self)
+        transforms |= {f"one_of.{name}": transform for name, transform in group.items()}
+        return dict(sorted(transforms.items(), key=lambda item: item[0] == "erasing"))  # goes last
 
     @property
     def crops_or_flips(self) -> bool:
-        """Whether pictures are cropped or mirrored left to right."""
         return bool(self.crop_padding or self.hflip)
 
     @property
     def num_views(self) -> int | None:
-        """How many different views a picture has; None without an end."""
+        """Return the number of different views of an image, or None if it is unlimited."""
         if self.views == "all":
             return (2 * self.crop_padding + 1) ** 2 * (1 + bool(self.hflip))
         return self.views
 
     def views_in_epoch(self, epoch: int) -> list[int]:
-        """Which views of the data an epoch shows: one, or one for each copy of a row."""
+        """Return the view of each copy of a row in an epoch."""
         first = epoch * self.repeated
         views = range(first, first + self.repeated)
         return [view % self.views if isinstance(self.views, int) else view for view in views]
@@ -124,40 +125,41 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedBatch:
-    """What an epoch shows of a batch.
+    """An augmented batch.
 
-    Where partners are mixed in, a loss is share * loss(labels) + (1 - share) * loss(partner_labels).
+    With mixing, a loss is lam * loss(labels) + (1 - lam) * loss(partner_labels).
     """
 
     images: Tensor  # uint8 [B, 3, 32, 32]
     labels: Tensor  # int64 [B]
-    view_ids: Tensor  # int64 [B], which of its views each picture is; a row and a number name it
+    view_ids: Tensor  # int64 [B]; (row, view id) identifies an augmented image
     partner_labels: Tensor | None = None  # int64 [B]
-    lam: Tensor | None = None  # f32 [B], how much of the picture is the row's own
+    lam: Tensor | None = None  # f32 [B], weight of the image against its partner
 
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in vars(self).values() if tensor is not None]
 
     def __getitem__(self, samples: slice) -> AugmentedBatch:
-        """Return some of the samples, in the same memory."""
+        """Return a slice of the samples without a copy."""
         columns = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return AugmentedBatch(**{name: tensor[samples] for name, tensor in columns.items()})
 
 
-def uses_image_source(config: AugmentConfig, split: Split) -> ImageSource | None:
-    """Who has the pictures when they are asked for; None if all lie on the device as they are."""
+def make_image_source(config: AugmentConfig, split: Split) -> ImageSource | None:
+    """Return a source that provides images batch by batch, or None if all are on the device."""
     if config.albumentations:
         return InlineImages(config.albumentations, split, seed=config.seed)
     return (lambda view, rows: split.gather(rows)) if split.on_host else None
 
 
 class Augment:
-    """Turn a batch of training rows into what its epoch shows of them.
+    """Augment batches of training rows.
 
-    `split` has the pictures, also those of partners, which are chosen among `rows` (int64, CPU), those
-    that are trained on, or all. With `number`, 0 ... num_views - 1, it shows that view of each picture
-    instead. Keeps the tables of one epoch, as drawing them costs milliseconds. Without a `host` that has
-    them ready it makes the configured pipeline's pictures itself, and fetches those of a split on the host.
+    Mixing partners are chosen among `rows` (int64, CPU), the training rows; the default is all rows of
+    `split`. With `view_id` (0 to num_views - 1) every image gets that view instead of the epoch's.
+    `image_source` provides the images of an albumentations pipeline, or of a split on the host; by
+    default they are computed or copied when a batch needs them. The tables of one epoch are kept,
+    because drawing them takes milliseconds; `prefetch` draws those of the next epoch in a thread.
     """
 
     def __init__(
@@ -166,115 +168,114 @@ class Augment:
         split: Split,
         rows: Tensor | None = None,
         *,
-        number: int | None = None,
-        host: ImageSource | None = None,
+        view_id: int | None = None,
+        image_source: ImageSource | None = None,
         prefetch: bool | None = None,
     ) -> None:
-        self.config, self.split, self.number = config, split, number
+        self.config, self.split, self.view_id = config, split, view_id
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
-        self.host = host or uses_image_source(config, split)
-        self.views: list[int] = []  # whose tables lie here, N rows for each copy of a row
+        self.image_source = image_source or make_image_source(config, split)
+        self.views: list[int] = []  # the views of `tables`
         self.tables: EpochTables | None = None
-        # A GPU would wait for the next epoch's tables; a CPU has to draw them anyhow.
-        self.ahead = prefetch if prefetch is not None else split.labels.is_cuda
-        self.drawing: tuple[list[int], Future[EpochTables]] | None = None
+        # A GPU would be idle while the next tables are drawn; on the CPU a thread saves no time.
+        self.prefetch = prefetch if prefetch is not None else split.labels.is_cuda
+        self.next_tables: tuple[list[int], Future[EpochTables]] | None = None
 
-    def clone(self, *, number: int | None = None) -> Augment:
-        """Another one over the same canvas, with tables and host pictures of its own."""
-        other = Augment(self.config, self.split, self.rows, number=number)
-        if self.config.crops_or_flips and self.host is None:
+    def clone(self, *, view_id: int | None = None) -> Augment:
+        """Return another Augment that shares the padded images, but not the tables."""
+        other = Augment(self.config, self.split, self.rows, view_id=view_id)
+        if self.config.crops_or_flips and self.image_source is None:
             other.padded_images = self.padded_images
         return other
 
     @cached_property
     def padded_images(self) -> PaddedImages:
-        """All training pictures, ready to be cropped and mirrored."""
+        return self.pad(self.split.images)
+
+    def pad(self, images: Tensor) -> PaddedImages:
         config = self.config
-        return pad_images(
-            self.split.images, padding=config.crop_padding, mirrored=bool(config.hflip)
-        )
+        return pad_images(images, padding=config.crop_padding, mirrored=bool(config.hflip))
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph can hold it: the host has no part in a batch."""
-        return self.host is None
+        """Return whether a CUDA graph can capture the augmentation: no batch needs the host."""
+        return self.image_source is None
 
     def prepare(self, epoch: int) -> None:
-        """Draw the tables of an epoch, unless they are here.
+        """Draw the tables of an epoch unless they are the current ones.
 
-        They keep their addresses from epoch to epoch, since CUDA graphs read them.
+        Their memory addresses never change, because CUDA graphs read them.
         """
         views = self.views_of(epoch)
         if views == self.views:
             return
-        ready, self.drawing = self.drawing, None
-        drawn = ready[1].result() if ready and ready[0] == views else self.draw(views)
-        self.tables = drawn.overwrite(self.tables, self.split.labels.device)
+        ready, self.next_tables = self.next_tables, None
+        tables = ready[1].result() if ready and ready[0] == views else self.draw_tables(views)
+        self.tables = tables.copy_to(self.tables, self.split.labels.device)
         self.views = views
-        following = self.views_of(epoch + 1)
-        if self.ahead and following != views:
+        next_views = self.views_of(epoch + 1)
+        if self.prefetch and next_views != views:
             thread = ThreadPoolExecutor(1, "augment")
-            self.drawing = following, thread.submit(self.draw, following)
+            self.next_tables = next_views, thread.submit(self.draw_tables, next_views)
             thread.shutdown(wait=False)
 
     def views_of(self, epoch: int) -> list[int]:
-        return self.config.views_in_epoch(epoch) if self.number is None else [self.number]
+        return self.config.views_in_epoch(epoch) if self.view_id is None else [self.view_id]
 
-    def draw(self, views: list[int]) -> EpochTables:
-        """Draw the tables of these views, one for each copy of a row."""
+    def draw_tables(self, views: list[int]) -> EpochTables:
         return draw_epoch(
             self.config,
             views,
-            rows=len(self.split.labels),
+            num_images=len(self.split.labels),
             partners=self.rows,
-            numbered=self.number is not None,
-            on_host=self.host is not None,
+            fixed_view=self.view_id is not None,
+            crop_batches=self.image_source is not None,
         )
 
     def __call__(self, batch: Batch) -> AugmentedBatch:
         self.prepare(batch.epoch)
         assert self.tables
-        at = batch.table_index
-        own = AugmentedBatch(
-            images=self.gather_images(batch.rows, at),
+        index = batch.table_index
+        augmented = AugmentedBatch(
+            images=self.augment_rows(batch.rows, index),
             labels=batch.labels,
-            view_ids=self.tables.view_ids.index_select(0, at),
+            view_ids=self.tables.view_ids.index_select(0, index),
         )
         if self.tables.mixing is None:
-            return own
-        mixing = self.tables.mixing.take(at)
-        partners_at = mixing.partner + (at - batch.rows)  # in the tables of the same copy
-        others = self.gather_images(mixing.partner, partners_at)
+            return augmented
+        mixing = self.tables.mixing.select(index)
+        partner_index = mixing.partner + (index - batch.rows)  # in the table of the same copy
+        partners = self.augment_rows(mixing.partner, partner_index)
         return replace(
-            own,
-            images=mix(own.images, others, mixing.lam, mixing.box, mixing.pasted),
+            augmented,
+            images=mix(augmented.images, partners, mixing.lam, mixing.box, mixing.pasted),
             partner_labels=self.split.labels.index_select(0, mixing.partner),
             lam=mixing.lam,
         )
 
-    def gather_images(self, rows: Tensor, at: Tensor) -> Tensor:
-        """The rows (int64 [B]) under the parameters `at` (int64 [B]) their places in the tables."""
+    def augment_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Return the images of `rows` (int64 [B]) with the parameters at `index` (int64 [B])."""
         config = self.config
         assert self.tables
-        own = {name: column.index_select(0, at) for name, column in self.tables.columns.items()}
-        if self.host:
-            images = self.host(self.views[0], rows)
+        params = {
+            name: column.index_select(0, index) for name, column in self.tables.columns.items()
+        }
+        if self.image_source:
+            images = self.image_source(self.views[0], rows)
             if config.crops_or_flips:
-                canvas = pad_images(
-                    images, padding=config.crop_padding, mirrored=bool(config.hflip)
-                )
-                along = torch.arange(len(rows), device=rows.device)
-                images = canvas.crop(
-                    canvas.offsets(along, own["shift_y"], own["shift_x"], own["flip"])
+                padded = self.pad(images)
+                positions = torch.arange(len(rows), device=rows.device)
+                images = padded.crop(
+                    padded.offsets(positions, params["shift_y"], params["shift_x"], params["flip"])
                 )
         elif config.crops_or_flips:
-            images = self.padded_images.crop(own["place"])
+            images = self.padded_images.crop(params["crop_offset"])
         else:
             images = self.split.images.index_select(0, rows)
         if config.vflip:
-            images = torch.where(per_sample(own["vflip"]), images.flip(2), images)
-        for name, change in config.transforms.items():
-            images = change(images, own[name])
+            images = torch.where(per_sample(params["vflip"]), images.flip(2), images)
+        for name, transform in config.transforms.items():
+            images = transform(images, params[name])
         if config.cutout:
-            images = cutout(images, own["hole_y"], own["hole_x"], config.cutout)
+            images = cutout(images, params["hole_y"], params["hole_x"], config.cutout)
         return images

@@ -1,8 +1,8 @@
-"""Floor 1. Pictures with a border, laid out so that any crop of one is a single run of bytes.
+"""Padded images in a layout in which every crop is a view of one contiguous run of bytes.
 
-A crop begins somewhere in its bordered picture and leaves out the same bytes behind each line, so it
-is a view of one contiguous piece; that of the mirrored picture stands beside. To crop and flip a
-batch is then one gather of as many pieces, on a CPU a `memcpy` each.
+A crop starts at some offset in its padded image and skips the same number of bytes after each line.
+Mirrored copies are stored as well, so cropping and flipping a batch is a single gather of runs; on
+the CPU each is one `memcpy`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cifar_dist.data.augment.image_ops import SIDE
 
 @dataclass(frozen=True)
 class PaddedImages:
-    """`data` is uint8 [1 or 2 (mirrored), N, 3, side, side]: black, but for the picture in the middle."""
+    """Images with a black border; `data` is uint8 [1 or 2 (mirrored), N, 3, side, side]."""
 
     data: Tensor
     padding: int
@@ -26,44 +26,47 @@ class PaddedImages:
     def side(self) -> int:
         return SIDE + 2 * self.padding
 
-    def offsets(self, pictures: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-        """Return where crops of this canvas begin."""
-        images = self.data.shape[1]
-        return crop_offsets(pictures, shift_y, shift_x, flip, images=images, padding=self.padding)
+    def offsets(self, rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
+        """Return the offsets of crops of these images; see `crop_offsets`."""
+        num_images = self.data.shape[1]
+        return crop_offsets(
+            rows, shift_y, shift_x, flip, num_images=num_images, padding=self.padding
+        )
 
-    def crop(self, places: Tensor) -> Tensor:
-        """uint8 [B, 3, 32, 32] from int64 [B]; strided, as the ends of lines lie between."""
+    def crop(self, offsets: Tensor) -> Tensor:
+        """Return the crops at `offsets` (int64 [B]), uint8 [B, 3, 32, 32], not contiguous."""
         side, channel = self.side, self.side**2
-        reach = 2 * channel + (SIDE - 1) * side + SIDE
-        runs = self.data.as_strided((self.data.numel() - reach + 1, reach), (1, 1))
-        return runs.index_select(0, places).as_strided(
-            (len(places), 3, SIDE, SIDE), (reach, channel, side, 1)
+        length = 2 * channel + (SIDE - 1) * side + SIDE
+        runs = self.data.as_strided((self.data.numel() - length + 1, length), (1, 1))
+        return runs.index_select(0, offsets).as_strided(
+            (len(offsets), 3, SIDE, SIDE), (length, channel, side, 1)
         )
 
 
 def crop_offsets(
-    rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor, *, images: int, padding: int
+    rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor, *, num_images: int, padding: int
 ) -> Tensor:
-    """Return where crops begin on a canvas of so many images: equal to crop, then mirror.
+    """Return where crops start in the data of `num_images` padded images, int64 [B].
 
-    int64 [B] like all arguments but `flip`, bool. Shifts are -padding ... padding, down and right;
-    what is outside of an image is black.
+    The result is that of cropping, then mirroring. All arguments are int64 [B] except `flip`, bool.
+    Shifts range over -padding ... padding, down and to the right.
     """
     side = SIDE + 2 * padding
     line = shift_y + padding
     column = torch.where(flip, -shift_x, shift_x) + padding
-    return ((flip * images + rows) * 3 * side + line) * side + column
+    return ((flip * num_images + rows) * 3 * side + line) * side + column
 
 
-def padded_bytes(pictures: int, *, padding: int, mirrored: bool) -> int:
-    """What a canvas of so many pictures takes."""
-    return (1 + mirrored) * pictures * 3 * (SIDE + 2 * padding) ** 2
+def padded_bytes(num_images: int, *, padding: int, mirrored: bool) -> int:
+    """Return the size of the padded images in bytes."""
+    return (1 + mirrored) * num_images * 3 * (SIDE + 2 * padding) ** 2
 
 
 def pad_images(images: Tensor, *, padding: int, mirrored: bool) -> PaddedImages:
-    """uint8 [N, 3, 32, 32] on a canvas: a copy of (1 + mirrored) (1 + padding / 16)^2 the size."""
+    """Copy uint8 [N, 3, 32, 32] images to padded ones, (1 + mirrored) (1 + padding / 16)^2 the size."""
     side = SIDE + 2 * padding
     data = images.new_zeros(1 + mirrored, len(images), 3, side, side)
-    for copy, shown in zip(data, (images, images.flip(3)) if mirrored else (images,), strict=True):
-        copy[:, :, padding : padding + SIDE, padding : padding + SIDE] = shown
+    sources = (images, images.flip(3)) if mirrored else (images,)
+    for target, source in zip(data, sources, strict=True):
+        target[:, :, padding : padding + SIDE, padding : padding + SIDE] = source
     return PaddedImages(data, padding)

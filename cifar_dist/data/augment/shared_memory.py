@@ -1,9 +1,9 @@
-"""Floor 1. The file that the processes of a machine share under `augment.albumentations`: it never has a name.
+"""The buffer that the processes of a machine share for `augment.albumentations`: an unnamed file.
 
-[which view each worker has put into each slot][all pictures as they are][slot 0][slot 1]
+Layout: [view that each worker has written to each slot][all source images][slot 0][slot 1]
 
-A file without a name goes with its last process, however that ends. Pictures are read and written
-through a map of it, and what is filled is told by system calls, which also order the memory.
+The system frees an unnamed file when its last process ends, even after a crash. Images are accessed
+through a memory map. The header is accessed by system calls, which also order the memory accesses.
 """
 
 from __future__ import annotations
@@ -21,53 +21,53 @@ import numpy
 from cifar_dist.utils.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
-IMAGE_BYTES = (3, 32, 32)
+IMAGE_SHAPE = (3, 32, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     rows: int
-    workers: int  # of all processes of this machine
+    workers: int  # of all processes of the machine
 
     @property
-    def head(self) -> int:
-        """Bytes before the pictures; whole pages."""
+    def header_bytes(self) -> int:
+        """Return the size of the header, rounded up to whole pages."""
         return -(-16 * self.workers // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property
     def size(self) -> int:
-        return self.head + 3 * self.rows * 3072
+        return self.header_bytes + 3 * self.rows * 3072
 
     def rows_of(self, worker: int) -> range:
-        """The rows that a worker fills."""
+        """Return the rows that a worker fills."""
         return range(self.rows * worker // self.workers, self.rows * (worker + 1) // self.workers)
 
     def pages(self, file: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """The source and the two slots, uint8 [N, 3, 32, 32] each."""
+        """Map the source images and the two slots, uint8 [N, 3, 32, 32] each."""
         pages = mmap.mmap(file, self.size)
-        pictures = numpy.frombuffer(pages, numpy.uint8, offset=self.head)
-        source, first, second = pictures.reshape(3, self.rows, *IMAGE_BYTES)
+        images = numpy.frombuffer(pages, numpy.uint8, offset=self.header_bytes)
+        source, first, second = images.reshape(3, self.rows, *IMAGE_SHAPE)
         return source, first, second
 
-    def tell(self, file: int, slot: int, worker: int, view: int) -> None:
-        """Say that this worker's rows of the view are in the slot."""
-        told = numpy.int64(view + 1).tobytes()
-        os.pwrite(file, told, 8 * (slot * self.workers + worker))
+    def mark_filled(self, file: int, slot: int, worker: int, view: int) -> None:
+        """Record that the slot contains this worker's rows of the view."""
+        entry = numpy.int64(view + 1).tobytes()
+        os.pwrite(file, entry, 8 * (slot * self.workers + worker))
 
     def is_full(self, file: int, slot: int, view: int) -> bool:
-        """Whether all rows of the view are in the slot."""
-        told = os.pread(file, 8 * self.workers, 8 * slot * self.workers)
-        return bool((numpy.frombuffer(told, numpy.int64) == view + 1).all())
+        """Return whether the slot contains all rows of the view."""
+        entries = os.pread(file, 8 * self.workers, 8 * slot * self.workers)
+        return bool((numpy.frombuffer(entries, numpy.int64) == view + 1).all())
 
 
 def allocate(layout: Layout) -> BinaryIO:
-    """A file without a name for so many pictures, in memory if there is room, else on disk."""
-    folders = [folder for folder in (SHARED_MEMORY, *_temporary()) if Path(folder).is_dir()]
+    """Create the unnamed file, in memory if there is space, otherwise in the temporary folder."""
+    folders = [folder for folder in (SHARED_MEMORY, *_temp_folder()) if Path(folder).is_dir()]
     for folder in folders:
         try:
-            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it lives as long as the run
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # open until the run ends
         except OSError:
-            continue  # nobody may write there
+            continue  # not writable
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, layout.size)
@@ -80,13 +80,13 @@ def allocate(layout: Layout) -> BinaryIO:
         else:
             return file
     raise UserError(
-        f"augment.albumentations needs {layout.size / 2**20:,.0f} MiB in {' or '.join(folders) or SHARED_MEMORY}, "
-        "where there is no room; free some, set TMPDIR to another folder, or augment.workers=0"
+        f"augment.albumentations: not enough space for {layout.size / 2**20:,.0f} MiB in "
+        f"{' or '.join(folders) or SHARED_MEMORY}; free some space, set TMPDIR to another folder, or set "
+        "augment.workers=0"
     )
 
 
-def _temporary() -> list[str]:
-    """The folder for temporary files, where the machine has one."""
+def _temp_folder() -> list[str]:
     try:
         return [tempfile.gettempdir()]
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""Floor 1. What a recipe can have done to its pictures beside crop, flip and mixing, by a column each.
+"""Image transforms of a recipe other than crop, flips, cutout and mixing.
 
-The knobs and the formula of a change are one class. Automatic ones are in policies.py.
+One class holds the options and the formula of a transform; its parameters are one column of the
+epoch's table. RandAugment and TrivialAugment are in policies.py.
 """
 
 from __future__ import annotations
@@ -33,27 +34,28 @@ from cifar_dist.utils.random import KeyedRandom
 HalfTurn = Annotated[float, Interval(ge=0, le=0.5)]
 Angle = Annotated[float, Interval(ge=0, le=180)]
 Area = Annotated[float, Interval(gt=0, le=1)]
-ERASE_TRIES = 10  # boxes drawn for a picture before it stays whole
+ERASE_TRIES = 10  # boxes drawn for an image before giving up
 
 
 class Transform(Protocol):
-    """What may change a picture, by one column of the table; the knobs and the formula in one class.
+    """Interface of a transform.
 
-    Where it is not `applied` (bool [N]), `draw` gives the column that leaves a picture as it is.
+    `draw` returns the parameters of N rows; for rows that are not `applied` (bool [N]), parameters
+    that leave every bit of an image unchanged.
     """
 
     @property
     def p(self) -> float: ...
-    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor: ...  # [N, ...]
+    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor: ...  # [N, ...]
     def __call__(self, images: Tensor, column: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
 
 
 @config
 class Affine:
-    """Rotate, shift and scale about the centre; black outside. As torchvision's RandomAffine."""
+    """Rotate, translate and scale about the center, like torchvision's RandomAffine."""
 
-    degrees: Angle = 0.0  # the angle is uniform in -degrees ... degrees
-    translate: Fraction = 0.0  # of a side, each way, right and down; parts of pixels, too
+    degrees: Angle = 0.0  # the angle is uniform in [-degrees, degrees]
+    translate: Fraction = 0.0  # maximal shift as a fraction of the side, not rounded to pixels
     scale: tuple[Positive, Positive] = (1.0, 1.0)  # above 1 enlarges
     interpolation: Interpolation = "bilinear"
     p: Fraction = 1.0
@@ -61,16 +63,16 @@ class Affine:
     def __post_init__(self) -> None:
         check_range("scale", self.scale)
 
-    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
-        """The way back, from where a pixel is to where it came from: f32 [N, 6] as `warp` takes it."""
-        angle = draws.uniform("angle", -self.degrees, self.degrees).deg2rad()
+    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+        """Return inverse affine matrices, from output to input pixels, f32 [N, 6] as in `warp`."""
+        angle = random.uniform("angle", -self.degrees, self.degrees).deg2rad()
         reach = self.translate * SIDE
-        x, y = (draws.uniform(name, -reach, reach) for name in ("shift_x", "shift_y"))
-        scale = draws.uniform("scale", *self.scale)
+        x, y = (random.uniform(name, -reach, reach) for name in ("shift_x", "shift_y"))
+        scale = random.uniform("scale", *self.scale)
         cosine, sine = angle.cos() / scale, angle.sin() / scale
-        back = (cosine, sine, -cosine * x - sine * y, -sine, cosine, sine * x - cosine * y)
+        inverse = (cosine, sine, -cosine * x - sine * y, -sine, cosine, sine * x - cosine * y)
         identity = torch.eye(2, 3, dtype=torch.float64).flatten()
-        return torch.where(applied[:, None], torch.stack(back, dim=1), identity).float()
+        return torch.where(applied[:, None], torch.stack(inverse, dim=1), identity).float()
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         return warp(images, column, self.interpolation)
@@ -78,9 +80,9 @@ class Affine:
 
 @config
 class ColorJitter:
-    """Change brightness, then contrast, saturation and hue. As torchvision's, in this order always.
+    """Jitter brightness, contrast, saturation and hue, like torchvision's, but in this fixed order.
 
-    Factors are uniform in 1 - x ... 1 + x, not below 0; the hue turns by up to x of the colour wheel.
+    Factors are uniform in [max(0, 1 - x), 1 + x]; the hue shifts by up to x of the color wheel.
     """
 
     brightness: NonNegative = 0.0
@@ -89,19 +91,13 @@ class ColorJitter:
     hue: HalfTurn = 0.0
     p: Fraction = 1.0
 
-    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
-        """f32 [N, 4]: three factors and a turn."""
-        factors = [
-            draws.uniform(name, max(0.0, 1 - reach), 1 + reach)
-            for name, reach in (
-                ("brightness", self.brightness),
-                ("contrast", self.contrast),
-                ("saturation", self.saturation),
-            )
-        ]
-        drawn = torch.stack([*factors, draws.uniform("hue", -self.hue, self.hue)], dim=1)
+    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+        """Return three factors and a hue shift, f32 [N, 4]."""
+        options = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
+        factors = [random.uniform(name, max(0.0, 1 - x), 1 + x) for name, x in options.items()]
+        columns = torch.stack([*factors, random.uniform("hue", -self.hue, self.hue)], dim=1)
         identity = torch.ones(4) - torch.eye(4)[3]
-        return torch.where(applied[:, None], drawn, identity).float()
+        return torch.where(applied[:, None], columns, identity).float()
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         brightness, contrast, saturation, hue = column.unbind(1)
@@ -116,17 +112,15 @@ class ColorJitter:
 
 @config
 class Erasing:
-    """Fill a box that lies whole in the picture (random erasing, Zhong et al. 2020, arXiv 1708.04896).
+    """Fill a box inside the image (random erasing, Zhong et al. 2020, arXiv 1708.04896).
 
-    The ratio of height to width is uniform on a logarithmic scale, as torchvision and timm have it.
+    The ratio of height to width is uniform on a logarithmic scale, as in torchvision and timm.
     """
 
-    area: tuple[Area, Area] = (0.02, 0.4)  # of the picture
+    area: tuple[Area, Area] = (0.02, 0.4)  # as a fraction of the image
     ratio: tuple[Positive, Positive] = (0.3, 1 / 0.3)
-    fill: Literal["noise", "mean"] = (
-        "noise"  # each level of each pixel uniform, or CIFAR-100's mean
-    )
-    p: Fraction = 1.0  # the paper's is 0.5
+    fill: Literal["noise", "mean"] = "noise"  # uniform noise per pixel, or CIFAR-100's mean color
+    p: Fraction = 1.0  # 0.5 in the paper
 
     def __post_init__(self) -> None:
         check_range("area", self.area)
@@ -137,22 +131,22 @@ class Erasing:
         fits = round(SIDE * math.sqrt(smallest * longer)) < SIDE
         if not fits or round(SIDE * math.sqrt(largest / longer)) < 1:
             raise ValueError(
-                f"area={list(self.area)}, ratio={list(self.ratio)}: no such box is a pixel wide and smaller "
-                "than the picture, so nothing would be erased: give others"
+                f"area={list(self.area)}, ratio={list(self.ratio)}: no such box is at least one pixel wide "
+                "and smaller than the image, so nothing would be erased; choose other values"
             )
 
-    def draw(self, draws: KeyedRandom, applied: Tensor) -> Tensor:
-        """int64 [N, 5]: top, bottom, left, right and the seed of the noise."""
-        area = draws.uniform("area", *self.area, ERASE_TRIES) * SIDE**2
-        narrow, tall = (math.log(end) for end in self.ratio)
-        ratio = draws.uniform("ratio", narrow, tall, ERASE_TRIES).exp()
+    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+        """Return top, bottom, left, right and the seed of the noise, int64 [N, 5]."""
+        area = random.uniform("area", *self.area, ERASE_TRIES) * SIDE**2
+        low, high = (math.log(end) for end in self.ratio)
+        ratio = random.uniform("ratio", low, high, ERASE_TRIES).exp()
         sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round()
         fits = (sizes < SIDE).all(2) & (sizes > 0).all(2)  # [N, tries]
         first = fits.int().argmax(1)  # the first that fits; where none does, nothing is erased
         size = sizes[torch.arange(len(sizes)), first] * (fits.any(1) & applied)[:, None]
-        start = (draws.uniform("place", 0, 1, 2) * (SIDE - size + 1)).floor()
+        start = (random.uniform("place", 0, 1, 2) * (SIDE - size + 1)).floor()
         edges = torch.stack([start, start + size], dim=2).flatten(1)  # top, bottom, left, right
-        return torch.cat([edges.long(), draws.integers("noise", 0, 2**31, 1)], dim=1)
+        return torch.cat([edges.long(), random.integers("noise", 0, 2**31, 1)], dim=1)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         if self.fill == "mean":
@@ -162,9 +156,9 @@ class Erasing:
 
 @config
 class OneOf:
-    """Exactly one of those that are named changes a picture, with `probability`.
+    """Apply exactly one of the given transforms with probability `p`.
 
-    Which one is drawn in proportion to their own probabilities, which are equal where not given.
+    The `p` of a member is its weight; members have equal weights by default.
     """
 
     affine: Affine | None = None
@@ -175,31 +169,31 @@ class OneOf:
     p: Fraction = 1.0
 
     def __post_init__(self) -> None:
-        named = named_transforms(self)
-        if len(named) < 2 or not any(change.p for change in named.values()):
-            raise ValueError("name at least two to choose from, like affine: {degrees: 15}")
-
-    def draw(self, draws: KeyedRandom) -> dict[str, Tensor]:
-        """The columns of the members; a row is applied in one of them at most."""
         members = named_transforms(self)
-        weights = [change.p for change in members.values()]
+        if len(members) < 2 or not any(member.p for member in members.values()):
+            raise ValueError("give at least two transforms, such as affine: {degrees: 15}")
+
+    def draw(self, random: KeyedRandom) -> dict[str, Tensor]:
+        """Return the column of each member; a row is applied in at most one of them."""
+        members = named_transforms(self)
+        weights = [member.p for member in members.values()]
         edges = [self.p * edge / sum(weights) for edge in accumulate(weights)]
-        # beyond the last edge: none of them
-        place = torch.searchsorted(
-            torch.tensor(edges, dtype=torch.float64), draws.uniform("place", 0, 1), right=True
+        # An index beyond the last edge applies none of them.
+        chosen = torch.searchsorted(
+            torch.tensor(edges, dtype=torch.float64), random.uniform("place", 0, 1), right=True
         )
         return {
-            name: change.draw(draws.scoped(name), place == number)
-            for number, (name, change) in enumerate(members.items())
+            name: member.draw(random.scoped(name), chosen == index)
+            for index, (name, member) in enumerate(members.items())
         }
 
 
-def named_transforms(knobs: Any) -> dict[str, Transform]:
-    """The changes among the fields of a config class, by name, in their order."""
+def named_transforms(options: Any) -> dict[str, Transform]:
+    """Return the transforms among the fields of a config class by name, in order."""
     kinds = (Affine, ColorJitter, RandAugment, TrivialAugment, Erasing)
-    return {name: value for name, value in vars(knobs).items() if isinstance(value, kinds)}
+    return {name: value for name, value in vars(options).items() if isinstance(value, kinds)}
 
 
 def check_range(name: str, bounds: tuple[float, float]) -> None:
     if bounds[0] > bounds[1]:
-        raise ValueError(f"{name}: write the lower end first, not {list(bounds)}")
+        raise ValueError(f"{name}: the lower end must come first (got {list(bounds)})")

@@ -1,1 +1,1 @@
-"""From the published archive to Arrow."""
+"""Convert the published CIFAR-100 archive to an Arrow dataset."""

@@ -1,4 +1,7 @@
-"""Floor 1. ciFAIR-100 (Barz and Denzler 2020, arXiv 1902.00423): a test split without near-duplicates of training pictures."""
+"""Read ciFAIR-100, a test split without near-duplicates of training images.
+
+Barz and Denzler 2020, arXiv 1902.00423.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,31 @@ from cifar_dist.data.ingest.pickles import MAX_BYTES, read_cifair_pickle
 from cifar_dist.utils.errors import UserError
 
 FOLDER = "ciFAIR-100"
-PUBLISHED_MD5 = (
-    "8130dae8d6fc6a436437f0ebdb801df1"  # of its `test`, as its authors' loaders check it
-)
+PUBLISHED_MD5 = "8130dae8d6fc6a436437f0ebdb801df1"  # of `test`, as in its authors' loaders
 
 
 def cifair_split(source: Path, data: Path, device: torch.device) -> tuple[Split, bool]:
-    """The test split in the published folder or zip, of the classes of `data`; whether it is the published one."""
+    """Read the test split from the published folder or zip.
+
+    Returns the split and whether it is the published one. Its superclasses must match those of `data`.
+    """
     content = read_test_file(source)
     raw = read_cifair_pickle(io.BytesIO(content))
-    known = read_hierarchy(data).coarse_of_fine
+    coarse_of_fine = read_hierarchy(data).coarse_of_fine
     fine, coarse = torch.from_numpy(raw.fine_labels), torch.from_numpy(raw.coarse_labels)
-    if not torch.equal(known[fine], coarse):
-        raise UserError(f"{source}: its classes lie in other superclasses than those of {data}")
+    if not torch.equal(coarse_of_fine[fine], coarse):
+        raise UserError(
+            f"{source}: its classes have other superclasses than those of {data}; use the ciFAIR-100 "
+            "files that belong to the data"
+        )
     images = torch.from_numpy(raw.images).view(-1, 3, 32, 32)
     published = hashlib.md5(content, usedforsecurity=False).hexdigest() == PUBLISHED_MD5
     return Split(images=images.to(device), labels=fine.to(device)), published
 
 
 def read_test_file(source: Path) -> bytes:
-    """The bytes of `test`: in the folder, the folder above it, or the zip, which is never unpacked."""
-    remedy = f"give the folder {FOLDER} that holds test, or {FOLDER}.zip"
+    """Return the bytes of `test` in the folder, its parent, or the zip, which is not extracted."""
+    remedy = f"give the folder {FOLDER} that contains test, or {FOLDER}.zip"
     try:
         if source.is_dir():
             folder = source / FOLDER if (source / FOLDER).is_dir() else source
@@ -46,7 +53,7 @@ def read_test_file(source: Path) -> bytes:
                 content = member.read(MAX_BYTES + 1)
     except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error).strip("'\"")
-        raise UserError(f"{source} is no ciFAIR-100 ({reason}); {remedy}") from None
+        raise UserError(f"{source} is not ciFAIR-100 ({reason}); {remedy}") from None
     if len(content) > MAX_BYTES:
         raise UserError(f"{source} is larger than any CIFAR-100 file; {remedy}")
     return content

@@ -1,4 +1,4 @@
-"""Floor 1. One file over http(s), which a broken connection does not send back to the start."""
+"""Download one file over http(s), resuming after a broken connection."""
 
 from __future__ import annotations
 
@@ -19,62 +19,74 @@ from cifar_dist.distributed import signals
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
-TIMEOUT_SECONDS = 5  # to connect, and of silence
-OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # not the network's errors
+TIMEOUT_SECONDS = 5  # to connect, and between two reads
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def download(
-    url: str, part: Path, *, md5: str | None = None, remedy: str = "get it in another way"
+    url: str, part: Path, *, md5: str | None = None, remedy: str = "get the file in another way"
 ) -> None:
-    """Fetch `url` into `part`, going on where an earlier try ended; UserError if that fails."""
-    have = part.stat().st_size if part.exists() else 0
+    """Download `url` to `part`, resuming from an existing `part`; raise UserError on failure."""
+    offset = part.stat().st_size if part.exists() else 0
+    _check_host(url, remedy)
     try:
-        place = urlsplit(url)
-        port = place.port or (443 if place.scheme == "https" else 80)
-    except ValueError as error:
-        raise UserError(f"{url} cannot be fetched ({error}); {remedy}") from None
-    if place.hostname and not getproxies():
-        where = (place.hostname, port)
-
-        def reach() -> None:
-            with suppress(ConnectionRefusedError):  # an answer; the request below will say so
-                socket.create_connection(where, timeout=RESPONSE_SECONDS).close()
-
-        if not responds(reach):
-            raise UserError(f"{url} cannot be fetched ({place.hostname} does not answer); {remedy}")
-    try:
-        request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        request = Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
         with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            total = _receive(response, part, have)
+            total = _receive(response, part, offset)
     except HTTPError as error:
-        if error.code != 416 or not have:
-            raise UserError(f"{url} answers {error.code} {error.reason}; {remedy}") from error
-        if error.headers.get("Content-Range") != f"bytes */{have}":
-            part.unlink()  # what is here is no beginning of what is there
+        if error.code != 416 or not offset:
+            raise UserError(f"{url} returns {error.code} {error.reason}; {remedy}") from error
+        if error.headers.get("Content-Range") != f"bytes */{offset}":
+            part.unlink()  # `part` is not the beginning of the file
             return download(url, part, md5=md5, remedy=remedy)
-        total = have
+        total = offset
     except (OSError, HTTPException, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in OUR_DISK:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         reason = getattr(error, "reason", error)
-        raise UserError(f"{url} cannot be fetched ({reason}); run it again, or {remedy}") from error
+        raise UserError(
+            f"{url} cannot be downloaded ({reason}); run the command again, or {remedy}"
+        ) from error
     size = part.stat().st_size
     if total is not None and size < total:
-        raise UserError(f"{url} broke off after {size:,} of {total:,} bytes; run it again to go on")
+        raise UserError(
+            f"{url}: download interrupted after {size:,} of {total:,} bytes; run the command again to "
+            "resume"
+        )
     if md5 is not None:
         with part.open("rb") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
-        if found.hexdigest() != md5:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+        if digest.hexdigest() != md5:
             part.unlink()
-            raise UserError(f"{url} sent something else than CIFAR-100 (its md5 differs); {remedy}")
+            raise UserError(f"{url} is not CIFAR-100 (its MD5 differs); {remedy}")
 
 
-def _receive(response: HTTPResponse, part: Path, have: int) -> int | None:
-    """Write the answer to `part`; the whole file's size, if the server says it."""
+def _check_host(url: str, remedy: str) -> None:
+    """UserError if the host does not answer within seconds; proxies are left to urllib."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise UserError(f"{url} cannot be downloaded ({error}); {remedy}") from None
+    if parts.hostname and not getproxies():
+        address = (parts.hostname, port)
+
+        def connect() -> None:
+            with suppress(ConnectionRefusedError):  # the request below reports it
+                socket.create_connection(address, timeout=RESPONSE_SECONDS).close()
+
+        if not responds(connect):
+            raise UserError(
+                f"{url} cannot be downloaded ({parts.hostname} does not answer); {remedy}"
+            )
+
+
+def _receive(response: HTTPResponse, part: Path, offset: int) -> int | None:
+    """Write the response to `part`; return the size of the whole file, or None if unknown."""
     resumed = response.status == 206
-    if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        raise ValueError("it sent another range than was asked for")
-    start = have if resumed else 0
+    if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+        raise ValueError("the server sent another range than requested")
+    start = offset if resumed else 0
     length = response.headers.get("Content-Length")
     total = None if length is None else start + int(length)
     with (
@@ -82,11 +94,11 @@ def _receive(response: HTTPResponse, part: Path, have: int) -> int | None:
         tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None) as bar,
     ):
         while chunk := response.read(1 << 20):
-            if signals.stop_signal():  # where a training prepares; what is there is gone on with
+            if signals.stop_signal():  # of a training run; the next one resumes the download
                 raise KeyboardInterrupt
             file.write(chunk)
             bar.update(len(chunk))
             if file.tell() > MAX_ARCHIVE_BYTES:
                 part.unlink()
-                raise ValueError("it is larger than CIFAR-100")
+                raise ValueError("the file is larger than CIFAR-100")
     return total

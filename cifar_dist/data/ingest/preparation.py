@@ -37,18 +37,9 @@ from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import folder_lock
 
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-
-
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
-
-
 SYNTHETIC = "sample"
-
-
-ELSEWHERE = (
-    "choose another place (--output of prepare, data.path of a recipe)"  # train prepares too
-)
-
+REMEDY = "choose another folder (--output of prepare, data.path of a recipe)"  # train prepares too
 
 Content = Literal["official", "sample", "other"]
 
@@ -56,24 +47,24 @@ Content = Literal["official", "sample", "other"]
 def prepare(
     source: str | None, output: Path, *, allow_unofficial: bool = False, force: bool = False
 ) -> None:
-    """Make `output` the data set that `load_split` reads; nothing to do where it is one already.
+    """Write the dataset that `load_split` reads to `output`, unless `output` has that data already.
 
-    `source`: an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
-    three files must be CIFAR-100's own (by md5) unless `allow_unofficial`. Raises UserError, and leaves
-    nothing behind but a begun download, which the next call goes on with.
+    `source` is an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
+    three files must be the published ones (by MD5) unless `allow_unofficial`. After a UserError
+    nothing is left behind except a partial download, which the next call resumes.
     """
     started = time.monotonic()
     source = source or OFFICIAL_URL
     output = output.expanduser().resolve()
-    with folder_lock(output.parent, elsewhere=ELSEWHERE):
-        for path in output.parent.iterdir():  # of one that was killed
+    with folder_lock(output.parent, remedy=REMEDY):
+        for path in output.parent.iterdir():  # left by a killed process
             if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
                 shutil.rmtree(path, ignore_errors=True)
-        _refuse_foreign(output)
-        held = None if force else _held(output)
+        _refuse_foreign_files(output)
+        existing = None if force else _read_existing(output)
         expected = SYNTHETIC if source == SYNTHETIC else None if allow_unofficial else "official"
-        if held is not None and expected is not None:
-            _say_held(output, same=held["content"] == expected)
+        if existing is not None and expected is not None:
+            _report_existing(output, same=existing["content"] == expected)
             return
         content: Content
         if source == SYNTHETIC:
@@ -83,20 +74,20 @@ def prepare(
             content = "official" if is_official(members) else "other"
             if content != expected and expected is not None:
                 command = _command(output, "--allow-unofficial", "--source", source)
-                raise UserError(f"{source} is not the official CIFAR-100; take it with {command}")
+                raise UserError(f"{source} is not the official CIFAR-100; to use it, run {command}")
         train, test, meta = _parse(members, source)
-        if held is not None:
+        if existing is not None:
             digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
-            _say_held(output, same=all(held[s]["sha256"] == digests[s] for s in SPLITS))
+            _report_existing(output, same=all(existing[s]["sha256"] == digests[s] for s in SPLITS))
             return
-        beside = {f"{FOLDER}/{name}": data for name, data in members.items()}
+        pickles = {f"{FOLDER}/{name}": data for name, data in members.items()}
         write_dataset(
             output,
             train,
             test,
             meta,
             content=content,
-            beside=beside if source == SYNTHETIC else None,
+            extra_files=pickles if source == SYNTHETIC else None,
         )
     print(
         f"{output}: {content} data, {len(train.images):,} + {len(test.images):,} rows, digest "
@@ -121,10 +112,10 @@ def _read_source(source: str, output: Path) -> dict[str, bytes]:
                 "(--source of prepare, data.source of a recipe)"
             )
         return read_members(path)
-    # Named after the URL, so that a download never goes on with the beginning of another.
+    # Named after the URL, so that a download never resumes that of another URL.
     key = hashlib.sha256(source.encode()).hexdigest()[:8]
     part = output.with_name(f"{output.name}.{key}.part")
-    remedy = f"get it in another way and give it with {_command(output, '--source', 'FILE')}"
+    remedy = f"get the file in another way and run {_command(output, '--source', 'FILE')}"
     download(source, part, md5=ARCHIVE_MD5.get(source), remedy=remedy)
     try:
         return read_members(part)
@@ -144,8 +135,8 @@ def _parse(members: dict[str, bytes], source: str) -> tuple[RawSplit, RawSplit, 
         raise UserError(f"{source}: {error}") from error
 
 
-def _held(output: Path) -> dict[str, Any] | None:
-    """The digest of the data set at `output`, verified; None where there is nothing."""
+def _read_existing(output: Path) -> dict[str, Any] | None:
+    """Verify the dataset at `output` and return its digest, or None if there is none."""
     if not output.is_dir() or not any(output.iterdir()):
         return None
     for name in SPLITS:
@@ -153,22 +144,22 @@ def _held(output: Path) -> dict[str, Any] | None:
     return read_digest(output)
 
 
-def _say_held(output: Path, *, same: bool) -> None:
+def _report_existing(output: Path, *, same: bool) -> None:
     if not same:
         raise UserError(
-            f"{output} holds other data; {ELSEWHERE}, or replace them with "
-            f"{_command(output, '--force')} and the --source or --sample of yours"
+            f"{output} contains other data; {REMEDY}, or replace it with "
+            f"{_command(output, '--force')} and your --source or --sample"
         )
     print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
 
 
-def _refuse_foreign(output: Path) -> None:
-    """UserError unless `output` is absent, empty, or holds no file but those we write."""
+def _refuse_foreign_files(output: Path) -> None:
+    """Raise UserError if `output` contains files that `prepare` does not write."""
     if not output.exists():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
     if names and "dataset_dict.json" not in names:
-        raise UserError(f"{output} is not a data set of ours; {ELSEWHERE}")
+        raise UserError(f"{output} was not written by cifar_dist; {REMEDY}")
     known = {"dataset_dict.json", DIGEST}
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
@@ -177,4 +168,4 @@ def _refuse_foreign(output: Path) -> None:
     for path in output.rglob("*"):
         name = path.relative_to(output).as_posix()
         if name not in known and (path.is_symlink() or not path.is_dir()):
-            raise UserError(f"{output} holds {name}, which is not ours; {ELSEWHERE}")
+            raise UserError(f"{output} contains {name}, which is not part of a dataset; {REMEDY}")

@@ -1,27 +1,27 @@
-"""Floor 1. A machine that reads pickles and can do nothing else.
+"""Read untrusted pickles without executing code.
 
-`pickle.load` runs whatever a file tells it to, so no file is given to it. This interpreter knows the
-opcodes that write lists, dicts, texts, integers and a uint8 matrix, under any numpy, Python 2 or 3,
-protocols 0 to 5. It looks up no module and calls nothing a file names: five names are symbols to it.
-Its work is bounded by the size of the file and by a count of opcodes.
+`pickle.load` can run arbitrary code of a file, so it is not used. This interpreter supports the
+opcodes for lists, dicts, texts, integers and a uint8 matrix, as written by any numpy under Python 2
+or 3 in protocols 0 to 5. It imports and calls nothing: the five names that a file may contain are
+only symbols. Its work is bounded by the size of the file and by a maximum number of opcodes.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-import pickle  # the opcodes' names, nothing else
+import pickle  # only for the names of the opcodes
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 import numpy as np
 
-MAX_OPCODES = 2_000_000  # CIFAR-100's train has 0.2 million, 0.8 million under protocol 0
+MAX_OPCODES = 2_000_000  # CIFAR-100's train has 0.2 million, or 0.8 million in protocol 0
 
 
 class Name(Enum):
-    """What a file may name. Nothing stands behind a name but the rules in `_reduce`."""
+    """A global name that a file may contain; `_reduce` defines its meaning."""
 
     RECONSTRUCT = auto()
     FROMBUFFER = auto()
@@ -32,12 +32,12 @@ class Name(Enum):
 
 @dataclass(eq=False)
 class Matrix:
-    """The one kind of object: a matrix of bytes in C order; None until the file gives its state."""
+    """The only supported object, a matrix in C order; `pixels` is None until its state is read."""
 
     pixels: np.ndarray | None = None  # uint8 [N, M]
 
 
-UINT8 = object()  # the one dtype
+UINT8 = object()  # the only supported dtype
 _UINT8_STATE = (3, "|", None, None, None, -1, -1, 0)
 
 _NAMES = {
@@ -47,9 +47,9 @@ _NAMES = {
     ("numpy._core.numeric", "_frombuffer"): Name.FROMBUFFER,
     ("numpy", "ndarray"): Name.NDARRAY,
     ("numpy", "dtype"): Name.DTYPE,
-    ("_codecs", "encode"): Name.ENCODE,  # how Python 3 writes bytes under protocols 0 to 2
+    ("_codecs", "encode"): Name.ENCODE,  # Python 3 writes bytes this way in protocols 0 to 2
 }
-# Opcodes that a little-endian number follows, and its width in bytes.
+# Opcodes followed by a little-endian number, and its width in bytes.
 _INTEGERS = {pickle.BININT1: 1, pickle.BININT2: 2, pickle.BININT: 4}
 _PUTS = {pickle.BINPUT: 1, pickle.LONG_BINPUT: 4}
 _GETS = {pickle.BINGET: 1, pickle.LONG_BINGET: 4}
@@ -67,21 +67,21 @@ _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
 _TUPLES = {pickle.EMPTY_TUPLE: 0, pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 
 
-def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch an opcode
-    """What a pickle says, made of dict, list, tuple, bytes, str, int, bool, None and Matrix.
+def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch per opcode
+    """Return the value of a pickle, made of dict, list, tuple, bytes, str, int, bool, None and Matrix.
 
     Raises ArithmeticError, LookupError, TypeError or ValueError for anything else.
     """
-    source = io.BytesIO(data)  # shares the bytes
+    source = io.BytesIO(data)  # does not copy the bytes
     stack: list[Any] = []
-    marked: list[list[Any]] = []  # the stacks below each open mark
+    marked: list[list[Any]] = []  # the stack below each open mark
     memo: dict[int, Any] = {}
-    encoded = 0  # characters; a text is encoded once, so a file that encodes more is a bomb
+    encoded = 0  # characters; encoding a memoized text again and again would be a bomb
 
     def take(count: int) -> bytes:
-        chunk = source.read(count)  # allocates what is there, whatever the file claims
+        chunk = source.read(count)  # allocates no more than the file contains
         if len(chunk) != count:
-            raise ValueError("it is cut off")
+            raise ValueError("it is truncated")
         return chunk
 
     def number(width: int) -> int:
@@ -90,10 +90,11 @@ def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch
     def line() -> bytes:
         text = source.readline()
         if not text.endswith(b"\n"):
-            raise ValueError("it is cut off")
+            raise ValueError("it is truncated")
         return text[:-1]
 
     def since_mark() -> list[Any]:
+        """Pop the items above the last mark; call it in a separate statement, as it rebinds `stack`."""
         nonlocal stack
         items, stack = stack, marked.pop()
         return items
@@ -172,7 +173,7 @@ def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch
                     if function is Name.ENCODE:
                         encoded += len(arguments[0])
                         if encoded > len(data):
-                            raise ValueError("it encodes more text than it has")
+                            raise ValueError("it encodes more text than it contains")
                     stack.append(_reduce(function, arguments))
                 case pickle.BUILD:
                     state = stack.pop()
@@ -180,37 +181,37 @@ def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch
                 case pickle.STOP:
                     (value,) = stack
                     if marked or source.read(1):
-                        raise ValueError("it goes on after its end")
+                        raise ValueError("it has data after its end")
                     return value
                 case b"":
-                    raise ValueError("it is cut off")
+                    raise ValueError("it is truncated")
                 case _:
-                    raise ValueError(f"CIFAR's pickles have no opcode {opcode!r}")
+                    raise ValueError(f"opcode {opcode!r} does not occur in CIFAR's pickles")
     raise ValueError("it has too many opcodes")
 
 
 def _set_items(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(target) is not dict or not isinstance(key, str | bytes) or key in target:
-            raise ValueError("a dict of it has a repeated key, or one that is no text")
+            raise ValueError("a dict has a repeated key or a key that is not a text")
         target[key] = value
     return target
 
 
 def _unquote(text: bytes) -> bytes:
-    """The value of a string that Python 2 wrote as its own source, with quotes and escapes."""
+    """Return the value of a string that Python 2 wrote as source code, with quotes and escapes."""
     if len(text) < 2 or text[0] != text[-1] or text[:1] not in b"'\"":
-        raise ValueError("a string of it has no quotes")
+        raise ValueError("a string has no quotes")
     return codecs.escape_decode(text[1:-1])[0]
 
 
 def _name(module: Any, name: Any) -> Name:
-    # Only texts are looked up: the hash of a nested tuple can take for ever, or all of the C stack.
+    # Look up texts only: hashing a nested tuple can take forever or overflow the C stack.
     if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("a name of it is no text")
-    if (found := _NAMES.get((module, name))) is None:
+        raise ValueError("a name is not a text")
+    if (symbol := _NAMES.get((module, name))) is None:
         raise ValueError(f"it names {module:.40}.{name:.40}, which no CIFAR-100 file needs")
-    return found
+    return symbol
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
@@ -225,7 +226,7 @@ def _reduce(function: Any, arguments: Any) -> Any:
             dtype is UINT8
         ):
             return Matrix(_matrix(data, rows, columns))
-    raise ValueError("it holds an object that is not a uint8 matrix in C order")
+    raise ValueError("it contains an object that is not a uint8 matrix in C order")
 
 
 def _build(target: Any, state: Any) -> None:
@@ -239,10 +240,10 @@ def _build(target: Any, state: Any) -> None:
         ):
             target.pixels = _matrix(data, rows, columns)
             return
-    raise ValueError("it holds an object that is not a uint8 matrix in C order")
+    raise ValueError("it contains an object that is not a uint8 matrix in C order")
 
 
 def _matrix(data: bytes, rows: int, columns: int) -> np.ndarray:
     if rows < 0 or columns < 0 or rows * columns != len(data):
-        raise ValueError("its array has not the bytes that its shape needs")
+        raise ValueError("the size of an array does not match its shape")
     return np.frombuffer(data, dtype=np.uint8).reshape(rows, columns)

@@ -1,7 +1,7 @@
-"""Floor 1. A data set drawn by a formula, for tests and first runs: 10 shapes x 10 colours.
+"""Generate synthetic images of 10 shapes x 10 colors, for tests and first runs.
 
-It has the layout of CIFAR-100, 100 fine classes in 20 coarse ones, and no photograph. Classes survive
-a horizontal flip and a shift by 4 pixels.
+The data have the layout of CIFAR-100: 100 fine classes in 20 coarse ones. Classes are invariant to a
+horizontal flip and to a shift by 4 pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cifar_dist.data.ingest.archive import FOLDER
 from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawMeta, RawSplit
 from cifar_dist.utils.files import atomic_write
 
-COLOURS = {  # RGB in 0..1; each drawn with some jitter
+COLORS = {  # RGB in 0..1, jittered per image
     "red": (0.86, 0.12, 0.14),
     "orange": (0.96, 0.52, 0.10),
     "yellow": (0.97, 0.88, 0.20),
@@ -31,7 +31,7 @@ COLOURS = {  # RGB in 0..1; each drawn with some jitter
 
 
 def _polygon(u: np.ndarray, v: np.ndarray, corners: int) -> np.ndarray:
-    """Distance from a regular polygon's edge, a corner on top; negative inside."""
+    """Return the distance from the edge of a regular polygon with a corner on top, negative inside."""
     sector = 2 * np.pi / corners
     angle = np.mod(np.arctan2(u, -v) + sector / 2, sector) - sector / 2
     return np.hypot(u, v) * np.cos(np.abs(angle) - sector / 2) - np.cos(sector / 2) * 0.95
@@ -42,7 +42,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.hypot(u, v) - 0.62 - 0.34 * np.cos(5 * angle)
 
 
-# A shape is where its function of (u, v) is negative; u runs right, v down, the shape fills about 1.
+# Signed distance functions, negative inside; u points right, v down, and shapes have a radius of about 1.
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda u, v: np.hypot(u, v) - 0.85,
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.7) - 0.22,
@@ -64,13 +64,13 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def draw_synthetic(
     *, train_per_class: int = 60, test_per_class: int = 10, seed: int = 0
 ) -> tuple[RawSplit, RawSplit, RawMeta]:
-    """Train, test and the class names: fine = 10 x shape + colour, coarse = fine // 5.
+    """Return train, test and the class names: fine = 10 x shape + color, coarse = fine // 5.
 
-    The same arguments give the same pictures. The 7,000 rows of the default take 1 s on one core.
+    The same arguments give the same images. The 7,000 rows of the default take 1 s on one core.
     """
     meta = RawMeta(
-        fine_label_names=[f"{colour}_{shape}" for shape in SHAPES for colour in COLOURS],
-        coarse_label_names=[f"{kind}_{shape}" for shape in SHAPES for kind in ("warm", "cool")],
+        fine_label_names=[f"{color}_{shape}" for shape in SHAPES for color in COLORS],
+        coarse_label_names=[f"{tone}_{shape}" for shape in SHAPES for tone in ("warm", "cool")],
     )
     train = _draw_split(meta, train_per_class, np.random.Philox(key=[seed, 0]))
     test = _draw_split(meta, test_per_class, np.random.Philox(key=[seed, 1]))
@@ -78,13 +78,13 @@ def draw_synthetic(
 
 
 def write_pickles(folder: Path, train: RawSplit, test: RawSplit, meta: RawMeta) -> None:
-    """CIFAR's own layout: `folder`/cifar-100-python/{train, test, meta}."""
+    """Write the three pickle files in CIFAR's layout to `folder`/cifar-100-python."""
     for name, data in pickle_members(train, test, meta).items():
         atomic_write(folder / FOLDER / name, data)
 
 
 def pickle_members(train: RawSplit, test: RawSplit, meta: RawMeta) -> dict[str, bytes]:
-    """The three files as CIFAR's author wrote them: protocol 2, keys and texts in bytes."""
+    """Return the three files in the format of the original: protocol 2, keys and texts as bytes."""
     members = {
         name: {
             b"filenames": [filename.encode() for filename in raw.filenames],
@@ -116,31 +116,31 @@ def _draw_split(meta: RawMeta, rows_per_class: int, bits: np.random.Philox) -> R
 
 
 def _draw(fine: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """One picture for each label: uint8 [N, 3072]."""
+    """Draw one image for each label, uint8 [N, 3072]."""
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return low + (high - low) * random.random((len(fine), *shape))
 
-    # Where each pixel lies in the shape's own coordinates.
-    turn = uniform(-0.35, 0.35, 1, 1)  # radians
+    # (u, v) are the pixels in the coordinates of the shape.
+    angle = uniform(-0.35, 0.35, 1, 1)  # radians
     radius = uniform(6.0, 10.5, 1, 1)  # pixels
     x = np.arange(32) - 15.5 - uniform(-4.5, 4.5, 1, 1)  # [N, 1, 32]
     y = np.arange(32)[:, None] - 15.5 - uniform(-4.5, 4.5, 1, 1)  # [N, 32, 1]
-    u = (x * np.cos(turn) + y * np.sin(turn)) / radius  # [N, 32, 32]
-    v = (y * np.cos(turn) - x * np.sin(turn)) / radius
+    u = (x * np.cos(angle) + y * np.sin(angle)) / radius  # [N, 32, 32]
+    v = (y * np.cos(angle) - x * np.sin(angle)) / radius
     inside = np.empty_like(u)
-    for shape, distance in enumerate(SHAPES.values()):
-        mine = fine // len(COLOURS) == shape
-        inside[mine] = np.clip(0.5 - distance(u[mine], v[mine]) * radius[mine], 0, 1)
+    for index, distance in enumerate(SHAPES.values()):
+        rows = fine // len(COLORS) == index
+        inside[rows] = np.clip(0.5 - distance(u[rows], v[rows]) * radius[rows], 0, 1)
 
-    # A dull background, from one grey that leans to some hue to another.
+    # The background is a gradient between two grays with a slight tint.
     ends = uniform(0.15, 0.7, 2, 1, 1, 1) + uniform(-0.12, 0.12, 2, 3, 1, 1)
     slope = uniform(0, 2 * np.pi, 1, 1)
     ramp = np.clip(0.5 + (x * np.cos(slope) + y * np.sin(slope)) / 40, 0, 1)[:, None]
     images = ends[:, 0] * ramp + ends[:, 1] * (1 - ramp)  # [N, 3, 32, 32]
 
-    colour = np.array(list(COLOURS.values()))[fine % len(COLOURS)] + uniform(-0.09, 0.09, 3)
+    color = np.array(list(COLORS.values()))[fine % len(COLORS)] + uniform(-0.09, 0.09, 3)
     light = uniform(0.72, 1.05, 1, 1, 1) * (1 + uniform(-0.15, 0.15, 1, 1, 1) * v[:, None])
-    images += inside[:, None] * (colour[:, :, None, None] * light - images)
+    images += inside[:, None] * (color[:, :, None, None] * light - images)
     images += uniform(-0.09, 0.09, 3, 32, 32)
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8).reshape(len(fine), -1)

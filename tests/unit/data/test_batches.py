@@ -1,4 +1,4 @@
-"""The plan: every row once an epoch, the same global batches for any rank, world and start."""
+"""Global batches: each row once per epoch, the same for any rank, world size and start."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cifar_dist.data.batches import (
+    BatchPlan,
     epoch_order,
     eval_blocks,
     micro_batch_bounds,
@@ -27,37 +28,37 @@ def split(data: Path) -> Split:
 def plan(
     split: Split, *, steps: int, start: int = 0, micro_batches: int = 3, world_size: int = 1
 ) -> list:
-    """{(step, micro_batch): rows} as sorted pairs, of all ranks together."""
-    found = {}
+    """Return sorted pairs ((step, micro_batch), rows) of all ranks."""
+    batch_rows = {}
     for rank in range(world_size):
         batches = train_batches(
             split,
             torch.arange(64),
-            seed=7,
-            shuffle=True,
-            batch_size=10,
-            micro_batches=micro_batches,
+            BatchPlan(
+                seed=7,
+                shuffle=True,
+                batch_size=10,
+                micro_batches=micro_batches,
+                rank=rank,
+                world_size=world_size,
+            ),
             start_step=start,
-            rank=rank,
-            world_size=world_size,
         )
         for step, parts in enumerate(islice(batches, steps - start), start):
             for part in parts:
-                found[step, part.micro_batch] = part.rows.tolist()
-    return sorted(found.items())
+                batch_rows[step, part.micro_batch] = part.rows.tolist()
+    return sorted(batch_rows.items())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 11])
-def test_plan_depends_on_nothing_but_seed_and_step(
-    split: Split, world_size: int, start: int
-) -> None:
+def test_batches_depend_only_on_seed_and_step(split: Split, world_size: int, start: int) -> None:
     whole = plan(split, steps=14)
     later = [pair for pair in whole if pair[0][0] >= start]
     assert plan(split, steps=14, start=start, world_size=world_size) == later
 
 
-def test_an_epoch_visits_a_row_at_most_once_and_drops_the_rest(split: Split) -> None:
+def test_epoch_visits_each_row_at_most_once_and_drops_the_last_partial_batch(split: Split) -> None:
     rows = [row for (step, _), rows in plan(split, steps=6) for row in rows]
     assert len(rows) == 60
     assert len(set(rows)) == 60
@@ -68,7 +69,7 @@ def test_an_epoch_visits_a_row_at_most_once_and_drops_the_rest(split: Split) -> 
 
 
 @pytest.mark.parametrize(("batch_size", "micro_batches"), [(10, 3), (250, 4), (7, 7), (1000, 6)])
-def test_shards_differ_by_at_most_one_row(batch_size: int, micro_batches: int) -> None:
+def test_micro_batch_sizes_differ_by_at_most_one(batch_size: int, micro_batches: int) -> None:
     bounds = micro_batch_bounds(batch_size, micro_batches)
     sizes = [end - begin for begin, end in bounds]
     assert sum(sizes) == batch_size
@@ -76,18 +77,13 @@ def test_shards_differ_by_at_most_one_row(batch_size: int, micro_batches: int) -
     assert [begin for begin, _ in bounds[1:]] == [end for _, end in bounds[:-1]]
 
 
-def test_a_batch_holds_the_rows_that_it_names(split: Split) -> None:
+def test_batch_has_the_images_and_labels_of_its_rows(split: Split) -> None:
     (batch,) = next(
         train_batches(
             split,
             torch.arange(64),
-            seed=0,
-            shuffle=True,
-            batch_size=10,
-            micro_batches=1,
+            BatchPlan(seed=0, shuffle=True, batch_size=10, micro_batches=1, rank=0, world_size=1),
             start_step=3,
-            rank=0,
-            world_size=1,
         )
     )
     assert torch.equal(batch.images, split.images[batch.rows])
@@ -96,7 +92,7 @@ def test_a_batch_holds_the_rows_that_it_names(split: Split) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_blocks_are_dealt_whole_and_cover_all_rows(split: Split, world_size: int) -> None:
+def test_eval_blocks_are_not_split_and_cover_all_rows(split: Split, world_size: int) -> None:
     rows = torch.arange(64)
     blocks = {}
     for rank in range(world_size):
@@ -107,17 +103,16 @@ def test_blocks_are_dealt_whole_and_cover_all_rows(split: Split, world_size: int
     assert [len(blocks[index]) for index in sorted(blocks)] == [10] * 6 + [4]
 
 
-def test_holdout_is_stratified_constant_and_disjoint() -> None:
+def test_validation_rows_are_stratified_constant_and_disjoint() -> None:
     labels = torch.arange(5).repeat(40)[torch.randperm(200, generator=torch.manual_seed(0))]
-    rows, held = split_train_val(labels, 50)
-    assert sorted([*rows.tolist(), *held.tolist()]) == list(range(200))
-    assert torch.equal(labels[held].bincount(), torch.full((5,), 10))
-    assert torch.equal(held, held.sort().values)
-    again = split_train_val(labels, 50)
-    assert torch.equal(held, again[1])
-    for count in (51, 200, 400):
-        with pytest.raises(UserError, match=f"data.val_size={count}"):
-            split_train_val(labels, count)
-    few = torch.tensor([0] * 500 + [1] * 500 + [2] * 20)
-    with pytest.raises(UserError, match="100 rows of each class, and one class has 20"):
-        split_train_val(few, 300)
+    rows, val_rows = split_train_val(labels, 50)
+    assert sorted([*rows.tolist(), *val_rows.tolist()]) == list(range(200))
+    assert torch.equal(labels[val_rows].bincount(), torch.full((5,), 10))
+    assert torch.equal(val_rows, val_rows.sort().values)
+    assert torch.equal(val_rows, split_train_val(labels, 50)[1])
+    for val_size in (51, 200, 400):
+        with pytest.raises(UserError, match=f"data.val_size={val_size}"):
+            split_train_val(labels, val_size)
+    unbalanced = torch.tensor([0] * 500 + [1] * 500 + [2] * 20)
+    with pytest.raises(UserError, match="100 rows of each class, but one class has only 20"):
+        split_train_val(unbalanced, 300)

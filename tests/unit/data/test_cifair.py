@@ -1,4 +1,4 @@
-"""ciFAIR-100 in the layout it is published in: no filenames, Python 3's texts, a folder or a zip."""
+"""ciFAIR-100 in its published layout: no filenames, str keys, a folder or a zip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_folder_the_one_above_it_and_zip_are_the_same_split(
+def test_folder_parent_folder_and_zip_give_the_same_split(
     tmp_path: Path, data: Path, protocol: int
 ) -> None:
     folder = write_cifair(tmp_path, content(), protocol=protocol)
@@ -33,15 +33,15 @@ def test_folder_the_one_above_it_and_zip_are_the_same_split(
 
 
 @pytest.mark.parametrize("missing", ["data", "fine_labels", "coarse_labels"])
-def test_only_filenames_and_batch_label_may_be_missing(
+def test_only_filenames_and_batch_label_are_optional(
     tmp_path: Path, data: Path, missing: str
 ) -> None:
-    said = content()
-    del said["batch_label"]
-    write_cifair(tmp_path, said)
+    value = content()
+    del value["batch_label"]
+    write_cifair(tmp_path, value)
     assert len(cifair_split(tmp_path, data, CPU)[0].labels) == 23
-    del said[missing]
-    write_cifair(tmp_path, said)
+    del value[missing]
+    write_cifair(tmp_path, value)
     with pytest.raises(UserError, match="its keys are not"):
         cifair_split(tmp_path, data, CPU)
 
@@ -51,24 +51,24 @@ class Hostile:
         return os.system, ("touch was_run",)
 
 
-def test_what_is_no_cifair_is_one_sentence(
+def test_invalid_sources_are_refused_without_executing_code(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nowhere is no ciFAIR-100"):
+    with pytest.raises(UserError, match="nowhere is not ciFAIR-100"):
         cifair_split(tmp_path / "nowhere", data, CPU)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="give the folder ciFAIR-100 that holds test"):
+    with pytest.raises(UserError, match="give the folder ciFAIR-100 that contains test"):
         cifair_split(tmp_path / "empty", data, CPU)
-    (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(UserError, match="is no ciFAIR-100"):
+    (tmp_path / "text.zip").write_text("not a zip")
+    with pytest.raises(UserError, match="is not ciFAIR-100"):
         cifair_split(tmp_path / "text.zip", data, CPU)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("test", b"")
     with pytest.raises(UserError, match="no item named"):
         cifair_split(tmp_path / "other.zip", data, CPU)
     write_cifair(tmp_path, content() | {"data": Hostile()})
-    with pytest.raises(UserError, match="test pickle is refused"):
+    with pytest.raises(UserError, match="test pickle is invalid"):
         cifair_split(tmp_path, data, CPU)
     assert not (tmp_path / "was_run").exists()
     other = [(coarse + 1) % 20 for coarse in content()["coarse_labels"]]

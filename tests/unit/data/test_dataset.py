@@ -1,4 +1,4 @@
-"""The data set on disk: `datasets` opens it, pyarrow reads it without a copy, damage is named."""
+"""The dataset on disk: `datasets` opens it, pyarrow reads it without a copy, corruption is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from small_data import cut, small_data
+from small_data import first_rows, small_data
 
 from cifar_dist.data.dataset import (
     DIGEST,
@@ -44,27 +44,27 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(written: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(written, tmp_path / "data"))
 
 
-def test_what_is_loaded_is_what_was_written(written: Path) -> None:
+def test_loaded_data_equal_the_written_data(written: Path) -> None:
     for name, raw in (("train", TRAIN), ("test", TEST)):
         split = load_split(written, name, "cpu")  # type: ignore[arg-type]
         assert split.images.dtype == torch.uint8
         assert split.labels.dtype == torch.int64
         assert torch.equal(split.images, torch.from_numpy(raw.images).view(-1, 3, 32, 32))
         assert torch.equal(split.labels, torch.from_numpy(raw.fine_labels))
-    back = read_split(written, "train")
-    assert back.filenames == TRAIN.filenames
-    assert np.array_equal(back.coarse_labels, TRAIN.coarse_labels)
+    raw_train = read_split(written, "train")
+    assert raw_train.filenames == TRAIN.filenames
+    assert np.array_equal(raw_train.coarse_labels, TRAIN.coarse_labels)
     assert class_names(written) == tuple(META.fine_label_names)
     digest = read_digest(written)
     assert (digest["content"], digest["train"]["rows"], digest["test"]["rows"]) == ("other", 64, 23)
     assert not [path for path in written.parent.iterdir() if path != written]
 
 
-def test_datasets_opens_it(written: Path, tmp_path: Path) -> None:
+def test_datasets_library_opens_it(written: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     opened = datasets.load_from_disk(written)
     assert {name: len(split) for name, split in opened.items()} == {"train": 64, "test": 23}
@@ -78,13 +78,13 @@ def test_datasets_opens_it(written: Path, tmp_path: Path) -> None:
     assert row["coarse_label"] == TEST.coarse_labels[22]
     assert opened["train"].data.column("image").num_chunks == 1
     other = tmp_path / "other"
-    write_dataset(other, cut(TRAIN, 60), TEST, META, content="other")
-    again = datasets.load_from_disk(other)  # `datasets` keeps its caches under the fingerprint
-    assert again["test"]._fingerprint == opened["test"]._fingerprint
-    assert again["train"]._fingerprint != opened["train"]._fingerprint
+    write_dataset(other, first_rows(TRAIN, 60), TEST, META, content="other")
+    reopened = datasets.load_from_disk(other)  # `datasets` keys its caches by the fingerprint
+    assert reopened["test"]._fingerprint == opened["test"]._fingerprint
+    assert reopened["train"]._fingerprint != opened["train"]._fingerprint
 
 
-def test_loading_needs_no_datasets_and_gives_no_warning(written: Path) -> None:
+def test_loading_does_not_import_datasets_or_warn(written: Path) -> None:
     code = (
         "import sys, pathlib; from cifar_dist.data.dataset import load_split;"
         f"load_split(pathlib.Path({str(written)!r}), 'train', 'cpu'); assert 'datasets' not in sys.modules"
@@ -95,34 +95,34 @@ def test_loading_needs_no_datasets_and_gives_no_warning(written: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_the_images_are_the_files_own_pages(written: Path) -> None:
+def test_images_are_memory_mapped(written: Path) -> None:
     first, second = load_split(written, "train", "cpu"), load_split(written, "train", "cpu")
     allocated = pa.total_allocated_bytes()
-    assert first.images.data_ptr() != second.images.data_ptr()  # two maps of one file
+    assert first.images.data_ptr() != second.images.data_ptr()  # two mappings of one file
     assert allocated < first.images.nbytes
 
 
-def test_the_digest_is_of_the_content(written: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path / "again", TRAIN, TEST, META, content="other")
-    assert data_digest(tmp_path / "again") == data_digest(written)
+def test_digest_depends_on_all_content(written: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "copy", TRAIN, TEST, META, content="other")
+    assert data_digest(tmp_path / "copy") == data_digest(written)
     digest = content_digest(TRAIN, META)
-    changed = TRAIN.images.copy()
-    changed[3, 7] ^= 1
+    images = TRAIN.images.copy()
+    images[3, 7] ^= 1
     labels, names = (TRAIN.fine_labels + 1) % 100, [*TRAIN.filenames[1:], TRAIN.filenames[0]]
     others = [
-        content_digest(replace(TRAIN, images=changed), META),
+        content_digest(replace(TRAIN, images=images), META),
         content_digest(replace(TRAIN, fine_labels=labels), META),
         content_digest(replace(TRAIN, coarse_labels=TRAIN.coarse_labels + 1), META),
         content_digest(replace(TRAIN, filenames=names), META),
-        content_digest(cut(TRAIN, 63), META),
+        content_digest(first_rows(TRAIN, 63), META),
         content_digest(TRAIN, replace(META, fine_label_names=META.fine_label_names[::-1])),
     ]
     assert len({digest, *others}) == 7
 
 
-def test_writing_replaces_in_one_step(root: Path) -> None:
+def test_writing_replaces_the_dataset_atomically(root: Path) -> None:
     (root / "old").write_text("")
-    write_dataset(root, TEST, TRAIN, META, content="sample", beside={"a/b": b"c"})
+    write_dataset(root, TEST, TRAIN, META, content="sample", extra_files={"a/b": b"c"})
     assert read_digest(root)["train"]["rows"] == 23
     assert (root / "a" / "b").read_bytes() == b"c"
     assert not (root / "old").exists()
@@ -133,14 +133,14 @@ def test_writing_replaces_in_one_step(root: Path) -> None:
     assert list(root.parent.iterdir()) == [root]
 
 
-@pytest.mark.parametrize("harm", ['{"train": {"rows": Infinity, "sha256": ""}}', "[" * 200_000])
-def test_a_digest_that_is_none_is_refused(root: Path, harm: str) -> None:
-    (root / "digest.json").write_text(harm)
+@pytest.mark.parametrize("text", ['{"train": {"rows": Infinity, "sha256": ""}}', "[" * 200_000])
+def test_invalid_digest_is_refused(root: Path, text: str) -> None:
+    (root / "digest.json").write_text(text)
     with pytest.raises(UserError, match=r"digest\.json"):
         read_digest(root)
 
 
-def refused(root: Path, match: str) -> None:
+def assert_refused(root: Path, match: str) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load_split(root, "train", "cpu")
     assert "\n" not in str(caught.value)
@@ -151,24 +151,22 @@ def table(root: Path) -> Path:
     return root / "train" / TABLE
 
 
-def test_a_flipped_bit_of_any_column_is_found(root: Path) -> None:
+def test_flipped_bit_in_any_column_is_detected(root: Path) -> None:
     whole = table(root).read_bytes()
-    places = {
-        "pixels": whole.index(TRAIN.images.tobytes()) + 5,
-        "fine": whole.index(TRAIN.fine_labels.tobytes()),
-        "coarse": whole.index(TRAIN.coarse_labels.tobytes()),
-        "filename": whole.index(TRAIN.filenames[0].encode()),
-    }
-    for place in places.values():
+    positions = (
+        whole.index(TRAIN.images.tobytes()) + 5,
+        whole.index(TRAIN.fine_labels.tobytes()),
+        whole.index(TRAIN.coarse_labels.tobytes()),
+        whole.index(TRAIN.filenames[0].encode()),
+    )
+    for position in positions:
         damaged = bytearray(whole)
-        damaged[place] ^= 1
+        damaged[position] ^= 1
         table(root).write_bytes(damaged)
-        refused(root, "differs from what was written")
+        assert_refused(root, "does not match its SHA-256 digest")
 
 
-def test_splits_are_open_before_they_are_verified_and_damage_is_found_all_the_same(
-    root: Path,
-) -> None:
+def test_open_splits_detects_damage_in_the_final_check(root: Path) -> None:
     train, test, check = open_splits(root, "cpu")
     check()
     for split, name in (train, "train"), (test, "test"):
@@ -178,94 +176,94 @@ def test_splits_are_open_before_they_are_verified_and_damage_is_found_all_the_sa
     damaged[damaged.index(TRAIN.images.tobytes()) + 5] ^= 1
     table(root).write_bytes(damaged)
     _, _, check = open_splits(root, "cpu")
-    with pytest.raises(UserError, match="differs from what was written"):
+    with pytest.raises(UserError, match="does not match its SHA-256 digest"):
         check()
 
 
-def test_flipped_bits_anywhere_are_found_or_change_nothing(root: Path) -> None:
-    whole, chance = table(root).read_bytes(), random.Random(0)
+def test_flipped_bits_outside_the_pixels_are_detected_or_harmless(root: Path) -> None:
+    whole, rng = table(root).read_bytes(), random.Random(0)
     pixels = whole.index(TRAIN.images.tobytes())
-    places = [p for p in range(len(whole)) if not pixels <= p < pixels + TRAIN.images.size]
-    found = 0
+    positions = [p for p in range(len(whole)) if not pixels <= p < pixels + TRAIN.images.size]
+    detected = 0
     for _ in range(300):
         damaged = bytearray(whole)
-        damaged[chance.choice(places)] ^= 1 << chance.randrange(8)
+        damaged[rng.choice(positions)] ^= 1 << rng.randrange(8)
         table(root).write_bytes(damaged)
         try:
             raw: RawSplit = read_split(root, "train")
         except UserError:
-            found += 1
+            detected += 1
         else:
             assert np.array_equal(raw.images, TRAIN.images)
             assert np.array_equal(raw.fine_labels, TRAIN.fine_labels)
             assert raw.filenames == TRAIN.filenames
-    assert found > 100
+    assert detected > 100
 
 
-def test_a_cut_file_is_found(root: Path) -> None:
+def test_truncated_file_is_refused(root: Path) -> None:
     whole = table(root).read_bytes()
     for length in (0, 3, 100, 1000, len(whole) // 2, len(whole) - 4000):
         table(root).write_bytes(whole[:length])
-        refused(root, TABLE)
+        assert_refused(root, TABLE)
 
 
 @pytest.mark.parametrize("name", [f"train/{TABLE}", f"train/{INFO}", DIGEST])
-def test_a_missing_file_is_named(root: Path, name: str) -> None:
+def test_missing_file_is_named(root: Path, name: str) -> None:
     (root / name).unlink()
-    refused(root, f"{name}: is missing")
+    assert_refused(root, f"{name}: is missing")
 
 
 @pytest.mark.parametrize("name", [f"train/{INFO}", DIGEST])
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"features": 3, "train": 3}'])
 def test_damaged_json_is_named(root: Path, name: str, text: str) -> None:
     (root / name).write_text(text)
-    refused(root, name)
+    assert_refused(root, name)
 
 
-def test_another_order_of_the_class_names_is_found(root: Path) -> None:
+def test_reordered_class_names_are_detected(root: Path) -> None:
     info = json.loads((root / "train" / INFO).read_text())
     info["features"]["fine_label"]["names"].reverse()
     (root / "train" / INFO).write_text(json.dumps(info))
-    refused(root, "differs from what was written")
+    assert_refused(root, "does not match its SHA-256 digest")
 
 
-def rewrite(root: Path, change: dict[str, pa.Array] | None = None, chunk: int = 64) -> None:
+def rewrite(root: Path, columns: dict[str, pa.Array] | None = None, chunk: int = 64) -> None:
     with pa.ipc.open_stream(table(root).read_bytes()) as reader:
         data = reader.read_all()
-    for name, column in (change or {}).items():
+    for name, column in (columns or {}).items():
         data = data.set_column(data.column_names.index(name), name, column)
     with pa.ipc.new_stream(table(root), data.schema) as writer:
         writer.write_table(data, max_chunksize=chunk)
 
 
-def test_other_tables_are_found(root: Path) -> None:
+def test_tables_with_other_chunks_values_or_types_are_refused(root: Path) -> None:
     whole = table(root).read_bytes()
     rewrite(root)
-    load_split(root, "train", "cpu")  # the same content in another encoding is right
+    load_split(root, "train", "cpu")  # another encoding of the same content is accepted
     rewrite(root, chunk=10)
-    refused(root, "has 7 record batches instead of one")
+    assert_refused(root, "has 7 record batches instead of one")
     for column, match in (
-        (pa.array([*TRAIN.fine_labels[:-1], None]), "has empty cells"),
+        (pa.array([*TRAIN.fine_labels[:-1], None]), "has null values"),
         (pa.array(["x"] * 64), "fine|parse|string"),
-        (pa.array(TRAIN.fine_labels[::-1].copy()), "differs"),
+        (pa.array(TRAIN.fine_labels[::-1].copy()), "does not match"),
     ):
         table(root).write_bytes(whole)
         rewrite(root, {"fine_label": column})
-        refused(root, match)
+        assert_refused(root, match)
     table(root).write_bytes(whole)
     rewrite(root, {"image": pa.array(TRAIN.images.tolist(), pa.list_(pa.uint8()))})
-    refused(root, "has images of type list")
+    assert_refused(root, "has images of type list")
 
 
-def test_a_row_too_few_is_found(root: Path) -> None:
+def test_missing_row_is_detected(root: Path) -> None:
     with pa.ipc.open_stream(table(root).read_bytes()) as reader:
         data = reader.read_all().slice(0, 63)
     with pa.ipc.new_stream(table(root), data.schema) as writer:
         writer.write_table(data)
-    refused(root, "has 63 rows instead of 64")
+    assert_refused(root, "has 63 rows instead of 64")
 
 
-def test_wrong_labels_are_found_even_under_a_right_digest(tmp_path: Path) -> None:
+def test_labels_out_of_range_are_refused_despite_a_valid_digest(tmp_path: Path) -> None:
     wrong = replace(TRAIN, fine_labels=TRAIN.fine_labels + 100)
     write_dataset(tmp_path / "data", wrong, TEST, META, content="other")
-    refused(tmp_path / "data", r"labels outside 0\.\.99")
+    assert_refused(tmp_path / "data", r"labels outside 0\.\.99")

@@ -1,4 +1,4 @@
-"""The search for test pictures that train has as well: drawn pictures, changed as copies are."""
+"""The search for near-duplicates, on synthetic images and altered copies, and its stored lists."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cifar_dist.utils.errors import UserError
 
 
 def textures(count: int, seed: int) -> torch.Tensor:
-    """Pictures with detail of their own: coarse noise made large."""
-    stream = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, 8, 8, generator=stream)
+    """Return distinct images: upsampled coarse noise."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 8, 8, generator=generator)
     large = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1)
     return (large * 255).to(torch.uint8)
 
 
-def test_copies_are_found_and_others_are_not() -> None:
+def test_altered_copies_are_found_and_other_images_are_not() -> None:
     train, test = textures(300, seed=0), textures(40, seed=1)
     brighter = train[7].float() * 0.8 + 40
     noisy = train[9].float() + 6 * torch.randn(
@@ -34,44 +34,46 @@ def test_copies_are_found_and_others_are_not() -> None:
     assert find_near_duplicates(train, test) == [[3, 5], [4, 7], [5, 9]]
 
 
-def test_flat_pictures_are_no_copies_of_each_other() -> None:
-    """A plain sky has the layout of another, but no detail to tell that it is the same."""
+def test_uniform_images_are_not_duplicates() -> None:
+    """They have the same layout, but no detail."""
     flat = torch.full((5, 3, 32, 32), 128, dtype=torch.uint8)
     assert find_near_duplicates(flat, flat + 20) == []
 
 
-def test_a_list_is_of_one_data_set(data: Path, middle_data: Path, tmp_path: Path) -> None:
+def test_list_is_rejected_for_other_data_or_invalid_rows(
+    data: Path, middle_data: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "list.json"
     assert main(["--data", str(data), "--output", str(output)]) == 0
-    found = read_list(data, output)
-    assert found is not None
-    assert found["data"] == data_digest(data)
+    content = read_list(data, output)
+    assert content is not None
+    assert content["data"] == data_digest(data)
     with pytest.raises(UserError, match="other data"):
         read_list(middle_data, output)
     for rows in (None, ["1"], [-1], [True]):
-        output.write_text(json.dumps(found | {"test_rows": rows}))
-        with pytest.raises(UserError, match="no list"):
+        output.write_text(json.dumps(content | {"test_rows": rows}))
+        with pytest.raises(UserError, match="not a list"):
             read_list(data, output)
-    output.write_text(json.dumps(found | {"test_rows": [10_000]}))
+    output.write_text(json.dumps(content | {"test_rows": [10_000]}))
     with pytest.raises(UserError, match=r"rows that .* does not have"):
         read_list(data, output)
     output.write_text("[]")
-    with pytest.raises(UserError, match="no list"):
+    with pytest.raises(UserError, match="not a list"):
         read_list(data, output)
 
 
-def test_the_official_list_holds_row_numbers_of_the_official_data(data: Path) -> None:
-    listed = json.loads(OFFICIAL_LIST.read_text())
-    assert listed["data"].startswith("b07d8a0b9728")
-    assert len(listed["test_rows"]) == len(listed["train_rows"]) == 281
-    assert sorted(set(listed["test_rows"])) == listed["test_rows"]
-    assert max(listed["test_rows"]) < 10_000
-    assert max(listed["train_rows"]) < 50_000
+def test_official_list_contains_valid_rows_and_is_ignored_for_other_data(data: Path) -> None:
+    official = json.loads(OFFICIAL_LIST.read_text())
+    assert official["data"].startswith("b07d8a0b9728")
+    assert len(official["test_rows"]) == len(official["train_rows"]) == 281
+    assert sorted(set(official["test_rows"])) == official["test_rows"]
+    assert max(official["test_rows"]) < 10_000
+    assert max(official["train_rows"]) < 50_000
     assert read_list(data, None) is None
 
 
-def test_the_search_makes_no_difference_between_orders(data: Path) -> None:
+def test_search_does_not_depend_on_the_order_of_train(data: Path) -> None:
     train, test = load_split(data, "train").images, load_split(data, "test").images
-    found = find_near_duplicates(train, test)
-    backwards = find_near_duplicates(train.flip(0), test)
-    assert [(row, len(train) - 1 - known) for row, known in backwards] == [tuple(p) for p in found]
+    pairs = find_near_duplicates(train, test)
+    reverse = find_near_duplicates(train.flip(0), test)
+    assert [[row, len(train) - 1 - other] for row, other in reverse] == pairs

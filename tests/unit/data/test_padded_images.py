@@ -1,4 +1,4 @@
-"""A crop as one run of bytes is a crop: against padding, slicing and mirroring by torch."""
+"""Crops of padded images, compared with padding, slicing and mirroring in torch."""
 
 from __future__ import annotations
 
@@ -17,28 +17,25 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize("padding", [0, 1, 4, 9])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_every_crop_equals_pad_slice_and_mirror(
-    images: Tensor, padding: int, mirrored: bool
-) -> None:
-    canvas = pad_images(images, padding=padding, mirrored=mirrored)
+def test_crops_match_pad_slice_and_flip(images: Tensor, padding: int, mirrored: bool) -> None:
+    padded_images = pad_images(images, padding=padding, mirrored=mirrored)
     padded = F.pad(images, (padding,) * 4)
     shifts = torch.arange(-padding, padding + 1)
-    pictures, y, x, flip = torch.cartesian_prod(
+    rows, y, x, flip = torch.cartesian_prod(
         torch.arange(7), shifts, shifts, torch.arange(1 + mirrored)
     ).unbind(1)
-    cut = canvas.crop(canvas.offsets(pictures, y, x, flip.bool()))
-    assert cut.dtype == torch.uint8
-    for found, picture, top, left, mirror in zip(cut, pictures, y, x, flip, strict=True):
+    crops = padded_images.crop(padded_images.offsets(rows, y, x, flip.bool()))
+    assert crops.dtype == torch.uint8
+    for crop, row, top, left, mirror in zip(crops, rows, y, x, flip, strict=True):
         lines, columns = (
             slice(int(shift) + padding, int(shift) + padding + 32) for shift in (top, left)
         )
-        expected = padded[picture, :, lines, columns]
-        assert torch.equal(found, expected.flip(2) if mirror else expected)
+        expected = padded[row, :, lines, columns]
+        assert torch.equal(crop, expected.flip(2) if mirror else expected)
 
 
-def test_a_cut_is_a_copy(images: Tensor) -> None:
-    canvas = pad_images(images, padding=2, mirrored=False)
-    still = torch.zeros(1, dtype=torch.int64)
-    cut = canvas.crop(canvas.offsets(still, still, still, still.bool()))
-    cut.zero_()
-    assert canvas.data.sum() == images.long().sum()
+def test_crop_is_a_copy(images: Tensor) -> None:
+    padded_images = pad_images(images, padding=2, mirrored=False)
+    zero = torch.zeros(1, dtype=torch.int64)
+    padded_images.crop(padded_images.offsets(zero, zero, zero, zero.bool())).zero_()
+    assert padded_images.data.sum() == images.long().sum()

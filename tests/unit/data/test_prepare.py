@@ -1,4 +1,4 @@
-"""The prepare command, as a person uses it: files, a local server, refusals that leave nothing."""
+"""The prepare command: files, downloads from a local server, and errors that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import cut, small_data
+from small_data import first_rows, small_data
 
 from cifar_dist.data.dataset import class_names, content_digest, load_split, read_digest, read_split
 from cifar_dist.data.ingest import download as download_module
@@ -26,7 +26,9 @@ from cifar_dist.data.ingest.pickles import RawSplit
 from cifar_dist.data.ingest.preparation import prepare
 from cifar_dist.data.ingest.synthetic import pickle_members, write_pickles
 from cifar_dist.distributed import signals
-from cifar_dist.training.resume import ensure_data
+from cifar_dist.recipe.load import validate
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.training.start import ensure_data
 from cifar_dist.utils.errors import UserError
 
 TRAIN, TEST, META = small_data()
@@ -46,7 +48,7 @@ ARCHIVE = packed()
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below `folder`: its inode (so a rewrite shows) and its bytes."""
+    """Return the inode, which changes when a file is rewritten, and the bytes of all files."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): (path.stat().st_ino, path.read_bytes()) for path in files}
 
@@ -63,9 +65,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "new" / "data"
 
 
-def test_an_archive_and_a_folder_give_the_same_data(
-    source: str, output: Path, tmp_path: Path
-) -> None:
+def test_archive_and_folder_give_the_same_data(source: str, output: Path, tmp_path: Path) -> None:
     prepare(source, output, allow_unofficial=True)
     assert read_digest(output)["content"] == "other"
     assert read_digest(output)["train"]["sha256"] == content_digest(TRAIN, META)
@@ -77,27 +77,32 @@ def test_an_archive_and_a_folder_give_the_same_data(
     assert sorted(path.name for path in output.parent.iterdir()) == ["data"]
 
 
-def test_the_sample_keeps_its_pickles(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_synthetic_data_include_their_pickles(
+    output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare("sample", output)
     assert read_digest(output)["content"] == "sample"
     assert read_digest(output)["train"]["rows"] == 6000
     assert len(class_names(output)) == 100
     written = tree(output)
     assert sum("cifar-100-python" in name for name in written) == 3
-    said = capsys.readouterr().out
-    assert "6,000 + 1,000 rows" in said
-    opening: dict[str, list[object]] = {}
-    exec("\n".join(line.strip() for line in said.splitlines()[1:]), opening)
-    assert (len(opening["train"]), len(opening["test"])) == (6000, 1000)
+    printed = capsys.readouterr().out
+    assert "6,000 + 1,000 rows" in printed
+    names: dict[str, list[object]] = {}
+    exec("\n".join(line.strip() for line in printed.splitlines()[1:]), names)
+    assert (len(names["train"]), len(names["test"])) == (6000, 1000)
     prepare("sample", output)
     assert "nothing to do" in capsys.readouterr().out
     assert tree(output) == written
     prepare("sample", output, force=True)
-    assert [v[1] for v in tree(output).values()] == [v[1] for v in written.values()]
-    assert tree(output) != written
+    rewritten = tree(output)
+    assert {path: data for path, (_, data) in rewritten.items()} == {
+        path: data for path, (_, data) in written.items()
+    }
+    assert rewritten != written
 
 
-def test_a_second_time_there_is_nothing_to_do(
+def test_second_call_does_nothing(
     source: str, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(source, output, allow_unofficial=True)
@@ -107,141 +112,145 @@ def test_a_second_time_there_is_nothing_to_do(
     assert tree(output) == before
 
 
-def test_other_data_are_replaced_by_force_only(source: str, output: Path, tmp_path: Path) -> None:
+def test_other_data_are_replaced_only_with_force(source: str, output: Path, tmp_path: Path) -> None:
     prepare(source, output, allow_unofficial=True)
     before = tree(output)
     other = tmp_path / "other.tar.gz"
-    other.write_bytes(packed(cut(TRAIN, 50)))
-    for arguments in ((str(other), True), ("sample", False), (None, False)):
-        with pytest.raises(UserError, match="holds other data"):
-            prepare(arguments[0], output, allow_unofficial=arguments[1])
+    other.write_bytes(packed(first_rows(TRAIN, 50)))
+    for new_source, allow_unofficial in ((str(other), True), ("sample", False), (None, False)):
+        with pytest.raises(UserError, match="contains other data"):
+            prepare(new_source, output, allow_unofficial=allow_unofficial)
         assert tree(output) == before
     prepare(str(other), output, allow_unofficial=True, force=True)
     assert read_digest(output)["train"]["rows"] == 50
 
 
-def test_damage_is_found_and_mended_by_force(source: str, output: Path) -> None:
+def test_damage_is_reported_and_repaired_with_force(source: str, output: Path) -> None:
     prepare(source, output, allow_unofficial=True)
     table = output / "test" / "data-00000-of-00001.arrow"
     damaged = bytearray(table.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     table.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"differs from what was written.*--force"):
+    with pytest.raises(UserError, match=r"does not match its SHA-256 digest.*--force"):
         prepare(source, output, allow_unofficial=True)
     prepare(source, output, allow_unofficial=True, force=True)
     read_split(output, "test")
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_foreign_folder_is_never_touched(
+def test_folder_with_foreign_files_is_never_touched(
     source: str, output: Path, tmp_path: Path, force: bool
 ) -> None:
     output.mkdir(parents=True)
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="not a data set of ours"):
+    with pytest.raises(UserError, match="not written by cifar_dist"):
         prepare(source, output, allow_unofficial=True, force=force)
     assert (output / "thesis.tex").read_text() == "years of work"
     (output / "thesis.tex").rename(tmp_path / "thesis.tex")
-    prepare(source, output, allow_unofficial=True)  # an empty folder is nobody's
+    prepare(source, output, allow_unofficial=True)  # an empty folder is accepted
     (tmp_path / "thesis.tex").rename(output / "train" / "thesis.tex")
     before = tree(output)
-    with pytest.raises(UserError, match=r"holds train/thesis\.tex"):
+    with pytest.raises(UserError, match=r"contains train/thesis\.tex"):
         prepare(source, output, allow_unofficial=True, force=True)
     assert tree(output) == before
 
 
-def test_a_persons_own_pickles_are_foreign(output: Path) -> None:
+def test_folder_with_pickles_is_never_touched(output: Path) -> None:
     write_pickles(output, TRAIN, TEST, META)
     before = tree(output)
-    with pytest.raises(UserError, match="not a data set of ours"):
+    with pytest.raises(UserError, match="not written by cifar_dist"):
         prepare("sample", output, force=True)
     assert tree(output) == before
 
 
-def refused(source: str | None, output: Path, match: str, **options: bool) -> None:
+def assert_refused(source: str | None, output: Path, match: str, **options: bool) -> None:
     with pytest.raises(UserError, match=match) as caught:
         prepare(source, output, **options)
     assert "\n" not in str(caught.value)
     assert not output.parent.exists()
 
 
-def test_refusals_leave_nothing_behind(source: str, output: Path, tmp_path: Path) -> None:
-    refused(source, output, "not the official CIFAR-100; .*--allow-unofficial")
-    refused(str(tmp_path / "absent"), output, "does not exist", allow_unofficial=True)
-    refused("ftp://example.org/a", output, "does not exist", allow_unofficial=True)
+def test_errors_leave_nothing_behind(source: str, output: Path, tmp_path: Path) -> None:
+    assert_refused(source, output, "not the official CIFAR-100; .*--allow-unofficial")
+    assert_refused(str(tmp_path / "absent"), output, "does not exist", allow_unofficial=True)
+    assert_refused("ftp://example.org/a", output, "does not exist", allow_unofficial=True)
     Path(source).write_bytes(ARCHIVE[:5000])
-    refused(source, output, "cannot be read", allow_unofficial=True)
+    assert_refused(source, output, "cannot be read", allow_unofficial=True)
     members = pickle_members(TRAIN, TEST, META)
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, data in members.items():
         (folder / name).write_bytes(data)
     (folder / "test").write_bytes(members["train"])
-    refused(str(folder), output, "batch_label is not", allow_unofficial=True)
+    assert_refused(str(folder), output, "batch_label is not", allow_unofficial=True)
     (folder / "test").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    refused(str(folder), output, r"names os\.system", allow_unofficial=True)
-    moved = cut(TEST, 23)
-    moved.coarse_labels[:] = (moved.coarse_labels + 1) % 20
-    (folder / "test").write_bytes(pickle_members(TRAIN, moved, META)["test"])
-    refused(str(folder), output, "lies in two coarse classes", allow_unofficial=True)
+    assert_refused(str(folder), output, r"names os\.system", allow_unofficial=True)
+    relabeled = first_rows(TEST, 23)
+    relabeled.coarse_labels[:] = (relabeled.coarse_labels + 1) % 20
+    (folder / "test").write_bytes(pickle_members(TRAIN, relabeled, META)["test"])
+    assert_refused(str(folder), output, "has two coarse classes", allow_unofficial=True)
 
 
-def test_who_called_train_is_told_the_whole_command(
+def recipe_with(path: Path, source: str) -> Recipe:
+    return validate({"name": "a", "data": {"path": str(path), "source": source}}, where="here")
+
+
+def test_errors_name_the_command_or_the_recipe_key_that_helps(
     server: Server, source: str, output: Path, tmp_path: Path
 ) -> None:
     absent = server.url.replace("small.tar.gz", "absent")
-    place = "choose another place (--output of prepare, data.path of a recipe)"
-    for asked, path, said in (
+    other_folder = "choose another folder (--output of prepare, data.path of a recipe)"
+    for data_source, path, remedy in (
         (
             source,
             output,
             f"`python -m cifar_dist.prepare --allow-unofficial --source {source} --output",
         ),
         (absent, output, f"`python -m cifar_dist.prepare --source FILE --output {output}`"),
-        (source, Path(source), place),
-        (source, Path(source) / "data", place),
+        (source, Path(source), other_folder),
+        (source, Path(source) / "data", other_folder),
         (str(tmp_path / "no"), output, "(--source of prepare, data.source of a recipe)"),
     ):
-        with pytest.raises(UserError, match=re.escape(said)):
-            ensure_data(path, asked)
+        with pytest.raises(UserError, match=re.escape(remedy)):
+            ensure_data(recipe_with(path, data_source))
 
 
-def test_a_file_in_the_way_is_refused(source: str, tmp_path: Path) -> None:
+def test_output_that_is_a_file_is_refused(source: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     for output in (tmp_path / "file", tmp_path / "file" / "data"):
-        with pytest.raises(UserError, match=r"not a data set of ours|not a folder"):
+        with pytest.raises(UserError, match=r"not written by cifar_dist|not a folder"):
             prepare(source, output, allow_unofficial=True, force=True)
     assert (tmp_path / "file").read_text() == "text"
 
 
-def test_what_a_killed_one_left_goes_away(source: str, output: Path) -> None:
-    left = output.with_name(f".{output.name}.123.part")
-    other = output.with_name(f".{output.name}.mine.part")
-    for folder in (left, other):
+def test_temporary_folders_of_killed_processes_are_removed(source: str, output: Path) -> None:
+    temporary = output.with_name(f".{output.name}.123.part")
+    foreign = output.with_name(f".{output.name}.mine.part")
+    for folder in (temporary, foreign):
         folder.mkdir(parents=True)
-        (folder / "begun").touch()
+        (folder / "file").touch()
     prepare(source, output, allow_unofficial=True)
-    assert not left.exists()
-    assert other.exists()
+    assert not temporary.exists()
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_wait_for_data(
+def test_stop_signal_ends_the_wait_for_data(
     output: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setenv("RANK", "1")  # which waits for rank 0
+    monkeypatch.setenv("RANK", "1")  # waits for rank 0
     monkeypatch.setattr(signals, "_received", [])
-    signals._note(number, None)
-    said: list[bool] = []
-    waiting = threading.Thread(
-        target=lambda: said.append(ensure_data(output, "sample")), daemon=True
+    signals._record(number, None)
+    results: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: results.append(ensure_data(recipe_with(output, "sample"))), daemon=True
     )
-    waiting.start()
-    waiting.join(5)
-    assert said == [False]
+    thread.start()
+    thread.join(5)
+    assert results == [False]
 
 
-def test_two_at_once_write_it_once(source: str, output: Path) -> None:
+def test_concurrent_processes_write_the_data_once(source: str, output: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from cifar_dist.prepare import prepare;"
         "prepare(sys.argv[1], Path(sys.argv[2]), allow_unofficial=True)"
@@ -249,13 +258,15 @@ def test_two_at_once_write_it_once(source: str, output: Path) -> None:
     command = [sys.executable, "-c", code, source, str(output)]
     folder = Path(__file__).parents[3]
     both = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE) for _ in range(2)]
-    said = sorted("nothing to do" in process.communicate()[0].decode() for process in both)
+    skipped = sorted("nothing to do" in process.communicate()[0].decode() for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert said == [False, True]
+    assert skipped == [False, True]
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_the_command_says_one_sentence(source: str, tmp_path: Path) -> None:
+def test_command_prints_one_line_on_error_and_succeeds_with_allow_unofficial(
+    source: str, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "cifar_dist.prepare", "--source", source]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -272,9 +283,9 @@ def test_the_command_says_one_sentence(source: str, tmp_path: Path) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data`, whole or from an offset; `cut` bytes and no more are sent in one answer."""
+    """Serves `data`, whole or from an offset, with at most `max_bytes` per response."""
 
-    data, cut, ranges = ARCHIVE, 10**9, True
+    data, max_bytes, ranges = ARCHIVE, 10**9, True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -289,9 +300,9 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        data, wanted = self.server.data, self.headers.get("Range")
-        self.server.requested.append(wanted)
-        start = int(wanted[6:-1]) if wanted and self.server.ranges else 0
+        data, requested = self.server.data, self.headers.get("Range")
+        self.server.requested.append(requested)
+        start = int(requested[6:-1]) if requested and self.server.ranges else 0
         if self.path == "/absent":
             self.send_error(404)
         elif start >= len(data):
@@ -304,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             self.send_header("Content-Length", str(len(data) - start))
             self.end_headers()
-            self.wfile.write(data[start : start + self.server.cut])
+            self.wfile.write(data[start : start + self.server.max_bytes])
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -320,27 +331,28 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def test_a_url_is_downloaded(server: Server, output: Path) -> None:
+def test_url_is_downloaded(server: Server, output: Path) -> None:
     prepare(server.url, output, allow_unofficial=True)
     assert read_digest(output)["train"]["sha256"] == content_digest(TRAIN, META)
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_a_broken_download_goes_on(server: Server, output: Path) -> None:
-    server.cut = len(ARCHIVE) // 3 + 1
-    for sent in (server.cut, 2 * server.cut):
-        with pytest.raises(UserError, match=r"broke off after .*; run it again"):
+def test_interrupted_download_resumes(server: Server, output: Path) -> None:
+    server.max_bytes = len(ARCHIVE) // 3 + 1
+    for sent in (server.max_bytes, 2 * server.max_bytes):
+        with pytest.raises(UserError, match=r"interrupted after .*; run the command again"):
             prepare(server.url, output, allow_unofficial=True)
         (part,) = output.parent.iterdir()
         assert part.name.endswith(".part")
         assert part.read_bytes() == ARCHIVE[:sent]
     prepare(server.url, output, allow_unofficial=True)
-    assert server.requested == [None, f"bytes={server.cut}-", f"bytes={2 * server.cut}-"]
+    offsets = [f"bytes={count * server.max_bytes}-" for count in (1, 2)]
+    assert server.requested == [None, *offsets]
     assert read_digest(output)["train"]["rows"] == 64
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:
+def test_download_restarts_if_the_server_ignores_ranges(server: Server, tmp_path: Path) -> None:
     part = tmp_path / "part"
     part.write_bytes(b"the beginning of something")
     server.ranges = False
@@ -348,7 +360,7 @@ def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> 
     assert part.read_bytes() == ARCHIVE
 
 
-def test_a_complete_part_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+def test_complete_part_is_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     part = tmp_path / "part"
     part.write_bytes(ARCHIVE)
     download(server.url, part, md5=hashlib.md5(ARCHIVE).hexdigest())
@@ -359,18 +371,18 @@ def test_a_complete_part_is_not_fetched_again(server: Server, tmp_path: Path) ->
     assert server.requested[-1] is None
 
 
-def test_a_wrong_md5_is_refused_and_deleted(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"md5 differs.*in another way"):
+def test_download_with_another_md5_is_refused_and_deleted(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"MD5 differs.*in another way"):
         download(server.url, tmp_path / "part", md5="0" * 32)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_that_is_no_archive_is_deleted(server: Server, output: Path) -> None:
+def test_download_that_is_not_an_archive_is_deleted(server: Server, output: Path) -> None:
     server.data = b"<html>please log in</html>"
-    refused(server.url, output, "cannot be read", allow_unofficial=True)
+    assert_refused(server.url, output, "cannot be read", allow_unofficial=True)
 
 
-def test_an_endless_download_is_cut(
+def test_download_larger_than_cifar_is_aborted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download_module, "MAX_ARCHIVE_BYTES", len(ARCHIVE) - 1)
@@ -379,20 +391,20 @@ def test_an_endless_download_is_cut(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_network_errors_are_one_sentence(server: Server, output: Path) -> None:
+def test_network_errors_are_reported_with_a_remedy(server: Server, output: Path) -> None:
     absent = server.url.replace("small.tar.gz", "absent")
-    refused(absent, output, "answers 404 Not Found; .*--source FILE", allow_unofficial=True)
-    refused("http://[", output, "cannot be fetched", allow_unofficial=True)
+    assert_refused(absent, output, "returns 404 Not Found; .*--source FILE", allow_unofficial=True)
+    assert_refused("http://[", output, "cannot be downloaded", allow_unofficial=True)
     with Server() as closed:
         url = closed.url
-    refused(url, output, "refused.*--source FILE", allow_unofficial=True)
+    assert_refused(url, output, "refused.*--source FILE", allow_unofficial=True)
 
 
 REAL = os.environ.get("CIFAR100_ARCHIVE")
 
 
-@pytest.mark.skipif(REAL is None, reason="CIFAR100_ARCHIVE names no official archive")
-def test_the_real_cifar_100(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(REAL is None, reason="CIFAR100_ARCHIVE is not set to the official archive")
+def test_official_cifar_100(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     datasets = pytest.importorskip("datasets")
     prepare(REAL, output)
     assert read_digest(output)["content"] == "official"
@@ -405,5 +417,5 @@ def test_the_real_cifar_100(output: Path, capsys: pytest.CaptureFixture[str]) ->
     opened = datasets.load_from_disk(output)
     assert opened["train"][49_999]["image"] == train.images[-1].reshape(-1).tolist()
     assert class_names(output)[0] == "apple"
-    prepare(None, output)  # complete, so the network is not asked
+    prepare(None, output)  # already complete, so nothing is downloaded
     assert "nothing to do" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""data.place: host: pictures come from the file's pages, ahead of the step, and no bit is another."""
+"""data.place: host: images are prefetched from the memory-mapped file, with identical results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_bits
-from launcher import Ranks, train
+from launcher import Launch, train
 from restarts import EVERY_STEP, wait_for_step
 from step_cost import ALL_OPS, CROP_FLIP, GPU, PRETENDED, Waits
-from streams import ROWS, plan, shown
+from streams import ROWS, augment_steps, plan
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, eval_blocks
 from cifar_dist.data.dataset import Split, load_split
-from cifar_dist.data.streaming import StreamedImages, rows_in_order, stream_images
+from cifar_dist.data.streaming import StreamedImages, rows_per_step, stream_images
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker, TeacherMaker, taught
@@ -39,7 +39,7 @@ INLINE = AugmentConfig(albumentations=({"GaussNoise": {"p": 1.0}},), workers=0, 
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pictures")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.fixture
@@ -49,70 +49,66 @@ def on_host(data: Path) -> Split:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(
-    "keys",
+    "options",
     [{}, {"shuffle": False}, {"start_step": 9, "rank": 1, "world_size": 2}],
-    ids=["one process", "in order", "the second of two, later"],
+    ids=["one process", "unshuffled", "second of two ranks, later start"],
 )
-def test_a_view_is_the_same(
-    data: Path, on_host: Split, config: AugmentConfig, keys: dict[str, Any]
+def test_augmented_batches_equal_those_of_a_split_on_the_device(
+    data: Path, on_host: Split, config: AugmentConfig, options: dict[str, Any]
 ) -> None:
-    """Over two ends of an epoch, partners, copies and labels included."""
+    """Covers two epoch boundaries, partners, copies and labels."""
 
-    def batches_of(split: Split) -> Iterator[list[Batch]]:
-        return plan(split, repeated=config.repeated, **keys)
+    def make_batches(split: Split) -> Iterator[list[Batch]]:
+        return plan(split, repeated=config.repeated, **options)
 
     split = load_split(data, "train")
-    expected = shown(Augment(config, split, ROWS), batches_of(split))
-    with stream_images(config, on_host, ROWS, batches_of) as pictures:
-        assert pictures is not None
-        found = shown(Augment(config, on_host, ROWS, host=pictures), batches_of(on_host))
-    assert len(found) == len(expected) >= 12
-    for one, other in zip(found, expected, strict=True):
+    expected = augment_steps(Augment(config, split, ROWS), make_batches(split))
+    with stream_images(config, on_host, ROWS, make_batches) as images:
+        assert images is not None
+        augment = Augment(config, on_host, ROWS, image_source=images)
+        results = augment_steps(augment, make_batches(on_host))
+    assert len(results) == len(expected) >= 12
+    for one, other in zip(results, expected, strict=True):
         assert vars(one).keys() == vars(other).keys()
         for name, tensor in vars(one).items():
             assert tensor is vars(other)[name] or torch.equal(tensor, vars(other)[name]), name
 
 
-def test_what_is_not_ahead_is_fetched_when_asked(data: Path, on_host: Split) -> None:
-    """An evaluation's blocks, another look at an epoch, numbered views, a pipeline on the host."""
-    split, rows = load_split(data, "train"), torch.arange(64)
-    for one, other in zip(
-        *(
-            eval_blocks(place, rows, block_size=25, rank=0, world_size=1)
-            for place in (split, on_host)
-        ),
-        strict=True,
-    ):
+def test_images_that_are_not_prefetched_are_read_on_demand(data: Path, on_host: Split) -> None:
+    """Evaluation blocks, clones, fixed views and albumentations pipelines."""
+    splits, rows = (load_split(data, "train"), on_host), torch.arange(64)
+    blocks = (eval_blocks(s, rows, block_size=25, rank=0, world_size=1) for s in splits)
+    for one, other in zip(*blocks, strict=True):
         assert torch.equal(one.images, other.images)
     for config in (*CONFIGS.values(), INLINE):
-        augments = [Augment(config, place, ROWS) for place in (split, on_host)]
-        for again in (None, 1):
+        augments = [Augment(config, split, ROWS) for split in splits]
+        for view_id in (None, 1):
             views = [
-                shown(augment.clone(number=again), plan(augment.split), steps=1)
+                augment_steps(augment.clone(view_id=view_id), plan(augment.split), steps=1)
                 for augment in augments
             ]
             assert all(torch.equal(a.images, b.images) for a, b in zip(*views, strict=True))
 
 
-class Largest(TorchDispatchMode):
-    """The most bytes that a tensor takes which is made within, but for `of` itself."""
+class LargestAllocation(TorchDispatchMode):
+    """Records the size in bytes of the largest tensor that is created, except `ignored`."""
 
-    def __init__(self, of: Tensor) -> None:
+    def __init__(self, ignored: Tensor) -> None:
         super().__init__()
-        self.of, self.bytes = of.untyped_storage().data_ptr(), 0
+        self.ignored, self.bytes = ignored.untyped_storage().data_ptr(), 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() != self.of:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() != self.ignored:
                 self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
         return result
 
 
-def test_pictures_stay_in_the_files_pages(data: Path, on_host: Split) -> None:
-    """Nothing of their size is made: a batch is two rows of 64, and its canvas 28 KB."""
+def test_images_are_never_copied_as_a_whole(data: Path, on_host: Split) -> None:
+    """A batch has two of 64 rows; its padded images take 28 KB."""
     images = on_host.images
     pages = [
         [int(edge, 16) for edge in line.split()[0].split("-")]
@@ -120,93 +116,98 @@ def test_pictures_stay_in_the_files_pages(data: Path, on_host: Split) -> None:
         if line.endswith(str(data / "train" / "data-00000-of-00001.arrow"))
     ]
     assert any(begin <= images.data_ptr() < end for begin, end in pages)
-    batches_of = partial(plan, batch_size=2, micro_batches=1)
+    make_batches = partial(plan, batch_size=2, micro_batches=1)
     sizes = []
     for split in (on_host, replace(on_host, on_host=False)):
-        with stream_images(MIXED, split, ROWS, batches_of) as pictures, Largest(images) as largest:
-            augment = Augment(MIXED, split, ROWS, host=pictures)
-            shown(augment, batches_of(split))
-            shown(augment.clone(), batches_of(split))
+        with (
+            stream_images(MIXED, split, ROWS, make_batches) as streamed,
+            LargestAllocation(images) as largest,
+        ):
+            augment = Augment(MIXED, split, ROWS, image_source=streamed)
+            augment_steps(augment, make_batches(split))
+            augment_steps(augment.clone(), make_batches(split))
         sizes.append(largest.bytes)
-        if pictures:
-            assert max(len(fetch.result().pictures) for fetch in pictures.coming) == 4
+        if streamed:
+            assert max(len(step.result().images) for step in streamed.pending) == 4
     assert sizes[0] < images.nbytes < sizes[1]
 
 
-class OntoPretendedGpu(StreamedImages):
-    """Streamed, but what comes is pretended to be on a GPU: of the right size, without numbers."""
+class StreamedToFakeGpu(StreamedImages):
+    """Returns fake tensors of the right shape on a GPU."""
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
-        pictures = super().__call__(view, rows)
-        return torch.empty(pictures.shape, dtype=pictures.dtype, device=GPU)
+        images = super().__call__(view, rows)
+        return torch.empty(images.shape, dtype=images.dtype, device=GPU)
 
 
 @pytest.mark.parametrize("config", [CROP_FLIP, ALL_OPS], ids=["crop and flip", "all operations"])
-def test_a_step_reads_no_rows_back_from_a_gpu(on_host: Split, config: AugmentConfig) -> None:
-    """The rows that it asks by lie there; the thread has made a plan of its own."""
-    pictures = OntoPretendedGpu(on_host, rows_in_order(config, plan(on_host), ROWS))
+def test_steps_do_not_synchronize_with_a_gpu(on_host: Split, config: AugmentConfig) -> None:
+    """The requested rows are on the GPU; the thread computes them separately on the CPU."""
+    images = StreamedToFakeGpu(on_host, rows_per_step(config, plan(on_host), ROWS))
     try:
         with PRETENDED:
             labels, rows = torch.zeros(64, dtype=torch.int64, device=GPU), torch.arange(5, 64)
             split = Split(images=on_host.images, labels=labels, on_host=True)
-            batches, augment = plan(split, rows), Augment(config, split, rows, host=pictures)
-            counts = []
+            augment = Augment(config, split, rows, image_source=images)
+            batches, counts = plan(split, rows), []
             for _ in range(3):
                 with Waits() as waits:
-                    shown(augment, batches, steps=1)
+                    augment_steps(augment, batches, steps=1)
                 counts.append(waits.count)
     finally:
-        pictures.close()
-    assert counts[0] > 0, "the order and the table of the epoch go to the device"
+        images.close()
+    assert counts[0] > 0, "the order and the tables of the epoch are copied to the device"
     assert counts[1:] == [0, 0]
 
 
-def test_rows_come_in_the_order_of_the_plan_alone(on_host: Split) -> None:
+def test_rows_must_be_requested_in_order(on_host: Split) -> None:
     steps = [[torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([4])]]
-    pictures = StreamedImages(on_host, iter(steps))
+    images = StreamedImages(on_host, iter(steps))
     try:
-        assert torch.equal(pictures(0, torch.tensor([1, 2])), on_host.images[1:3])
-        with pytest.raises(AssertionError, match="another order"):
-            pictures(0, torch.tensor([4]))
+        assert torch.equal(images(0, torch.tensor([1, 2])), on_host.images[1:3])
+        with pytest.raises(AssertionError, match="out of order"):
+            images(0, torch.tensor([4]))
     finally:
-        pictures.close()
+        images.close()
 
 
-def test_an_error_of_the_thread_is_the_steps(on_host: Split) -> None:
-    """Not before the step that it concerns, and nothing is left behind."""
+def test_error_of_the_thread_is_raised_in_its_step(on_host: Split) -> None:
     steps = iter([[torch.tensor([1])], [torch.tensor([64])], [torch.tensor([1])]])
-    pictures = StreamedImages(on_host, steps)
+    images = StreamedImages(on_host, steps)
     try:
-        assert torch.equal(pictures(0, torch.tensor([1])), on_host.images[1:2])
+        assert torch.equal(images(0, torch.tensor([1])), on_host.images[1:2])
         with pytest.raises(IndexError, match="out of range"):
-            pictures(0, torch.tensor([64]))
+            images(0, torch.tensor([64]))
     finally:
-        pictures.close()
+        images.close()
     assert not threads()
 
 
-@pytest.mark.parametrize("taken", [0, 1])
-def test_the_thread_ends_with_its_user(on_host: Split, taken: int) -> None:
-    def use() -> None:
-        with stream_images(MIXED, on_host, ROWS, plan) as pictures:
-            shown(Augment(MIXED, on_host, ROWS, host=pictures), plan(on_host), steps=taken)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_thread_ends_after_an_error(on_host: Split, steps: int) -> None:
+    def fail() -> None:
+        with stream_images(MIXED, on_host, ROWS, plan) as images:
+            augment_steps(
+                Augment(MIXED, on_host, ROWS, image_source=images), plan(on_host), steps=steps
+            )
             assert len(threads()) == 1
-            raise KeyError("of the user")
+            raise KeyError("in the context")
 
-    with pytest.raises(KeyError, match="of the user"):
-        use()
+    with pytest.raises(KeyError, match="in the context"):
+        fail()
     assert not threads()
 
 
-def test_nobody_is_ahead_where_there_is_nothing_to_fetch(data: Path, on_host: Split) -> None:
+def test_no_thread_starts_if_nothing_can_be_prefetched(data: Path, on_host: Split) -> None:
     for config, split in ((CROP_FLIP, load_split(data, "train")), (INLINE, on_host)):
-        with stream_images(config, split, ROWS, plan) as pictures:
-            assert pictures is None
+        with stream_images(config, split, ROWS, plan) as images:
+            assert images is None
             assert not threads()
 
 
-def test_workers_that_fill_the_device_are_refused(recipe: RecipeMaker) -> None:
-    path = recipe(augment={"host": list(INLINE.albumentations or ())}, data={"place": "host"})
+def test_albumentations_workers_with_place_host_are_an_error(recipe: RecipeMaker) -> None:
+    augment = {"albumentations": list(INLINE.albumentations or ())}
+    path = recipe(augment=augment, data={"place": "host"})
     with pytest.raises(UserError, match=r"set augment\.workers=0, or data\.place=device"):
         load_recipe(path)
     assert load_recipe(path, ["augment.workers=0"]).data.place == "host"
@@ -216,8 +217,8 @@ def test_workers_that_fill_the_device_are_refused(recipe: RecipeMaker) -> None:
 # ----------------------------------------------------------------------------- runs
 
 
-def test_a_run_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """Two micro-batches, MixUp and CutMix, dropout, an average; one process and two."""
+def test_run_matches_one_with_images_on_the_device(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Two micro-batches, MixUp and CutMix, dropout and weight averaging; one and two processes."""
     path = recipe(run={"epochs": 2})
     train(path, "name=device", cwd=tmp_path)
     for world_size in (1, 2):
@@ -226,39 +227,39 @@ def test_a_run_has_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
         assert_same_bits(tmp_path / "runs/device", tmp_path / "runs" / name)
 
 
-def test_all_that_looks_at_pictures_again_finds_the_same(
+def test_swa_statistics_validation_and_evaluate_match(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
-    """Statistics of an SWA, held-out rows, two copies of a row, `evaluate` of the run."""
+    """BatchNorm statistics of SWA, validation rows, two copies of a row, `evaluate` of the run."""
     path = recipe(
         run={"batch_size": 100, "epochs": 3},
         data={"path": str(middle_data), "val_size": 100},
         augment={"repeated": 2},
-        ema={"kind": "swa", "start_epoch": 2, "decay": 0.999},
+        averaging={"kind": "swa", "start_epoch": 2, "decay": 0.999},
     )
     train(path, "name=device", cwd=tmp_path)
     train(path, "name=host", "data.place=host", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/device", tmp_path / "runs/host")
-    ranks = Ranks("evaluate", ["runs/host", "--split", "val"], cwd=tmp_path)
+    ranks = Launch("evaluate", ["runs/host", "--split", "val"], cwd=tmp_path)
     assert ranks.wait() == [0], ranks.output
 
 
-def test_killed_runs_go_on_in_the_other_place(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """kill -9 mid-epoch; where pictures lie is no part of the recipe."""
+def test_killed_run_resumes_with_another_place(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """SIGKILL during an epoch; data.place may change when a run resumes."""
     path = recipe(run={"epochs": 6})
     train(path, "name=straight", cwd=tmp_path)
     run, arguments = tmp_path / "runs/killed", [path, "name=killed"]
     arguments.append(f"run.save_every_minutes={EVERY_STEP}")
     for step, place in ((4, "host"), (14, "device"), (21, "host")):
-        ranks = Ranks("train", [*arguments, f"data.place={place}"], cwd=tmp_path)
+        ranks = Launch("train", [*arguments, f"data.place={place}"], cwd=tmp_path)
         wait_for_step(ranks, run, step)
         ranks.kill()
         assert not (run / "summary.json").exists(), "the run ended before it could be killed"
-    assert "goes on at step" in train(*arguments, "data.place=host", cwd=tmp_path)
+    assert "resuming from step" in train(*arguments, "data.place=host", cwd=tmp_path)
     assert_same_bits(tmp_path / "runs/straight", run)
 
 
-def test_a_cache_of_logits_is_the_same(
+def test_logit_cache_matches_one_with_images_on_the_device(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
@@ -266,7 +267,7 @@ def test_a_cache_of_logits_is_the_same(
     for place in ("device", "host"):
         sections = taught("big", placement="cached", cache=place)
         path = recipe(augment={"views": 2}, data={"place": place}, **sections)
-        ranks = Ranks("cache_logits", [path], cwd=tmp_path)
+        ranks = Launch("cache_logits", [path], cwd=tmp_path)
         assert ranks.wait() == [0], ranks.output
         caches.append((tmp_path / place / "logits.npy").read_bytes())
     assert caches[0] == caches[1]

@@ -1,4 +1,4 @@
-"""Losses against numbers done by hand, other people's code, and what they must satisfy."""
+"""Losses against hand-computed values and other implementations, and properties of all losses."""
 
 from __future__ import annotations
 
@@ -14,33 +14,27 @@ from timm.loss import BinaryCrossEntropy as TimmsBinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.losses.classification import (
-    LOSSES,
-    ArcFace,
-    BinaryCrossEntropy,
-    CosFace,
-    CrossEntropy,
-    SphereFace,
-    SupCon,
-    logit_scale,
-)
+from cifar_dist.losses.classification import BinaryCrossEntropy, CrossEntropy
+from cifar_dist.losses.margin import ArcFace, CosFace, SphereFace
+from cifar_dist.losses.metric import SupCon
+from cifar_dist.losses.registry import LOSSES, logit_scale
 from cifar_dist.models.heads import Outputs
 
-LABELLED = [make() for make in LOSSES.values() if not make.needs_teacher]
+WITHOUT_TEACHER = [make() for make in LOSSES.values() if not make.needs_teacher]
 
 
 def two_class_loss(loss: ArcFace, theta: Tensor) -> Tensor:
-    """The loss of samples at angle `theta` to their class 0, at a right angle to class 1."""
+    """Return the loss of samples of class 0, at angle `theta` to class 0 and 90 degrees to class 1."""
     cosines = torch.stack([theta.cos(), torch.zeros_like(theta)], 1)
     return loss(outputs_of(cosines), torch.zeros(len(theta), dtype=torch.int64))
 
 
 def true_logit(loss: ArcFace, theta: Tensor) -> Tensor:
-    """The logit of the true class, found from the loss: -log(e^z / (e^z + 1)) = l."""
+    """Solve the loss for the logit z of the true class: l = -log(e^z / (e^z + 1))."""
     return -torch.log(torch.expm1(two_class_loss(loss, theta).double()))
 
 
-def test_cross_entropy_by_hand_and_with_label_smoothing():
+def test_cross_entropy_hand_computed():
     outputs = outputs_of(torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]]))
     labels = torch.tensor([0, 1])
     plain = CrossEntropy()(outputs, labels)
@@ -50,65 +44,65 @@ def test_cross_entropy_by_hand_and_with_label_smoothing():
     assert smooth[0].item() == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4))
 
 
-def test_cross_entropy_is_torchs_and_ignores_its_weight():
+def test_cross_entropy_matches_torch_and_ignores_its_weight():
     logits, labels = torch.randn(16, 10), torch.randint(0, 10, (16,))
-    found = CrossEntropy(weight=3, label_smoothing=0.1)(outputs_of(logits), labels)
+    result = CrossEntropy(weight=3, label_smoothing=0.1)(outputs_of(logits), labels)
     assert torch.equal(
-        found, F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+        result, F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     )
 
 
-def test_bce_by_hand_and_with_label_smoothing():
+def test_bce_hand_computed():
     outputs = outputs_of(torch.tensor([[math.log(3.0), 0.0, -math.log(3.0)]]))  # 3/4, 1/2, 1/4
-    found = BinaryCrossEntropy()(outputs, torch.tensor([0]))
-    assert found.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 2) - math.log(3 / 4))
+    result = BinaryCrossEntropy()(outputs, torch.tensor([0]))
+    assert result.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 2) - math.log(3 / 4))
     # Smoothing 0.3 of three classes: 0.8, 0.1, 0.1.
     smooth = BinaryCrossEntropy(label_smoothing=0.3)(outputs, torch.tensor([0]))
-    wanted = -0.8 * math.log(3 / 4) - 0.2 * math.log(1 / 4) - math.log(1 / 2)
-    assert smooth.item() == pytest.approx(wanted - math.log(3 / 4) + 0.1 * math.log(3))
+    expected = -0.8 * math.log(3 / 4) - 0.2 * math.log(1 / 4) - math.log(1 / 2)
+    assert smooth.item() == pytest.approx(expected - math.log(3 / 4) + 0.1 * math.log(3))
 
 
-def test_the_slope_of_bce_is_probability_minus_target():
+def test_bce_gradient_is_probability_minus_target():
     logits, labels = torch.randn(16, 10).requires_grad_(), torch.randint(0, 10, (16,))
     (slope,) = torch.autograd.grad(BinaryCrossEntropy()(outputs_of(logits), labels).sum(), logits)
     torch.testing.assert_close(slope, (logits.sigmoid() - F.one_hot(labels, 10)).detach())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_bce_is_timms(smoothing):
+def test_bce_matches_timm(smoothing):
     logits, labels = torch.randn(16, 10), torch.randint(0, 10, (16,))
-    found = BinaryCrossEntropy(label_smoothing=smoothing)(outputs_of(logits), labels)
+    result = BinaryCrossEntropy(label_smoothing=smoothing)(outputs_of(logits), labels)
     oracle = TimmsBinaryCrossEntropy(smoothing=smoothing, reduction="none", sum_classes=False)
-    torch.testing.assert_close(found, oracle(logits, labels).sum(1))
+    torch.testing.assert_close(result, oracle(logits, labels).sum(1))
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(label_smoothing=0.1), BinaryCrossEntropy()])
-def test_shares_of_two_labels_are_the_loss_of_the_mixed_target(loss):
+def test_weighted_losses_of_two_labels_are_the_loss_of_the_mixed_target(loss):
     logits, labels, partners = torch.randn(16, 10), torch.arange(16) % 10, torch.arange(16) % 7
-    share = torch.rand(16)
-    found = share * loss(outputs_of(logits), labels)
-    found = found + (1 - share) * loss(outputs_of(logits), partners)
+    lam = torch.rand(16)
+    result = lam * loss(outputs_of(logits), labels)
+    result = result + (1 - lam) * loss(outputs_of(logits), partners)
     one, other = F.one_hot(labels, 10), F.one_hot(partners, 10)
-    mixed = share[:, None] * one + (1 - share[:, None]) * other
+    mixed = lam[:, None] * one + (1 - lam[:, None]) * other
     if isinstance(loss, CrossEntropy):
-        wanted = F.cross_entropy(logits, mixed, label_smoothing=0.1, reduction="none")
+        expected = F.cross_entropy(logits, mixed, label_smoothing=0.1, reduction="none")
     else:
-        wanted = F.binary_cross_entropy_with_logits(logits, mixed, reduction="none").sum(1)
-    torch.testing.assert_close(found, wanted)
+        expected = F.binary_cross_entropy_with_logits(logits, mixed, reduction="none").sum(1)
+    torch.testing.assert_close(result, expected)
 
 
-def test_arcface_by_hand():
+def test_arcface_hand_computed():
     # The true class at 60 degrees, the other at 90: e^(2 cos(60 + 30 degrees)) = 1 against 1.
     loss = ArcFace(scale=2, margin=math.pi / 6)
-    found = two_class_loss(loss, torch.tensor([math.pi / 3]))
-    assert found.item() == pytest.approx(math.log(2), abs=1e-6)
+    result = two_class_loss(loss, torch.tensor([math.pi / 3]))
+    assert result.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_arcface_is_pytorch_metric_learnings():
+def test_arcface_matches_pytorch_metric_learning():
     oracle = ArcFaceLoss(num_classes=10, embedding_size=6, margin=math.degrees(0.35), scale=8)
     embedding, labels = torch.randn(64, 6), torch.randint(0, 10, (64,))
     cosines = F.normalize(embedding) @ F.normalize(oracle.W.detach(), dim=0)
-    # Past pi - margin its line has a step, ours has none.
+    # Beyond pi - margin its line has a step, which ArcFace here does not have.
     before_the_line = cosines[torch.arange(64), labels] > -math.cos(0.35)
     embedding, labels, cosines = (x[before_the_line] for x in (embedding, labels, cosines))
     assert len(labels) > 50
@@ -116,15 +110,15 @@ def test_arcface_is_pytorch_metric_learnings():
     torch.testing.assert_close(loss.mean(), oracle(embedding, labels).detach())
 
 
-def test_margin_zero_is_scaled_cross_entropy():
+def test_arcface_with_margin_zero_is_scaled_cross_entropy():
     cosines, labels = torch.rand(32, 10) * 2 - 1, torch.randint(0, 10, (32,))
-    found = ArcFace(scale=16, margin=0)(outputs_of(cosines), labels)
-    torch.testing.assert_close(found, F.cross_entropy(16 * cosines, labels, reduction="none"))
+    result = ArcFace(scale=16, margin=0)(outputs_of(cosines), labels)
+    torch.testing.assert_close(result, F.cross_entropy(16 * cosines, labels, reduction="none"))
 
 
 @pytest.mark.parametrize("margin", [0.1, 0.35, 0.5, 1.0])
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_the_true_logit_falls_with_the_angle_and_has_no_step(margin, straight_through):
+def test_arcface_logit_decreases_continuously_with_the_angle(margin, straight_through):
     loss = ArcFace(scale=1, margin=margin, straight_through=straight_through)
     theta = torch.linspace(0, math.pi, 3001)
     logit = true_logit(loss, theta)
@@ -133,16 +127,16 @@ def test_the_true_logit_falls_with_the_angle_and_has_no_step(margin, straight_th
     assert steps.abs().max() < 2.1e-3  # 3000 steps of pi / 3000 with a slope of at most 1, twice
     before = theta < math.pi - margin
     line = theta.cos() + math.cos(margin) - 1
-    wanted = torch.where(before, (theta + margin).cos(), line).double()
-    torch.testing.assert_close(logit, wanted, rtol=0, atol=3e-4)  # the sine is at least 3e-4
+    expected = torch.where(before, (theta + margin).cos(), line).double()
+    torch.testing.assert_close(logit, expected, rtol=0, atol=3e-4)  # the sine is at least 3e-4
 
 
-def test_the_gradient_is_that_of_the_formula():
+def test_arcface_gradient_matches_finite_differences():
     cosines = torch.rand(64, 10, generator=torch.Generator().manual_seed(0)) * 1.96 - 0.98
     labels = torch.arange(64) % 10
     loss, scale, margin = ArcFace(), 8.0, 0.35
     cosines.requires_grad_()
-    (found,) = torch.autograd.grad(loss(outputs_of(cosines), labels).sum(), cosines)
+    (result,) = torch.autograd.grad(loss(outputs_of(cosines), labels).sum(), cosines)
 
     def formula(values: Tensor) -> Tensor:  # float64, written with acos
         true = values.gather(1, labels[:, None])
@@ -158,23 +152,23 @@ def test_the_gradient_is_that_of_the_formula():
         nudge = torch.zeros_like(exact)
         nudge[:, column] = step
         slope = (formula(exact + nudge) - formula(exact - nudge)) / (2 * step)
-        torch.testing.assert_close(found[:, column].double(), slope, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(result[:, column].double(), slope, rtol=1e-3, atol=1e-4)
 
 
-def test_no_nan_where_the_cosine_is_one_or_a_little_more():
+def test_arcface_is_finite_at_cosines_of_one_and_slightly_above():
     edge = torch.tensor([1.0, -1.0, 1 + 2e-7, -1 - 2e-7, 1 - 6e-8, 0.0])
     for straight_through in (False, True):
         cosines = torch.stack([edge, torch.zeros(6)], 1).requires_grad_()
         loss = ArcFace(straight_through=straight_through)
-        found = loss(outputs_of(cosines), torch.zeros(6, dtype=torch.int64))
-        (gradient,) = torch.autograd.grad(found.sum(), cosines)
-        assert found.isfinite().all()
+        result = loss(outputs_of(cosines), torch.zeros(6, dtype=torch.int64))
+        (gradient,) = torch.autograd.grad(result.sum(), cosines)
+        assert result.isfinite().all()
         assert gradient.isfinite().all()
-        assert (gradient[:, 0] < 0).all()  # never pushed away from its class, never left alone
+        assert (gradient[:, 0] < 0).all()  # always pulled towards its class
 
 
 def tutorial_arcface(logits: Tensor, labels: Tensor, *, scale: float, margin: float) -> Tensor:
-    """ArcFace as much code has it: the logits change under no_grad, so autograd sees no margin."""
+    """Return ArcFace logits edited under no_grad, as in the tutorial: autograd sees no margin."""
     logits = logits * 1.0
     index = torch.arange(len(labels))
     with torch.no_grad():
@@ -185,21 +179,21 @@ def tutorial_arcface(logits: Tensor, labels: Tensor, *, scale: float, margin: fl
     return logits * scale
 
 
-def test_straight_through_has_the_values_and_gradient_of_editing_under_no_grad():
+def test_straight_through_matches_editing_under_no_grad():
     cosines = torch.rand(32, 10) * 1.8 - 0.9
     labels = torch.randint(0, 10, (32,))
     found_at, wanted_at = (cosines.clone().requires_grad_() for _ in range(2))
-    found = ArcFace(straight_through=True)(outputs_of(found_at), labels)
-    moved = tutorial_arcface(wanted_at, labels, scale=8, margin=0.35)
-    wanted = F.cross_entropy(moved, labels, reduction="none")
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    (found_gradient,) = torch.autograd.grad(found.sum(), found_at)
-    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wanted_at)
+    result = ArcFace(straight_through=True)(outputs_of(found_at), labels)
+    edited = tutorial_arcface(wanted_at, labels, scale=8, margin=0.35)
+    expected = F.cross_entropy(edited, labels, reduction="none")
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    (found_gradient,) = torch.autograd.grad(result.sum(), found_at)
+    (wanted_gradient,) = torch.autograd.grad(expected.sum(), wanted_at)
     torch.testing.assert_close(found_gradient, wanted_gradient, rtol=1e-4, atol=1e-5)
 
     true_at = cosines.clone().requires_grad_()
     true = ArcFace()(outputs_of(true_at), labels)
-    torch.testing.assert_close(true, found)
+    torch.testing.assert_close(true, result)
     (true_gradient,) = torch.autograd.grad(true.sum(), true_at)
     rows = torch.arange(32)
     ratio = true_gradient[rows, labels] / found_gradient[rows, labels]
@@ -207,26 +201,26 @@ def test_straight_through_has_the_values_and_gradient_of_editing_under_no_grad()
     torch.testing.assert_close(ratio, (theta + 0.35).sin() / theta.sin(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", LABELLED, ids=repr)
-def test_losses_are_float32_with_the_same_bits_under_autocast(loss):
+@pytest.mark.parametrize("loss", WITHOUT_TEACHER, ids=repr)
+def test_autocast_does_not_change_a_bit(loss):
     outputs = Outputs(torch.rand(8, 5) * 2 - 1, torch.randn(8, 6), torch.randn(5, 6))
     labels = torch.randint(0, 5, (8,))
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss(outputs, labels)
-    assert found.dtype == torch.float32
-    assert found.shape == (8,)
-    assert torch.equal(found, loss(outputs, labels))
+        result = loss(outputs, labels)
+    assert result.dtype == torch.float32
+    assert result.shape == (8,)
+    assert torch.equal(result, loss(outputs, labels))
 
 
-@pytest.mark.parametrize("loss", LABELLED, ids=repr)
-def test_outputs_are_not_changed_in_place(loss):
+@pytest.mark.parametrize("loss", WITHOUT_TEACHER, ids=repr)
+def test_outputs_are_not_modified_in_place(loss):
     outputs = Outputs(torch.rand(8, 5), torch.randn(8, 6), torch.randn(5, 6))
     before = [part.clone() for part in outputs]
     loss(outputs, torch.zeros(8, dtype=torch.int64))
     assert all(torch.equal(one, other) for one, other in zip(outputs, before, strict=True))
 
 
-def test_what_each_loss_says_of_itself():
+def test_heads_classifier_training_and_mixup_of_each_loss():
     assert {name for name, kind in LOSSES.items() if kind.head == "cosine"} == {
         "arcface",
         "cosface",
@@ -242,7 +236,7 @@ def test_what_each_loss_says_of_itself():
     assert all(make().weight == 1 for make in LOSSES.values())
 
 
-def test_the_page_of_losses_has_each_with_its_knobs():
+def test_documentation_lists_each_loss_with_its_head_and_options():
     folder = Path(__file__).parents[3] / "docs"
     lines = [
         line
@@ -252,12 +246,12 @@ def test_the_page_of_losses_has_each_with_its_knobs():
     for name, kind in LOSSES.items():
         assert is_dataclass(kind)
         (row,) = [line for line in lines if line.startswith(f"| `{name}` |")]
-        knobs = {field.name for field in fields(kind)} - {"weight"}
-        assert kind.needs_teacher or all(f"`{knob}` (" in row for knob in knobs), name
+        options = {field.name for field in fields(kind)} - {"weight"}
+        assert kind.needs_teacher or all(f"`{option}` (" in row for option in options), name
         assert kind.needs_teacher or f"| {kind.head or 'any'} |" in row, name
 
 
-def test_the_scale_of_the_logits_is_the_largest_of_the_losses():
+def test_logit_scale_is_the_largest_scale_of_the_losses():
     assert logit_scale([]) == 1
     assert logit_scale([CrossEntropy()]) == 1
     assert logit_scale([CrossEntropy(), ArcFace(scale=8), ArcFace(scale=64)]) == 64

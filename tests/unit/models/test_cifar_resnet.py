@@ -1,4 +1,4 @@
-"""The backbones that timm lacks: counted, computed by hand, rebuilt, trained, refused."""
+"""CIFAR ResNets and resnet9: parameter counts, outputs, weights, errors, and training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from launcher import train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters, pretrained_cfg
+from cifar_dist.models.backbones import pretrained_cfg
 from cifar_dist.models.cifar_resnet import PUBLISHED, find_cifar_resnet
+from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
 from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import learning_rate
@@ -28,8 +29,8 @@ ROOT = Path(__file__).parents[3]
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
 
 
-def grown(name: str, **keys: Any) -> Any:
-    """A model in evaluation mode whose norms say something: their vectors are drawn at random."""
+def model_with_random_norms(name: str, **keys: Any) -> Any:
+    """Return a model in eval mode with random BatchNorm parameters and statistics."""
     torch.manual_seed(1)
     model = build_model(ModelConfig(backbone=name, **keys), 10)
     for module in model.modules():
@@ -40,11 +41,11 @@ def grown(name: str, **keys: Any) -> Any:
     return model.eval()
 
 
-# ----------------------------------------------------------------------------- what they are
+# ----------------------------------------------------------------------------- architecture
 
 
 def resnet_parameters(depth: int, width: int, stem: int) -> int:
-    """With 100 classes, added up layer by layer: a norm of c channels has 2 c."""
+    """Return the number with 100 classes, layer by layer; a norm of c channels has 2 c."""
     total, before = 27 * stem + 2 * stem, stem
     for after in (16 * width, 32 * width, 64 * width):
         for block in range((depth - 2) // 6):
@@ -96,10 +97,10 @@ RESNET9_PARAMETERS = (
         ("resnet9", RESNET9_PARAMETERS, 6.62),
     ],
 )
-def test_parameters_are_those_of_the_papers(name: str, by_formula: int, millions: float) -> None:
-    found = num_parameters(build_model(ModelConfig(backbone=name), 100))
-    assert found == by_formula
-    assert round(found / 1e6, 2) == millions
+def test_parameter_counts_match_the_papers(name: str, by_formula: int, millions: float) -> None:
+    result = num_parameters(build_model(ModelConfig(backbone=name), 100))
+    assert result == by_formula
+    assert round(result / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize(
@@ -112,20 +113,24 @@ def test_parameters_are_those_of_the_papers(name: str, by_formula: int, millions
     ],
 )
 @pytest.mark.parametrize("size", [32, 64])
-def test_stages_halve_the_picture_twice(name: str, channels: list[int], size: int) -> None:
-    model = grown(name, image_size=size)
-    seen = []
+def test_second_and_third_stage_halve_the_resolution(
+    name: str, channels: list[int], size: int
+) -> None:
+    model = model_with_random_norms(name, image_size=size)
+    shapes = []
     for module in (model.backbone.stem, *model.backbone.stages):
-        module.register_forward_hook(lambda _, inputs, output: seen.append(tuple(output.shape[1:])))
+        module.register_forward_hook(
+            lambda _, inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
     with torch.no_grad():
         outputs = model(IMAGES)
     sides = [size, size, size // 2, size // 4]
-    assert seen == [(count, side, side) for count, side in zip(channels, sides, strict=True)]
+    assert shapes == [(count, side, side) for count, side in zip(channels, sides, strict=True)]
     assert [tuple(x.shape) for x in outputs] == [(4, 10), (4, channels[-1]), (10, channels[-1])]
 
 
-def by_hand(state: dict[str, Tensor], x: Tensor, *, wide: bool) -> Tensor:
-    """The features of a network in evaluation mode, from the papers' figures; float64."""
+def reference_features(state: dict[str, Tensor], x: Tensor, *, wide: bool) -> Tensor:
+    """Return the features of a network in eval mode, written from the papers' figures, in float64."""
     state = {name: tensor.double() for name, tensor in state.items()}
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -160,18 +165,20 @@ def by_hand(state: dict[str, Tensor], x: Tensor, *, wide: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["resnet8x4", "resnet14x1", "wrn_16_2", "wrn_16_1"])
-def test_features_are_those_computed_by_hand(name: str) -> None:
-    model = grown(name, drop_rate=0.3 if "wrn" in name else 0.0)
+def test_features_match_the_reference(name: str) -> None:
+    model = model_with_random_norms(name, drop_rate=0.3 if "wrn" in name else 0.0)
     with torch.no_grad():
-        pixels = model.pixels(IMAGES)
-        found = model.backbone(pixels).double()
-        wanted = by_hand(model.backbone.state_dict(), pixels.double(), wide="wrn" in name)
-    assert wanted.std() > 0.01
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+        pixels = model.preprocess(IMAGES)
+        result = model.backbone(pixels).double()
+        expected = reference_features(
+            model.backbone.state_dict(), pixels.double(), wide="wrn" in name
+        )
+    assert expected.std() > 0.01
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_4"])
-def test_weights_are_drawn_by_the_fan_out(name: str) -> None:
+def test_initialization_uses_the_fan_out(name: str) -> None:
     for module in build_model(ModelConfig(backbone=name), 10).backbone.modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
             fan_out = module.out_channels * module.kernel_size[0] ** 2
@@ -180,42 +187,45 @@ def test_weights_are_drawn_by_the_fan_out(name: str) -> None:
             assert bool((module.weight == 1).all() and (module.bias == 0).all())
 
 
-def test_dropout_lies_between_the_convolutions_and_only_in_training() -> None:
-    plain, model = grown("wrn_10_2"), grown("wrn_10_2", drop_rate=0.5)
+def test_dropout_is_before_the_second_convolution_and_only_in_training() -> None:
+    plain, model = (
+        model_with_random_norms("wrn_10_2"),
+        model_with_random_norms("wrn_10_2", drop_rate=0.5),
+    )
     model.load_state_dict(plain.state_dict())
-    seen: list[Tensor] = []
-    for one in (plain, model):
-        one.backbone.stages[0][0].conv2.register_forward_hook(
-            lambda _, inputs, output: seen.append(inputs[0].detach())
+    inputs_of_conv2: list[Tensor] = []
+    for network in (plain, model):
+        network.backbone.stages[0][0].conv2.register_forward_hook(
+            lambda _, inputs, output: inputs_of_conv2.append(inputs[0].detach())
         )
-    wanted = plain(IMAGES).logits
-    assert torch.equal(model(IMAGES).logits, wanted)
-    assert torch.equal(model(IMAGES).logits, wanted)
+    expected = plain(IMAGES).logits
+    assert torch.equal(model(IMAGES).logits, expected)
+    assert torch.equal(model(IMAGES).logits, expected)
     plain.train()(IMAGES)
     first = model.train()(IMAGES).logits
-    kept, dropped = seen[-2:]
+    kept, dropped = inputs_of_conv2[-2:]
     ratio = (dropped / kept)[kept > 0]
     assert bool(((ratio == 0) | ((ratio - 2).abs() < 1e-4)).all())
     assert ratio.mean().item() == pytest.approx(1, abs=0.05)
     assert not torch.equal(model(IMAGES).logits, first)
 
 
-# ----------------------------------------------------------------------------- by name
+# ----------------------------------------------------------------------------- names
 
 
-def test_timm_has_none_of_these_names() -> None:
+def test_names_do_not_clash_with_timm() -> None:
     assert [name for name in timm.list_models() if find_cifar_resnet(name)] == []
     assert [name for name in PUBLISHED if timm.is_model(name) or not find_cifar_resnet(name)] == []
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "message"),
     [
         (ModelConfig(backbone="resnet9x4"), r"6 n \+ 2: 8, 14, 20, .* did you mean resnet8x4\?"),
         (ModelConfig(backbone="resnet1x4"), r"did you mean resnet8x4\?"),
         (ModelConfig(backbone="wrn_41_2"), r"6 n \+ 4: 10, 16, 22, .* did you mean wrn_40_2\?"),
-        (ModelConfig(backbone="resnet56"), "did you mean resnet56x1 "),
-        (ModelConfig(backbone="WRN-40-2"), "did you mean wrn_40_2 "),
+        (ModelConfig(backbone="resnet56"), r"did you mean resnet56x1\?"),
+        (ModelConfig(backbone="WRN-40-2"), r"did you mean wrn_40_2\?"),
         (ModelConfig(backbone="resnet8x4000"), "there is no model 'resnet8x4000'"),
         (ModelConfig(backbone="resnet08x4"), "there is no model 'resnet08x4'"),
         (ModelConfig(backbone="resnet8x4", stem="small"), "3x3 stem .* remove stem: small"),
@@ -225,8 +235,8 @@ def test_timm_has_none_of_these_names() -> None:
         (ModelConfig(backbone="wrn_40_2.in1k"), "there is no model"),
     ],
 )
-def test_what_they_cannot_do_is_one_sentence(config: ModelConfig, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as caught:
+def test_unsupported_options_are_an_error(config: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         build_model(config, 10)
     assert "\n" not in str(caught.value)
 
@@ -236,34 +246,36 @@ def test_what_they_cannot_do_is_one_sentence(config: ModelConfig, sentence: str)
 
 @pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2"])
 @pytest.mark.parametrize("head", ["linear", "cosine"])
-def test_a_saved_model_is_rebuilt(name: str, head: Any, tmp_path: Path) -> None:
-    model = grown(name, head=head)
+def test_model_is_rebuilt_from_its_state_dict_and_from_a_file(
+    name: str, head: Any, tmp_path: Path
+) -> None:
+    model = model_with_random_norms(name, head=head)
     again = build_model(
         model_config := ModelConfig(backbone=name, head=head), 10, model.state_dict()
     )
     with torch.no_grad():
-        wanted = model(IMAGES).logits
-        assert torch.equal(again.eval()(IMAGES).logits, wanted)
+        expected = model(IMAGES).logits
+        assert torch.equal(again.eval()(IMAGES).logits, expected)
         torch.save(model.state_dict(), tmp_path / "model.pth")
         loaded = build_model(
             ModelConfig(backbone=name, head=head, weights=f"{tmp_path}/model.pth"), 10
         )
-        assert torch.equal(loaded.eval()(IMAGES).logits, wanted)  # so the pixels are the same, too
+        assert torch.equal(loaded.eval()(IMAGES).logits, expected)  # includes the normalization
     with pytest.raises(UserError, match="number of classes"):
         build_model(model_config, 11, model.state_dict())
     assert pretrained_cfg(name).mean == CIFAR_MEAN
     assert pretrained_cfg(name).std == CIFAR_STD
 
 
-def name_elsewhere(name: str, *, wide: bool) -> str:
-    """What the code of Tian et al. and Zhao et al. calls a tensor; its order is ours."""
-    place, _, kind = name.rpartition(".")
+def published_name(name: str, *, wide: bool) -> str:
+    """Return the name of a tensor in the code of Tian et al. and Zhao et al., which has the same order."""
+    layer, _, kind = name.rpartition(".")
     layers = {"stem": "conv1", "norm": "bn1"}
-    if place in layers:
-        return f"{layers[place]}.{kind}"
-    stages, stage, block, *layer = place.split(".")
+    if layer in layers:
+        return f"{layers[layer]}.{kind}"
+    stages, stage, block, *rest = layer.split(".")
     assert stages == "stages"
-    inner = ".".join(layer).replace("norm", "bn")
+    inner = ".".join(rest).replace("norm", "bn")
     if wide:
         inner = inner.replace("shortcut", "convShortcut")
         return f"block{int(stage) + 1}.layer.{block}.{inner}.{kind}"
@@ -271,39 +283,41 @@ def name_elsewhere(name: str, *, wide: bool) -> str:
 
 
 @pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2"])
-def test_weights_under_the_papers_names_load_in_order(
+def test_weights_with_the_papers_names_load_in_order(
     name: str, tmp_path: Path, caplog: Any
 ) -> None:
-    state = grown(name).backbone.state_dict()
+    state = model_with_random_norms(name).backbone.state_dict()
     wide = "wrn" in name
-    theirs = {name_elsewhere(key, wide=wide): tensor for key, tensor in state.items()}
+    theirs = {published_name(key, wide=wide): tensor for key, tensor in state.items()}
     theirs |= {"fc.weight": torch.ones(100, 2), "fc.bias": torch.ones(100)}
     assert theirs.keys().isdisjoint(state)
     torch.save({"model": theirs}, tmp_path / "student_best.pth")
     with caplog.at_level(logging.INFO):
         config = ModelConfig(backbone=name, weights=f"{tmp_path}/student_best.pth")
-        found = build_model(config, 10).backbone.state_dict()
+        result = build_model(config, 10).backbone.state_dict()
     assert caplog.text.count("loaded in order") == 1
-    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    assert all(torch.equal(result[key], tensor) for key, tensor in state.items())
     other = {"resnet8x4": "resnet8x2", "wrn_16_2": "wrn_22_2"}[name]
     with pytest.raises(UserError, match="neither names nor shapes"):
         build_model(ModelConfig(backbone=other, weights=f"{tmp_path}/student_best.pth"), 10)
 
 
-# ----------------------------------------------------------------------------- in a run
+# ----------------------------------------------------------------------------- training
 
 
-def test_one_and_two_processes_train_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_one_and_two_processes_train_to_the_same_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 2}, model={"backbone": "wrn_10_1", "drop_rate": 0.2})
     train(path, "name=one", cwd=tmp_path)
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
-    train(path, "name=undropped", "model.drop_rate=0", "run.epochs=1", cwd=tmp_path)
-    first = [lines(tmp_path / "runs" / name)[0]["loss"] for name in ("one", "undropped")]
+    train(path, "name=no_dropout", "model.drop_rate=0", "run.epochs=1", cwd=tmp_path)
+    first = [lines(tmp_path / "runs" / name)[0]["loss"] for name in ("one", "no_dropout")]
     assert first[0] != first[1]
 
 
-def test_what_they_cost_is_known_before(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_dry_run_counts_parameters_and_bad_names_create_no_run(
+    tmp_path: Path, recipe: RecipeMaker
+) -> None:
     path = recipe(model={"backbone": "resnet8x4", "drop_rate": 0.0})
     assert "parameters        1,233,540\n" in train(path, "--dry-run", cwd=tmp_path)
     output = train(path, "model.backbone=resnet9x4", cwd=tmp_path, expect=2)
@@ -311,8 +325,8 @@ def test_what_they_cost_is_known_before(tmp_path: Path, recipe: RecipeMaker) -> 
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_recipes_of_the_pair_are_the_published_protocol() -> None:
-    """By what they do: the optimizer's settings, and the rate in each of the 240 epochs."""
+def test_kd_recipes_follow_the_published_protocol() -> None:
+    """Check the optimizer's settings and the learning rate in each of the 240 epochs."""
     recipes = [load_recipe(path) for path in sorted((ROOT / "recipes/kd").glob("*.yaml"))]
     assert len(recipes) == 6
     model = build_model(ModelConfig(backbone="resnet8x1"), 100)
@@ -324,18 +338,18 @@ def test_the_recipes_of_the_pair_are_the_published_protocol() -> None:
         assert (recipe.run, recipe.augment) == (recipes[0].run, recipes[0].augment)
         assert (recipe.run.epochs, recipe.run.batch_size, recipe.run.micro_batches) == (240, 64, 1)
         for epoch in range(1, 241):  # mdistiller: a tenth for each stage below the epoch
-            begins = learning_rate(
+            rate = learning_rate(
                 recipe.optim, 781 * (epoch - 1), total_steps=781 * 240, steps_per_epoch=781
             )
             passed = sum(epoch > stage for stage in (150, 180, 210))
-            assert begins == pytest.approx(0.05 * 0.1**passed)
+            assert rate == pytest.approx(0.05 * 0.1**passed)
 
 
 # ----------------------------------------------------------------------------- resnet9
 
 
-def test_resnet9_by_hand() -> None:
-    """In evaluation mode with fresh norms, which change nothing but 1 / sqrt(1 + eps)."""
+def test_resnet9_hand_computed() -> None:
+    """In eval mode with new norms, which only multiply by 1 / sqrt(1 + eps)."""
     model = build_model(ModelConfig(backbone="resnet9"), 10).eval()
     weights = [m.weight for m in model.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
     assert [tuple(w.shape[:2][::-1]) for w in weights] == RESNET9_CONVOLUTIONS
@@ -355,8 +369,8 @@ def test_resnet9_by_hand() -> None:
         torch.testing.assert_close(model(IMAGES).embedding, x, rtol=1e-4, atol=1e-5)
 
 
-def test_resnet9_learns_at_the_rate_of_its_recipe() -> None:
-    """speed_75's peak; without the factor before the head the first steps go to three times ln 100."""
+def test_resnet9_trains_at_the_peak_rate_of_its_recipe() -> None:
+    """The rate is speed_75's; without the factor before the head the loss first rises to 3 ln 100."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(backbone="resnet9", image_size=16), 100)
     images = torch.randint(0, 256, (100, 3, 16, 16), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The running average against numbers done by hand, and that it resumes exactly."""
+"""The exponential moving average: hand-computed values and exact resumption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from averages import one_number, set_to
+from averages import fill, scalar_model
 from torch import nn
 
 from cifar_dist.optim.averaging import AveragingConfig, Ema, build_average
@@ -15,19 +15,19 @@ from cifar_dist.utils.errors import UserError
 
 
 def test_parameters_are_averaged_and_buffers_copied():
-    model = one_number(0.0)
+    model = scalar_model(0.0)
     ema: Any = Ema(AveragingConfig(decay=0.75, warmup=False), model)
     for step, (value, average) in enumerate([(1.0, 0.25), (1.0, 0.4375), (5.0, 1.578125)], 1):
-        set_to(model, value)
+        fill(model, value)
         ema.update(model, step)
         assert ema.model.weight.item() == average
         assert ema.model.count.item() == value
 
 
-def test_warmup_shortens_the_memory_at_first():
-    model = one_number(0.0)
+def test_warmup_lowers_the_decay_of_the_first_updates():
+    model = scalar_model(0.0)
     ema: Any = Ema(AveragingConfig(decay=0.2), model)
-    set_to(model, 1.0)
+    fill(model, 1.0)
     ema.update(model, 1)  # decay 2/11, under 0.2
     torch.testing.assert_close(ema.model.weight.detach(), torch.tensor([9 / 11]))
     ema.update(model, 2)  # decay 3/12, capped at 0.2
@@ -35,17 +35,17 @@ def test_warmup_shortens_the_memory_at_first():
 
 
 def test_warmup_counts_averagings_not_steps():
-    model = one_number(0.0)
+    model = scalar_model(0.0)
     ema: Any = Ema(AveragingConfig(every_steps=5), model)
-    set_to(model, 1.0)
+    fill(model, 1.0)
     ema.update(model, 5)
     torch.testing.assert_close(ema.model.weight.detach(), torch.tensor([9 / 11]))
 
 
-def test_only_every_few_steps():
-    model = one_number(0.0)
+def test_every_steps_skips_the_steps_between():
+    model = scalar_model(0.0)
     ema: Any = Ema(AveragingConfig(decay=0.5, every_steps=3, warmup=False), model)
-    set_to(model, 1.0)
+    fill(model, 1.0)
     seen = []
     for step in range(1, 7):
         ema.update(model, step)
@@ -53,14 +53,14 @@ def test_only_every_few_steps():
     assert seen == [0, 0, 0.5, 0.5, 0.5, 0.75]
 
 
-def test_an_average_that_would_never_begin_is_refused():
+def test_every_steps_above_the_total_steps_is_an_error():
     config = AveragingConfig(every_steps=11)
     with pytest.raises(UserError, match=r"averaging\.every_steps=11 is more than all 10 steps"):
-        build_average(config, one_number(0.0), steps_per_epoch=5, total_steps=10)
-    build_average(config, one_number(0.0), steps_per_epoch=5, total_steps=11)
+        build_average(config, scalar_model(0.0), steps_per_epoch=5, total_steps=10)
+    build_average(config, scalar_model(0.0), steps_per_epoch=5, total_steps=11)
 
 
-def test_the_average_is_a_separate_model_in_eval_mode():
+def test_average_is_a_separate_frozen_model_in_eval_mode():
     model: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
     ema: Any = Ema(AveragingConfig(), model)
     assert model.training
@@ -73,7 +73,7 @@ def test_the_average_is_a_separate_model_in_eval_mode():
     assert ema.model[1].running_mean is not model[1].running_mean
 
 
-def test_it_resumes_to_the_same_bits():
+def test_resuming_gives_the_same_bits():
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for _ in range(20)]
     config = AveragingConfig(decay=0.9, every_steps=2)
@@ -82,11 +82,11 @@ def test_it_resumes_to_the_same_bits():
         through.update(models[step], step)
         if step == 7:
             saved = copy.deepcopy(through.model.state_dict())
-    resumed = Ema(config, models[3])  # whatever model it starts from
+    resumed = Ema(config, models[3])  # its initial model does not matter
     resumed.model.load_state_dict(saved)
     for step in range(8, 20):
         resumed.update(models[step], step)
-    for found, wanted in zip(
+    for result, expected in zip(
         resumed.model.state_dict().values(), through.model.state_dict().values(), strict=True
     ):
-        assert torch.equal(found, wanted)
+        assert torch.equal(result, expected)

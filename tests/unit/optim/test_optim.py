@@ -1,4 +1,4 @@
-"""Schedules at points done by hand, and optimizers with their groups."""
+"""Hand-computed learning rates, and optimizers with their parameter groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
-from cifar_dist.models.backbones import ModelConfig, build_model
+from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.optim.optimizer import (
     UNSUPPORTED,
     OptimConfig,
@@ -29,7 +29,7 @@ from cifar_dist.utils.errors import UserError
 
 
 def rates(config: OptimConfig, epochs: int, steps_per_epoch: int) -> list[float]:
-    """The learning rate of every update of a run."""
+    """Return the learning rate of every update of a run."""
     total = epochs * steps_per_epoch
     return [
         learning_rate(config, step, total_steps=total, steps_per_epoch=steps_per_epoch)
@@ -50,51 +50,51 @@ def test_multistep_counts_milestones_in_epochs():
     assert rates(config, 3, 4) == pytest.approx([*[1] * 4, *[0.1] * 6, *[0.01] * 2])
 
 
-def test_milestones_count_from_the_first_epoch_warmup_included():
+def test_milestones_include_the_warmup_epochs():
     config = OptimConfig(lr=1, schedule="multistep", milestones=(2,), warmup_epochs=1)
     assert rates(config, 3, 4) == pytest.approx([0.25, 0.5, 0.75, *[1] * 5, *[0.1] * 4])
 
 
-def test_one_cycle_ends_at_its_fraction():
+def test_one_cycle_ends_at_final_lr_fraction():
     config = OptimConfig(lr=2, schedule="one_cycle", final_lr_fraction=0.1)
     assert rates(config, 6, 10)[-1] == pytest.approx(0.2)
 
 
-def test_cosine_by_hand():
+def test_cosine_hand_computed():
     config = OptimConfig(lr=2, schedule="cosine", final_lr_fraction=0.5)
-    found = rates(config, 4, 3)
-    assert found[0] == 2
-    assert found[6] == pytest.approx(1.5)  # halfway
-    assert found[4] == pytest.approx(1.75)  # a third: 1 + (1 + cos 60 degrees) / 2
+    result = rates(config, 4, 3)
+    assert result[0] == 2
+    assert result[6] == pytest.approx(1.5)  # halfway
+    assert result[4] == pytest.approx(1.75)  # a third: 1 + (1 + cos 60 degrees) / 2
     end = learning_rate(config, 12, total_steps=12, steps_per_epoch=3)
     assert end == pytest.approx(1)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
-def test_no_jumps_up_to_the_peak_and_down(schedule):
+def test_warmup_rises_and_decay_falls_smoothly(schedule):
     config = OptimConfig(lr=1, schedule=schedule, warmup_epochs=2)
-    found = rates(config, 20, 50)
-    peak = found.index(max(found))
-    assert max(found) == pytest.approx(1)
+    result = rates(config, 20, 50)
+    peak = result.index(max(result))
+    assert max(result) == pytest.approx(1)
     assert peak in (99, 100)
-    assert found[: peak + 1] == sorted(found[: peak + 1])
-    assert found[peak:] == sorted(found[peak:], reverse=True)
-    assert max(abs(a - b) for a, b in itertools.pairwise(found)) < 0.02
-    assert 0 < found[-1] < 1e-5
+    assert result[: peak + 1] == sorted(result[: peak + 1])
+    assert result[peak:] == sorted(result[peak:], reverse=True)
+    assert max(abs(a - b) for a, b in itertools.pairwise(result)) < 0.02
+    assert 0 < result[-1] < 1e-5
 
 
-def test_one_cycle_is_torchs():
+def test_one_cycle_matches_torch():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     oracle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=60)
-    for found in rates(OptimConfig(lr=0.4, schedule="one_cycle"), 6, 10):
-        assert found == pytest.approx(optimizer.param_groups[0]["lr"])
+    for result in rates(OptimConfig(lr=0.4, schedule="one_cycle"), 6, 10):
+        assert result == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         oracle.step()
 
 
 @pytest.mark.parametrize("schedule", ["constant", "multistep", "cosine", "one_cycle"])
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 5])
-def test_short_runs_and_long_warmups_are_defined(schedule, warmup_epochs):
+def test_rates_are_valid_for_short_runs_and_long_warmups(schedule, warmup_epochs):
     config = OptimConfig(lr=1, schedule=schedule, warmup_epochs=warmup_epochs)
     for epochs, steps_per_epoch in ((1, 1), (1, 2), (3, 4)):
         assert all(0 < rate <= 1 for rate in rates(config, epochs, steps_per_epoch))
@@ -104,13 +104,13 @@ def test_short_runs_and_long_warmups_are_defined(schedule, warmup_epochs):
 
 
 def decays(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """The weight decay of each parameter, by its id."""
+    """Return the weight decay of each parameter, by its id."""
     return {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
 
 
 @pytest.mark.parametrize(("name", "nesterov"), [("sgd", True), ("momentum", False)])
-def test_momentum_begins_with_the_first_gradient_as_torchs_does(name, nesterov):
-    def updated(make: Any) -> torch.Tensor:
+def test_momentum_matches_torch_from_the_first_step(name, nesterov):
+    def weight_after_steps(make: Any) -> torch.Tensor:
         model = nn.Linear(2, 1, bias=False)
         nn.init.ones_(model.weight)
         optimizer = make(model)
@@ -119,14 +119,14 @@ def test_momentum_begins_with_the_first_gradient_as_torchs_does(name, nesterov):
             optimizer.step()
         return model.weight.detach()
 
-    ours = updated(lambda model: build_optimizer(OptimConfig(name=name, lr=0.1), model))
-    theirs = updated(
+    ours = weight_after_steps(lambda model: build_optimizer(OptimConfig(name=name, lr=0.1), model))
+    theirs = weight_after_steps(
         lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=nesterov)
     )
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_recipes_new_momentum_counts_after_a_restart():
+def test_loading_a_state_dict_keeps_the_recipes_momentum():
     model = nn.Linear(2, 2)
     before = build_optimizer(OptimConfig(name="sgd", momentum=0.9), model)
     after = build_optimizer(OptimConfig(name="sgd", momentum=0.5), model)
@@ -134,19 +134,19 @@ def test_a_recipes_new_momentum_counts_after_a_restart():
     assert {group["momentum"] for group in after.param_groups} == {0.5}
 
 
-def test_norms_biases_and_what_the_model_names_are_not_decayed():
+def test_norms_biases_and_no_weight_decay_parameters_are_not_decayed():
     model = timm.create_model("test_vit")
-    found = decays(build_optimizer(OptimConfig(weight_decay=0.1), model))
+    result = decays(build_optimizer(OptimConfig(weight_decay=0.1), model))
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim <= 1 or name in model.no_weight_decay()
-        assert found[id(parameter)] == (0 if spared else 0.1), name
+        undecayed = parameter.ndim <= 1 or name in model.no_weight_decay()
+        assert result[id(parameter)] == (0 if undecayed else 0.1), name
     every = build_optimizer(OptimConfig(weight_decay=0.1, decay_norm_and_bias=True), model)
     assert set(decays(every).values()) == {0.1}
     assert len(decays(every)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("decay_norm_and_bias", [False, True])
-def test_frozen_parameters_stay_out(decay_norm_and_bias):
+def test_frozen_parameters_are_in_no_group(decay_norm_and_bias):
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     config = OptimConfig(decay_norm_and_bias=decay_norm_and_bias)
     assert decays(build_optimizer(config, model)).keys() == {id(p) for p in model[1].parameters()}
@@ -161,7 +161,7 @@ def test_frozen_parameters_stay_out(decay_norm_and_bias):
         ("adamw", torch.optim.AdamW, None),
     ],
 )
-def test_torchs_own_are_fused(name, kind, nesterov):
+def test_torchs_optimizers_are_fused(name, kind, nesterov):
     optimizer = build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
     assert type(optimizer) is kind
     assert all(group["fused"] for group in optimizer.param_groups)
@@ -169,29 +169,29 @@ def test_torchs_own_are_fused(name, kind, nesterov):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
-def test_layers_decay_as_in_timms_whole_model(name):
-    """Theirs has its own classifier where ours has a head."""
+def test_layer_decay_matches_timm(name):
+    """The classifiers differ: timm's model has its own, cifar_dist's a head."""
     theirs = timm.create_model(name, num_classes=100)
     oracle = create_optimizer_v2(theirs, "adamw", lr=1, weight_decay=0.1, layer_decay=0.5)
-    wanted = scales(oracle, theirs)
+    expected = scales(oracle, theirs)
     model = build_model(ModelConfig(backbone=name, image_size=64, head="cosine"), 100)
     optimizer = build_optimizer(OptimConfig(layer_decay=0.5, weight_decay=0.1), model)
-    found = scales(optimizer, model)
-    body = {n.removeprefix("backbone."): v for n, v in found.items() if n.startswith("backbone.")}
+    result = scales(optimizer, model)
+    body = {n.removeprefix("backbone."): v for n, v in result.items() if n.startswith("backbone.")}
     assert len(body) > 20
-    assert body == {n: wanted[n] for n in body}
-    head = [scale for n, (scale, _) in found.items() if n.startswith("head.")]
+    assert body == {n: expected[n] for n in body}
+    head = [scale for n, (scale, _) in result.items() if n.startswith("head.")]
     assert head
     assert set(head) == {1}
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {
-        0.25 * scale for scale, _ in found.values()
+        0.25 * scale for scale, _ in result.values()
     }
     assert max_lr(optimizer, 0.25) == 0.25
 
 
 def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Each parameter's learning rate scale and weight decay, by its name."""
+    """Return each parameter's learning rate scale and weight decay, by its name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
@@ -200,7 +200,7 @@ def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, tupl
     }
 
 
-def test_layer_decay_needs_layers_and_its_own_groups():
+def test_layer_decay_needs_timms_layers_and_excludes_decay_norm_and_bias():
     model = build_model(ModelConfig(backbone="resnet8x4"), 100)
     with pytest.raises(UserError, match="no layers of this backbone; remove it"):
         build_optimizer(OptimConfig(layer_decay=0.5), model)
@@ -208,53 +208,53 @@ def test_layer_decay_needs_layers_and_its_own_groups():
         OptimConfig(layer_decay=0.5, decay_norm_and_bias=True)
 
 
-def test_muon_leaves_the_head_to_adamw():
+def test_muon_leaves_the_head_and_undecayed_parameters_to_adamw():
     model = build_model(ModelConfig(backbone="test_vit"), 100)
     optimizer = build_optimizer(OptimConfig(name="muon", weight_decay=0.1), model)
-    left = {
+    fallback = {
         name
         for name, parameter in model.named_parameters()
         for group in optimizer.param_groups
-        if group.get("use_fallback") and any(parameter is each for each in group["params"])
+        if group.get("use_fallback") and any(parameter is p for p in group["params"])
     }
-    assert left == {"head.linear.weight", "head.linear.bias", *model.no_weight_decay()}
+    assert fallback == {"head.linear.weight", "head.linear.bias", *model.no_weight_decay()}
 
 
-def test_lamb_clips_nothing_itself():
+def test_lamb_does_not_clip_by_itself():
     groups = build_optimizer(OptimConfig(name="lamb"), nn.Linear(2, 2)).param_groups
     assert groups[0]["max_grad_norm"] is None
 
 
 @pytest.mark.parametrize("name", ["adahessian", "kron", "kronw", "bnbadamw", "fusedlamb"])
-def test_what_breaks_a_promise_is_refused(name):
+def test_unsupported_optimizers_are_an_error(name):
     with pytest.raises(UserError, match=rf"optim\.name: {name} .*; choose adamw"):
         build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "adam"])
-def test_a_first_update_that_is_left_out_leaves_no_trace(name):
-    """As under fp16, whose first scales are too high more often than not."""
+def test_a_skipped_first_update_changes_nothing(name):
+    """Under fp16 the first gradient scales are often too high, so the first updates are skipped."""
 
-    def trained(broken: list[float]) -> nn.Linear:
+    def train(skips: list[float]) -> nn.Linear:
         torch.manual_seed(0)
         model = nn.Linear(50, 50)
         optimizer = build_optimizer(OptimConfig(name=name, lr=0.01, weight_decay=0.1), model)
-        for found_inf in broken:
+        for found_inf in skips:
             junk = [torch.full((50, 50), torch.nan) for _ in range(100)]
-            del junk  # what memory happens to be
+            del junk  # fill freed memory with NaN
             model(torch.ones(8, 50)).square().mean().backward()
             optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return model
 
-    one, other = trained([1.0, 1.0, 0.0, 0.0]), trained([0.0, 0.0])
+    one, other = train([1.0, 1.0, 0.0, 0.0]), train([0.0, 0.0])
     assert torch.equal(one.weight, other.weight)
     assert torch.equal(one.bias, other.bias)
 
 
 @pytest.mark.parametrize("name", ["lookahead_sgd", "lookahead_adamw"])
-def test_lookahead_asks_before_it_steps(name):
+def test_lookahead_is_not_fused(name):
     optimizer = build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
     assert not optimizer.defaults.get("fused")
 
@@ -267,10 +267,10 @@ def test_lookahead_asks_before_it_steps(name):
         if not name.startswith(tuple(UNSUPPORTED))
     ),
 )
-def test_every_other_one_resumes_to_the_same_bits(name):
-    """Through a file that only tensors may come from, with other ambient randomness."""
+def test_every_supported_optimizer_resumes_to_the_same_bits(name):
+    """Via a file of plain tensors, with another state of the global random generator."""
 
-    def fresh() -> nn.Module:
+    def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 5), nn.LayerNorm(5))
 
@@ -282,7 +282,7 @@ def test_every_other_one_resumes_to_the_same_bits(name):
             optimizer.zero_grad(set_to_none=True)
 
     config = OptimConfig(name=name, lr=0.01, weight_decay=0.1)
-    through = fresh()
+    through = build()
     optimizer = build_optimizer(config, through)
     steps(through, optimizer, 0, 4)
     file = io.BytesIO()
@@ -290,23 +290,23 @@ def test_every_other_one_resumes_to_the_same_bits(name):
     weights = copy.deepcopy(through.state_dict())
     steps(through, optimizer, 4, 12)
     file.seek(0)
-    resumed = fresh()
+    resumed = build()
     resumed.load_state_dict(weights)
     optimizer = build_optimizer(config, resumed)
     optimizer.load_state_dict(torch.load(file, weights_only=True))
     torch.rand(3)
     steps(resumed, optimizer, 4, 12)
-    for (place, ours), theirs in zip(
+    for (key, ours), theirs in zip(
         resumed.state_dict().items(), through.state_dict().values(), strict=True
     ):
-        assert torch.equal(ours, theirs), place
+        assert torch.equal(ours, theirs), key
         assert ours.isfinite().all()
 
 
 @pytest.mark.parametrize(
     "name", ["lamb", "lion", "muon", "adafactor", "rmsprop", "lookahead_adamw"]
 )
-def test_others_of_timms_step_too(name):
+def test_other_timm_optimizers_take_a_step(name):
     model = nn.Linear(3, 3)
     config = OptimConfig(name=name, lr=0.01, betas=(0.8, 0.9), eps=1e-7, momentum=0.5)
     optimizer = build_optimizer(config, model)
@@ -316,7 +316,7 @@ def test_others_of_timms_step_too(name):
     assert not torch.equal(model.weight, before)
 
 
-def test_betas_eps_and_momentum_arrive_where_they_are_taken():
+def test_betas_eps_and_momentum_are_passed_to_optimizers_that_take_them():
     config = OptimConfig(betas=(0.8, 0.9), eps=1e-7, momentum=0.5)
     adamw = build_optimizer(config, nn.Linear(2, 2)).param_groups[0]
     assert (adamw["betas"], adamw["eps"]) == ((0.8, 0.9), 1e-7)
@@ -325,12 +325,12 @@ def test_betas_eps_and_momentum_arrive_where_they_are_taken():
 
 
 @pytest.mark.parametrize("name", ["adamwx", "my_adamw", "zzz"])
-def test_an_unknown_name_is_one_sentence_with_a_remedy(name):
+def test_unknown_name_is_an_error_with_suggestions(name):
     with pytest.raises(UserError, match=rf"timm has no '{name}'; choose .*adam"):
         build_optimizer(OptimConfig(name=name), nn.Linear(2, 2))
 
 
-def test_the_learning_rate_is_set_in_every_group():
+def test_learning_rate_is_set_in_every_group():
     model = nn.Linear(2, 2)
     groups: list[dict[str, Any]] = [
         {"params": [model.weight], "lr_scale": 0.5},
@@ -341,7 +341,7 @@ def test_the_learning_rate_is_set_in_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.25]
 
 
-def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor():
+def test_a_tensor_learning_rate_is_updated_in_place():
     rate = torch.tensor(1.0)
     optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=rate, fused=True)
     set_learning_rate(optimizer, 0.25)

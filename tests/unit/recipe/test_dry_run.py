@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from launcher import train
 
-from cifar_dist.models.backbones import ModelConfig, build_model, num_parameters
+from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
 from cifar_dist.recipe.dry_run import Plan, describe
 from cifar_dist.recipe.estimate import human_readable
 from cifar_dist.recipe.load import validate
@@ -82,7 +82,7 @@ def test_an_online_teacher_is_counted(tmp_path: Path) -> None:
     "sections", [{"run": {"batch_size": 60000}}, {"data": {"val_size": 49900}}]
 )
 def test_a_recipe_without_a_whole_step_is_refused(sections: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"rows to train on.*lower"):
+    with pytest.raises(UserError, match=r"training rows.*lower"):
         plan(**sections)
 
 
@@ -93,8 +93,8 @@ def test_a_recipe_without_a_whole_step_is_refused(sections: dict[str, Any]) -> N
         ({"data": {"val_size": 60000}}, "below 50000"),
         ({"optim": {"layer_decay": 0.7}, "model": {"backbone": "resnet8x4"}}, "layer_decay"),
         ({"augment": {"albumentations": [{"Rotate": {"limt": 3}}]}}, "limit"),
-        ({"model": SMALL | {"freeze": [{"pattern": "backbon.*"}]}}, "nothing is"),
-        ({"model": SMALL | {"freeze": [{"pattern": "*"}]}}, "nothing learns"),
+        ({"model": SMALL | {"freeze": [{"pattern": "backbon.*"}]}}, "no parameter matches"),
+        ({"model": SMALL | {"freeze": [{"pattern": "*"}]}}, "all parameters are frozen"),
     ],
 )
 def test_what_training_refuses_at_its_start_is_refused(

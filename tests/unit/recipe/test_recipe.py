@@ -1,4 +1,4 @@
-"""A recipe is understood exactly or refused in one sentence that helps."""
+"""A recipe is read exactly or refused with one helpful sentence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
-from cifar_dist.losses.classification import LOSSES
+from cifar_dist.losses.registry import LOSSES
 from cifar_dist.recipe.diff import flatten, recipe_diff, seed_free_config
 from cifar_dist.recipe.load import load_recipe, validate
 from cifar_dist.recipe.schema import Recipe, json_schema, to_dict, to_yaml
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.strict_yaml import parse_yaml
-from cifar_dist.utils.unknown_keys import known_keys
+from cifar_dist.utils.suggest import known_keys
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -33,7 +33,7 @@ def test_shipped_recipes_load_and_fit_the_schema(path: Path) -> None:
     jsonschema.validate(parse_yaml(path.read_text(), where=str(path)), json_schema())
 
 
-def test_schema_on_disk_is_the_generated_one() -> None:
+def test_schema_on_disk_is_up_to_date() -> None:
     assert json.loads((ROOT / "recipes/schema.json").read_text()) == json_schema(), (
         "run `make schema`"
     )
@@ -68,8 +68,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nrun: {epochs: 010}", ["run.epochs", "integer"]),
         ("name: a\nrun: {epochs: 0}", ["run.epochs", "greater than 0"]),
         ("name: a\nrun: {epochs: true}", ["run.epochs", "integer"]),
-        ("name: a\naugment: {flip: no}", ["augment.hflip", "boolean"]),
-        ("name: a\naugment: {flip: 1}", ["augment.hflip", "boolean"]),
+        ("name: a\naugment: {hflip: no}", ["augment.hflip", "boolean"]),
+        ("name: a\naugment: {hflip: 1}", ["augment.hflip", "boolean"]),
         ("name: a\noptim: {lr: -1e-3}", ["optim.lr", "greater than 0"]),
         ("name: a\noptim: {lr: .nan}", ["optim.lr"]),
         ("name: a\nmodel: {drop_rate: 1.0}", ["model.drop_rate", "less than 1"]),
@@ -97,7 +97,10 @@ def write(tmp_path: Path, text: str) -> Path:
             "name: a\nlosses: {dkd: {warmup_epochs: 2.5}}\nteacher: {run: b}",
             ["losses.dkd.warmup_epochs", "integer"],
         ),
-        ("name: a\nteacher: {run: runs/b}", ["no loss listens", "distill, dkd, dist, logit_mse"]),
+        (
+            "name: a\nteacher: {run: runs/b}",
+            ["no loss uses the teacher", "distill, dkd, dist, logit_mse"],
+        ),
         ("name: a\nteacher: {placement: sharded}", ["teacher.run", "required"]),
         ("name: a\nteacher: {run: runs/b, placement: split}", ["teacher.placement", "sharded"]),
         ("name: a\nteacher: {run: runs/b, weight: 0}", ["teacher.weight", "greater than 0"]),
@@ -120,30 +123,33 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: !!binary aGVsbG8=", ["could not determine"]),
         ("name: a\ntracking: {tags: !!set {b}}", ["could not determine"]),
         ("name: !!timestamp 2026-01-01", ["could not determine"]),
-        ("name: a\naugment: {flip: !!bool maybe}", ["maybe"]),
+        ("name: a\naugment: {hflip: !!bool maybe}", ["maybe"]),
         ("name: a\noptim: {lr: 1e999}", ["not finite"]),
         ("name: a\nrun: !!map [1]", ["expected a mapping"]),
-        ("name: a\noptim: {lr: !!float '" + "1:" * 400 + "1'}", ["is no float"]),
-        ("name: a\noptim: {lr: !!float '1:30'}", ["'1:30' is no float", "remove the tag"]),
-        ("name: a\noptim: {lr: !!float 1_0}", ["'1_0' is no float"]),
-        ("name: a\noptim: {lr: !!float nan}", ["'nan' is no float"]),
-        ("name: a\naugment: {flip: !!bool yes}", ["'yes' is no bool"]),
-        ('name: a\nrun: {epochs: !!int "10\\n"}', ["is no int"]),
-        ("name: a\nema: !!null x", ["'x' is no null"]),
-        ("name: a\nrun: {epochs: !!int 010}", ["'010' is no int", "remove the tag"]),
-        ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is no int"]),
-        ("name: a\nrun: {timeout_seconds: 2}", ["timeout_seconds", "4 or more"]),
+        ("name: a\noptim: {lr: !!float '" + "1:" * 400 + "1'}", ["is not a valid float"]),
+        ("name: a\noptim: {lr: !!float '1:30'}", ["'1:30' is not a valid float", "remove the tag"]),
+        ("name: a\noptim: {lr: !!float 1_0}", ["'1_0' is not a valid float"]),
+        ("name: a\noptim: {lr: !!float nan}", ["'nan' is not a valid float"]),
+        ("name: a\naugment: {hflip: !!bool yes}", ["'yes' is not a valid bool"]),
+        ('name: a\nrun: {epochs: !!int "10\\n"}', ["is not a valid int"]),
+        ("name: a\naveraging: !!null x", ["'x' is not a valid null"]),
+        ("name: a\nrun: {epochs: !!int 010}", ["'010' is not a valid int", "remove the tag"]),
+        ("name: a\nrun: {epochs: !!int '1:30'}", ["'1:30' is not a valid int"]),
+        ("name: a\nrun: {timeout_seconds: 2}", ["timeout_seconds", "at least 4"]),
         ("name: a\noptim: {milestones: [3]}", ["milestones", "multistep"]),
         (
             "name: a\nmodel: {head: cosine}\nlosses: {arcface: {margin: 28.6}}",
             ["losses.arcface.margin", "less than 3.14"],
         ),
-        ("name: a\ndata: {path: ~/data}", ["'~/data'", "the whole path"]),
+        ("name: a\ndata: {path: ~/data}", ["'~/data'", "the full path"]),
         (
             "name: a\nmodel: {image_size: 64, progressive_resize: {start: 32, epochs: 9}}\nrun: {epochs: 8}",
             ["progressive_resize.epochs=9", "run.epochs=8"],
         ),
-        ("name: a\naugment: {flip: alternate, views: 3}", ["views=3", "odd"]),
+        (
+            "name: a\naugment: {hflip: alternate, views: 3}",
+            ["hflip: alternate", "even number of views"],
+        ),
         ("name: a\naugment: {cutout: 65}", ["augment.cutout", "64"]),
         ("name: a\naugment: {crop_padding: 32}", ["augment.crop_padding", "32"]),
         ("name: a\naugment: {erasing: {area: [0.99, 1.0]}}", ["augment.erasing", "nothing"]),
@@ -158,13 +164,13 @@ def write(tmp_path: Path, text: str) -> Path:
             "name: a\ndata: {shuffle: false}\naugment: {repeated: 2}",
             ["augment.repeated", "data.shuffle"],
         ),
-        ("name: a\n1: 2", ["not a word"]),
+        ("name: a\n1: 2", ["not a string"]),
         ("[" * 30000, ["recipe.yaml"]),
         ("name: a\x00", ["recipe.yaml"]),
         ("# " + "x" * 70000, ["larger than"]),
     ],
 )
-def test_mistakes_are_refused_with_file_place_and_remedy(
+def test_mistakes_are_refused_with_location_and_remedy(
     tmp_path: Path, text: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -216,16 +222,16 @@ def test_placement_is_never_a_changed_recipe(tmp_path: Path) -> None:
     ]
 
 
-def test_how_often_it_looks_is_the_recipe_where_that_ends_a_run(tmp_path: Path) -> None:
+def test_evaluation_interval_is_semantic_with_early_stopping(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
 
     def written(**run: object) -> Recipe:
-        run |= {"output": str(tmp_path)}
+        run |= {"output_dir": str(tmp_path)}
         return validate({"name": "a", "run": run, "data": {"val_size": 500}}, where="here")
 
     for stop, expected in ((None, []), (3, ["run.eval_every_epochs: 1 -> 2"])):
-        before = written(stop_after_epochs_without_gain=stop)
-        after = written(stop_after_epochs_without_gain=stop, eval_every_epochs=2)
+        before = written(early_stopping_patience=stop)
+        after = written(early_stopping_patience=stop, eval_every_epochs=2)
         (tmp_path / "a/recipe.yaml").write_text(to_yaml(before))
         assert recipe_diff(after) == expected
         assert (seed_free_config(before) == seed_free_config(after)) == (stop is None)
@@ -246,13 +252,13 @@ def test_what_changes_a_number_is_a_changed_recipe(tmp_path: Path, change: str) 
     before = load_recipe(path, [output])
     before.folder.mkdir()
     (before.folder / "recipe.yaml").write_text(to_yaml(before))
-    found = recipe_diff(load_recipe(path, [output, change]))
+    actual = recipe_diff(load_recipe(path, [output, change]))
     name = change.partition("=")[0]
-    assert any(line.startswith(name.rpartition(".")[0]) for line in found), found
+    assert any(line.startswith(name.rpartition(".")[0]) for line in actual), actual
     assert recipe_diff(load_recipe(path, [output, "run.threads=3", "data.path=elsewhere"])) == []
 
 
-def test_a_recipe_of_an_older_version_that_lacks_keys_has_their_defaults(tmp_path: Path) -> None:
+def test_missing_keys_of_an_older_recipe_have_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path, "name: a\nlosses: {bce: {}}"), [f"run.output_dir={tmp_path}"]
     )
@@ -268,7 +274,7 @@ def test_a_recipe_of_an_older_version_that_lacks_keys_has_their_defaults(tmp_pat
     assert "run.old: 3 -> None" in recipe_diff(recipe)
 
 
-def test_seeds_are_the_only_difference_that_identity_overlooks(tmp_path: Path) -> None:
+def test_seed_free_config_ignores_only_seeds(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a")
     base = seed_free_config(load_recipe(path))
     for seeds in ("name=b", "run.seed=1", "run.micro_batches=2", "augment.seed=3"):
@@ -276,7 +282,7 @@ def test_seeds_are_the_only_difference_that_identity_overlooks(tmp_path: Path) -
     assert seed_free_config(load_recipe(path, ["optim.lr=1"])) != base
 
 
-def test_how_many_steps_may_be_left_out_in_a_row(tmp_path: Path) -> None:
+def test_max_consecutive_skips(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a")
     for change, most in (
         ("run.seed=0", 1),
@@ -294,11 +300,11 @@ def test_how_many_steps_may_be_left_out_in_a_row(tmp_path: Path) -> None:
         (b"[]", "a mapping"),
     ],
 )
-def test_a_run_folders_damaged_recipe_is_named(tmp_path: Path, content: bytes, why: str) -> None:
+def test_damaged_recipe_of_a_run_folder_is_named(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/recipe.yaml").write_bytes(content)
     with pytest.raises(UserError, match=rf"a/recipe\.yaml: .*{why}"):
-        recipe_diff(validate({"name": "a", "run": {"output": str(tmp_path)}}, where="here"))
+        recipe_diff(validate({"name": "a", "run": {"output_dir": str(tmp_path)}}, where="here"))
 
 
 def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
@@ -335,3 +341,32 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
     known = known_keys(Recipe)
     leaves = {f"{section}.{name}".lstrip(".") for section in known for name in known[section]}
     assert leaves - known.keys() <= said
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("run.shards=2", "run.micro_batches"),
+        ("run.output=runs", "run.output_dir"),
+        ("run.report_every_steps=5", "run.log_every_steps"),
+        ("run.stop_after_epochs_without_gain=3", "run.early_stopping_patience"),
+        ("run.reduce_precision=bf16", "run.grad_reduce_dtype"),
+        ("run.graph=off", "run.cuda_graphs"),
+        ("data.holdout=5000", "data.val_size"),
+        ("ema.decay=0.9", "averaging"),
+        ("model.growing.start=32", "model.progressive_resize"),
+        ("model.second_size=48", "model.mixed_resolution"),
+        ("augment.host=[]", "augment.albumentations"),
+        ("augment.host_workers=2", "augment.workers"),
+        ("augment.repeats=2", "augment.repeated"),
+        ("augment.flip=true", "augment.hflip"),
+        ("augment.vertical_flip=true", "augment.vflip"),
+        ("augment.erasing.probability=0.5", "use p"),
+        ("losses.dkd.target=1", "use alpha"),
+        ("losses.dkd.others=8", "use beta"),
+        ("losses.sphereface.softness=5", "use lambda_"),
+    ],
+)
+def test_old_keys_name_the_new_ones(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key; use .*{new.removeprefix('use ')}"):
+        load_recipe(write(tmp_path, "name: a"), [old])

@@ -1,4 +1,4 @@
-"""Every command explains itself alike, and ends in one sentence where a person can mend it."""
+"""Help, option errors and user errors of all commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_a_word_on_each_option(
+def test_help_has_examples_and_describes_each_option(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -42,13 +42,13 @@ def test_help_has_an_example_and_a_word_on_each_option(
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    usage, described = shown.split("\n\n", 1)
+    text = capsys.readouterr().out
+    usage, described = text.split("\n\n", 1)
     assert usage.startswith(f"usage: python -m cifar_dist.{command} ")
-    assert re.search(rf"examples?:\n  .*cifar_dist\.{command} ?", shown)
+    assert re.search(rf"examples?:\n  .*cifar_dist\.{command} ?", text)
     assert "--traceback" in usage
     assert max(len(line) for line in described.partition("\n\n")[0].splitlines()) <= 80
-    options = shown.partition("\noptions:\n")[2].partition("\nexample")[0]
+    options = text.partition("\noptions:\n")[2].partition("\nexample")[0]
     entries = re.split(r"\n(?=  \S)", options.rstrip())
     assert len(entries) >= 2
     for entry in entries:  # "  --name VALUE  its help", or its help on the next line
@@ -56,41 +56,41 @@ def test_help_has_an_example_and_a_word_on_each_option(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["runs/a", "--flip"],
-            "unrecognized arguments: --flip; did you mean --tta-flip; `python -m",
+            r"unrecognized arguments: --flip; did you mean --tta-flip\?; see `python -m",
         ),
         (["runs/a", "--split", "valid"], "invalid choice: 'valid'"),
         ([], "arguments are required: run"),
     ],
 )
-def test_a_mistyped_option_is_one_sentence(arguments: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said) as refused:
+def test_misspelled_option_is_one_sentence(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
         evaluate.main(arguments)
-    assert str(refused.value).endswith("`python -m cifar_dist.evaluate --help` says what there is")
+    assert str(error.value).endswith("; see `python -m cifar_dist.evaluate --help`")
 
 
-def test_a_place_that_cannot_be_written_is_one_sentence(
+def test_unwritable_output_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["command"])
-    for place in ("folder", "file/inside", "n" * 300):
+    for name in ("folder", "file/inside", "n" * 300):
 
-        def write(arguments: list[str], path: Path = tmp_path / place) -> int:
+        def write(arguments: list[str], path: Path = tmp_path / name) -> int:
             atomic_write(path, "content")
             return 0
 
         assert run_command(write) == 2
-        assert re.match(rf"error: .*{place[:4]}.*; free or choose", capsys.readouterr().err)
+        assert re.match(rf"error: .*{name[:4]}.*; free space or choose", capsys.readouterr().err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes nothing, and says it is not there")
-def test_a_place_where_nothing_can_be_made_is_one_sentence(
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, in which nothing can be created")
+def test_uncreatable_output_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def file(arguments: list[str]) -> int:
@@ -104,59 +104,59 @@ def test_a_place_where_nothing_can_be_made_is_one_sentence(
     def data(arguments: list[str]) -> int:
         return prepare.main(["--sample", "--output", arguments[0]])
 
-    for place, main in itertools.product(
+    for path, main in itertools.product(
         (Path("/proc/absent"), Path("/proc/absent/inner")), (file, folder, data)
     ):
-        monkeypatch.setattr(sys, "argv", ["command", str(place)])
+        monkeypatch.setattr(sys, "argv", ["command", str(path)])
         assert run_command(main) == 2
-        said = capsys.readouterr().err
-        assert re.fullmatch(r"error: /proc/absent.*: nothing can be made there; choose .*\n", said)
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: /proc/absent.*: cannot be created; choose .*\n", error)
 
 
-def test_a_place_is_tried_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError
 
     monkeypatch.setattr(near_duplicates, "load_split", work)
-    monkeypatch.setattr(predict, "load_usable", work)
+    monkeypatch.setattr(predict, "load_trained_model", work)
     monkeypatch.setattr(report, "read_run", work)
-    (tmp_path / "file").write_text("mine")
-    for place in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
+    (tmp_path / "file").write_text("content")
+    for path in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
         for main, words in (
-            (near_duplicates.main, ["--output", str(place)]),
-            (report.main, ["runs/a", "--output", str(place)]),
-            (report.main, ["runs/a", "--latex", str(place)]),
-            (predict.main, ["runs/a", "a.png", "--json", str(place)]),
-            (predict.main, ["runs/a", "a.png", "--save-image", str(place)]),
+            (near_duplicates.main, ["--output", str(path)]),
+            (report.main, ["runs/a", "--output", str(path)]),
+            (report.main, ["runs/a", "--latex", str(path)]),
+            (predict.main, ["runs/a", "a.png", "--json", str(path)]),
+            (predict.main, ["runs/a", "a.png", "--save-image", str(path)]),
         ):
             with pytest.raises(OSError, match=re.escape(str(tmp_path))):
                 main(words)
-    for place in (tmp_path / "file", tmp_path / "new/folder/seen.json"):
+    for path in (tmp_path / "file", tmp_path / "new/folder/output.json"):
         with pytest.raises(AssertionError):
-            near_duplicates.main(["--output", str(place)])
+            near_duplicates.main(["--output", str(path)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "content"
 
 
-def test_a_name_that_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unprintable_name_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsdecode(b"caf\xe9 \xc3\xbc.png")
 
-    def tell(arguments: list[str]) -> int:
+    def fail(arguments: list[str]) -> int:
         print(name)
         raise UserError(name)
 
-    said = {}
+    streams = {}
     for stream in ("stdout", "stderr"):
-        said[stream] = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
-        monkeypatch.setattr(sys, stream, said[stream])
-    assert run_command(tell) == 2
+        streams[stream] = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+        monkeypatch.setattr(sys, stream, streams[stream])
+    assert run_command(fail) == 2
     for stream, start in ("stdout", b""), ("stderr", b"error: "):
-        said[stream].seek(0)
-        assert said[stream].buffer.read() == start + b"caf\\udce9 \\xfc.png\n"
+        streams[stream].seek(0)
+        assert streams[stream].buffer.read() == start + b"caf\\udce9 \\xfc.png\n"
 
 
-def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
-    """`command | head -1`: no trace, and what comes after the printing is done."""
+def test_closed_pipe_does_not_end_the_command() -> None:
+    """`command | head -1` prints no traceback, and the command continues after its output."""
     script = (
         "import sys; from cifar_dist.utils.log import log, log_to_terminal; log_to_terminal()\n"
         "for line in range(20000): log.info(f'line {line}')\n"
@@ -167,25 +167,28 @@ def test_a_reader_that_has_seen_enough_does_not_end_the_work() -> None:
     assert (done.stdout, done.stderr) == ("line 0\n", "done\n")
 
 
-def test_a_trace_is_there_for_who_asks(
+def test_traceback_option_raises_user_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(arguments: list[str]) -> int:
-        raise UserError("the moon is full; wait a day")
+    def user_error(arguments: list[str]) -> int:
+        raise UserError("no such recipe; see recipes/")
 
-    def full(arguments: list[str]) -> int:
+    def full_disk(arguments: list[str]) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
 
-    for main, sentence in (wrong, "the moon is full; wait a day"), (full, "runs/x: No space left"):
+    for main, message in (
+        (user_error, "no such recipe; see recipes/"),
+        (full_disk, "runs/x: No space left"),
+    ):
         monkeypatch.setattr(sys, "argv", ["command"])
         assert run_command(main) == 2
-        assert capsys.readouterr().err.startswith(f"error: {sentence}")
+        assert capsys.readouterr().err.startswith(f"error: {message}")
         monkeypatch.setattr(sys, "argv", ["command", "--traceback"])
         with pytest.raises((UserError, OSError)):
             run_command(main)
 
 
-def test_a_bug_keeps_its_trace_and_ctrl_c_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_keeps_its_traceback_and_ctrl_c_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(arguments: list[str]) -> int:
         raise ZeroDivisionError
 
@@ -201,33 +204,33 @@ def test_a_bug_keeps_its_trace_and_ctrl_c_ends_quietly(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "words", list(itertools.permutations(["run.epochs=3", "--dry-run", "run.seed=7"]))
 )
-def test_options_may_stand_among_the_changes(
+def test_options_between_overrides(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(["recipes/debug.yaml", *words]) == 0
-    said = capsys.readouterr().out
-    assert "run: {epochs: 3," in said
-    assert "seed: 7," in said
+    output = capsys.readouterr().out
+    assert "run: {epochs: 3," in output
+    assert "seed: 7," in output
 
 
-@pytest.mark.parametrize("option", [["--checkpoint", "step_1"], ["--json", "seen.json"]])
-def test_options_may_stand_before_pictures(option: list[str]) -> None:
-    with pytest.raises(UserError, match="runs/absent is no run folder"):
+@pytest.mark.parametrize("option", [["--checkpoint", "step_1"], ["--json", "output.json"]])
+def test_options_before_images(option: list[str]) -> None:
+    with pytest.raises(UserError, match="runs/absent is not a run folder"):
         predict.main(["runs/absent", *option, "cat.png"])
 
 
 @pytest.mark.parametrize("command", [report, ensemble])
-def test_options_may_stand_between_runs(command) -> None:
-    with pytest.raises(UserError, match="runs/absent is no run folder"):
+def test_options_between_runs(command) -> None:
+    with pytest.raises(UserError, match="runs/absent is not a run folder"):
         command.main(["runs/absent", "--output", "absent", "runs/b"])
 
 
-def test_options_may_stand_before_the_changes_of_a_check() -> None:
+def test_options_before_overrides_of_the_doctor() -> None:
     with pytest.raises(UserError, match=r"debug.yaml: run\.epochs: "):
         doctor.main(["recipes/debug.yaml", "--traceback", "run.epochs=-2"])
 
 
 @pytest.mark.parametrize("command", [train, cache_logits, doctor])
-def test_only_the_recipe_is_missing(command) -> None:
+def test_missing_recipe_is_the_only_missing_argument(command) -> None:
     with pytest.raises(UserError, match=r"required: recipe; "):
         command.main(["--traceback"])

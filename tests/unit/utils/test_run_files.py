@@ -1,4 +1,4 @@
-"""The files of a run folder: a crash may cut the last line; any other damage is said, and nothing is lost."""
+"""The files of a run folder: only the last line may be cut; other damage is reported and kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher import train
 from cifar_dist import export, predict, report
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.run_folder.records import MetricsFile
-from cifar_dist.training.resume import find_finished_run
+from cifar_dist.training.start import find_finished_run
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker, taught
 
@@ -24,7 +24,7 @@ TEXTS = [json.dumps(line) for line in LINES]
 
 
 @pytest.mark.parametrize("cut", ["", TEXTS[2][:-1], TEXTS[2][:20], "null", "\0\0", "\udcff"])
-def test_a_crash_may_cut_the_last_line(tmp_path: Path, cut: str) -> None:
+def test_cut_last_line_is_dropped(tmp_path: Path, cut: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(f"{TEXTS[0]}\n{TEXTS[1]}\n{cut}".encode(errors="surrogateescape"))
     assert MetricsFile(path).read() == LINES[:2]
@@ -32,17 +32,17 @@ def test_a_crash_may_cut_the_last_line(tmp_path: Path, cut: str) -> None:
     assert path.read_text() == f"{TEXTS[0]}\n"
 
 
-def test_a_last_line_that_lacks_but_its_end_is_one(tmp_path: Path) -> None:
+def test_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert MetricsFile(path).read() == []
     path.write_text("\n".join(TEXTS))
     assert MetricsFile(path).read() == LINES
-    assert MetricsFile(path).truncate(3, 2) == 2  # where it was evaluated
+    assert MetricsFile(path).truncate(3, 2) == 2  # the step of the evaluation
     assert path.read_text() == "".join(f"{text}\n" for text in TEXTS)
 
 
-def test_an_evaluation_that_the_checkpoint_has_not_seen_is_dropped(tmp_path: Path) -> None:
-    """A stop saves before the evaluation of its step, which the next start makes, and may not survive."""
+def test_evaluation_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    """A stopped run saves before the evaluation of its step, which the next start repeats."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f"{text}\n" for text in TEXTS))
     assert MetricsFile(path).truncate(2, 0) == 0
@@ -55,21 +55,19 @@ def test_an_evaluation_that_the_checkpoint_has_not_seen_is_dropped(tmp_path: Pat
      '{"kind": "train", "step": "2", "epoch": 1}', '{"kind": "eval", "step": 2, "epoch": NaN}',
      '{"kind": "eval", "step": 2, "epoch": 1, "loss": 1e999}', '{"kind": "eval", "step": 2, "epoch": null}'],
 )  # fmt: skip
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_another_line_that_cannot_be_read_is_said_and_nothing_is_lost(
-    tmp_path: Path, bad: str, place: int
-) -> None:
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_damaged_line_is_reported_and_nothing_is_lost(tmp_path: Path, bad: str, index: int) -> None:
     path = tmp_path / "metrics.jsonl"
-    texts = [*TEXTS[:place], bad, *TEXTS[place + 1 :]]
+    texts = [*TEXTS[:index], bad, *TEXTS[index + 1 :]]
     content = "".join(f"{text}\n" for text in texts).encode(errors="surrogateescape")
     path.write_bytes(content)
     for act in (MetricsFile(path).read, lambda: MetricsFile(path).truncate(3, 3)):
-        with pytest.raises(UserError, match=rf"metrics\.jsonl:{place + 1}: .*restore"):
+        with pytest.raises(UserError, match=rf"metrics\.jsonl:{index + 1}: .*restore"):
             act()
     assert path.read_bytes() == content
 
 
-def test_a_summary_without_a_headline_is_of_no_finished_run(
+def test_summary_without_accuracy_is_not_a_finished_run(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parents[1])
@@ -92,7 +90,7 @@ def test_a_summary_without_a_headline_is_of_no_finished_run(
         ("evaluation/evaluation.json", r"cifar_dist\.evaluate"),
     ],
 )
-def test_a_damaged_file_is_one_sentence_and_an_absent_one_is_not(
+def test_damaged_file_is_an_error_and_absent_one_is_not(
     run: Path, tmp_path: Path, name: str, remedy: str, damage: str
 ) -> None:
     readers = {
@@ -115,15 +113,15 @@ def test_a_damaged_file_is_one_sentence_and_an_absent_one_is_not(
             pytest.fail(f"{command} ended with {read()}")
 
 
-def test_a_last_evaluation_that_was_lost_is_made_anew(run: Path) -> None:
+def test_lost_last_evaluation_is_repeated(run: Path) -> None:
     summary, metrics = run / "summary.json", run / "metrics.jsonl"
     before, lines = json.loads(summary.read_text()), MetricsFile(metrics).read()
     assert [line["kind"] for line in lines].count("eval") == 1
     metrics.write_text(
         "".join(json.dumps(line) + "\n" for line in lines if line["kind"] == "train")
     )
-    headless = {name: value for name, value in before.items() if "top1" not in name}
-    summary.write_text(json.dumps(headless))
+    incomplete = {name: value for name, value in before.items() if "top1" not in name}
+    summary.write_text(json.dumps(incomplete))
     for _ in range(2):
         output = train("runs/tiny/recipe.yaml", cwd=run.parents[1])
         assert f"finished, top1 {before['top1']:.2f} %" in output
@@ -136,7 +134,7 @@ def test_a_last_evaluation_that_was_lost_is_made_anew(run: Path) -> None:
 
 @pytest.mark.parametrize("damage", ['{"top1": 1', "[1]"])
 @pytest.mark.parametrize("name", ["summary.json", "environment.json"])
-def test_a_training_writes_a_damaged_file_anew(
+def test_training_replaces_a_damaged_file(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
 ) -> None:
     monkeypatch.chdir(run.parents[1])
@@ -148,14 +146,14 @@ def test_a_training_writes_a_damaged_file_anew(
 
 
 @pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, taught("nobody")])
-def test_a_start_that_is_refused_leaves_no_folder(
+def test_refused_start_leaves_no_folder(
     tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
 ) -> None:
     train(recipe(**sections), cwd=tmp_path, world_size=2, expect=2)
     assert not (tmp_path / "runs/tiny").exists()
 
 
-def test_a_tail_of_zeros_that_a_machine_left_is_an_unfinished_line(tmp_path: Path) -> None:
+def test_trailing_zeros_are_an_unfinished_line(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (1, 2):
         file.append({"kind": "train", "step": step, "epoch": 0.5, "loss": 1.0})

@@ -1,0 +1,80 @@
+"""The Python API: train, evaluate and use models from a notebook or a script.
+
+    from cifar_dist.api import evaluate, load_model, load_recipe, train
+
+See docs/api.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.inference.evaluate_run import (
+    EvalSplit,
+    evaluate_run,
+    plan_evaluation,
+    store_evaluation,
+)
+from cifar_dist.inference.trained_model import TrainedModel, load_trained_model
+from cifar_dist.recipe import load
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.recipe.session import distributed_session
+from cifar_dist.train import run_training
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log_to_terminal
+
+__all__ = ["Recipe", "TrainedModel", "UserError", "evaluate", "load_model", "load_recipe", "train"]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a YAML recipe; `overrides` are like `run.epochs=2`. UserError if it is invalid."""
+    return load.load_recipe(Path(path), list(overrides))
+
+
+def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+    """Train a recipe, or resume its run, and return the content of summary.json.
+
+    A finished run is returned without training. In a plain script or notebook it uses one process;
+    under `accelerate launch` or `accelerate.notebook_launcher` all processes call it. `force` resumes
+    although the recipe has changed.
+    """
+    log_to_terminal()
+    summary = run_training(recipe, force=force)
+    if summary is None:
+        raise UserError("stopped by a signal before the data were prepared")
+    return summary
+
+
+def load_model(run: str | Path, checkpoint: str | None = None) -> TrainedModel:
+    """Load the newest checkpoint of a run, or one by name, on the accelerator or the CPU.
+
+    `logits` takes uint8 images [N, 3, 32, 32]; `probabilities` are calibrated if the run was evaluated
+    with validation rows.
+    """
+    return load_trained_model(Path(run), checkpoint)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    checkpoint: str | None = None,
+    split: EvalSplit = "test",
+    tta_flip: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run and return its report: accuracies in percent, scores per class, calibration.
+
+    The test split at the newest checkpoint is also written to RUN/evaluation, as by
+    `python -m cifar_dist.evaluate`.
+    """
+    log_to_terminal()
+    job = plan_evaluation(Path(run), checkpoint=checkpoint, split=split, tta_flip=tta_flip)
+    with distributed_session(job.recipe, threads=job.threads) as accelerator:
+        context = DistContext.of(accelerator)
+        evaluation = evaluate_run(
+            job, cifair=None, near_duplicates=None, context=context, device=accelerator.device
+        )
+        context.run_on_main(store_evaluation, job, evaluation)
+    return evaluation.report

@@ -1,0 +1,218 @@
+"""Evaluate a checkpoint of a run again and store the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cifar_dist.data.batches import split_train_val
+from cifar_dist.data.dataset import Hierarchy, Split, data_digest, load_split, read_hierarchy
+from cifar_dist.data.ingest.cifair import cifair_split
+from cifar_dist.data.ingest.near_duplicates import read_list
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
+from cifar_dist.evaluation.report import build_report, log_report, write_evaluation
+from cifar_dist.losses.registry import logit_scale
+from cifar_dist.recipe.runs import load_model, load_run
+from cifar_dist.recipe.schema import Recipe
+from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER, same_data
+from cifar_dist.run_folder.results import (
+    last_checkpoint,
+    read_metadata,
+    read_predictions,
+    write_predictions,
+)
+from cifar_dist.tracking.jobs import track_evaluation
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log
+
+EvalSplit = Literal["test", "train", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob:
+    """What to evaluate, and where to write the result."""
+
+    run: Path
+    recipe: Recipe
+    checkpoint: Path
+    data: Path
+    split: EvalSplit
+    tta_flip: bool
+    output: Path | None  # None: log the metrics only
+    to_run_folder: bool  # whether `output` is RUN/evaluation
+    is_default: bool  # the newest checkpoint on the test split, without test-time augmentation
+    is_same_data: bool  # whether `data` is what the run was trained on
+    can_repair: bool  # whether lost predictions of the run may be replaced by the result
+    threads: int | None  # as in training: another number changes the last bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvaluation:
+    result: EvalResult
+    val: EvalResult | None  # on the validation rows
+    report: dict[str, Any]
+    hierarchy: Hierarchy
+
+
+def plan_evaluation(
+    run: Path,
+    *,
+    checkpoint: str | None = None,
+    split: EvalSplit = "test",
+    tta_flip: bool = False,
+    data: Path | None = None,
+    output: Path | None = None,
+) -> EvalJob:
+    """Read the run and decide where to write the result.
+
+    RUN/evaluation is reserved for the default evaluation on the run's own data; UserError if
+    `output` is that folder and anything else is to be evaluated.
+    """
+    recipe, checkpoint_path = load_run(run, checkpoint)
+    data = data or Path(recipe.data.path)
+    environment = read_metadata(run, "environment.json")
+    summary = read_metadata(run, "summary.json")
+    is_same_data = same_data(environment, data)
+    is_default = checkpoint is None and split == "test" and not tta_flip
+    default_output = run / EVALUATION_FOLDER
+    if output is None and is_default:
+        output = default_output
+    to_run_folder = output is not None and output.resolve() == default_output.resolve()
+    if to_run_folder and not is_same_data:
+        raise UserError(
+            f"{data} is not the data that {run} was trained on; to evaluate on it anyway, choose "
+            "another --output"
+        )
+    if to_run_folder and not is_default:
+        raise UserError(
+            f"{default_output} is reserved for the newest checkpoint on the test split without "
+            "--tta-flip; choose another --output"
+        )
+    is_last = checkpoint_path.name == last_checkpoint(summary)
+    return EvalJob(
+        run=run,
+        recipe=recipe,
+        checkpoint=checkpoint_path,
+        data=data,
+        split=split,
+        tta_flip=tta_flip,
+        output=output,
+        to_run_folder=to_run_folder,
+        is_default=is_default,
+        is_same_data=is_same_data,
+        can_repair=is_last and bool(summary.get("finished")),
+        threads=recipe.run.threads or environment.get("threads"),
+    )
+
+
+def evaluate_run(
+    job: EvalJob,
+    *,
+    cifair: Path | None,
+    near_duplicates: Path | None,
+    context: DistContext,
+    device: torch.device,
+) -> RunEvaluation:
+    """Evaluate the requested rows exactly as training does, and the validation rows if there are any."""
+    recipe = job.recipe
+    hierarchy = read_hierarchy(job.data)
+    model = load_model(recipe, job.checkpoint, len(hierarchy.fine)).to(device)
+    model = model.to(memory_format=torch.channels_last)
+
+    def evaluate_rows(split: Split, rows: torch.Tensor) -> EvalResult:
+        return evaluate(
+            FlipTTA(model) if job.tta_flip else model,
+            split,
+            rows,
+            precision=recipe.run.precision,
+            logit_scale=logit_scale(recipe.losses.values()),
+            context=context,
+            show_progress=True,
+        )
+
+    if job.split == "val" and not recipe.data.val_size:
+        raise UserError("this run has no validation rows (data.val_size is 0); use --split test")
+    val, train_rows = None, None
+    if recipe.data.val_size:
+        train = load_split(job.data, "train", device, recipe.data.place)
+        train_rows, val_rows = split_train_val(train.labels, recipe.data.val_size)
+        val = evaluate_rows(train, val_rows)
+    if job.split == "val":
+        assert val is not None
+        report = build_report(val, hierarchy)
+        return RunEvaluation(result=val, val=val, report=report, hierarchy=hierarchy)
+    split = load_split(job.data, job.split, device, recipe.data.place)
+    rows = torch.arange(len(split.labels))
+    if job.split == "train" and train_rows is not None:
+        rows = train_rows
+    result = evaluate_rows(split, rows)
+    cifair_result = None
+    if cifair is not None:
+        cifair_images, published = cifair_split(cifair, job.data, device)
+        cifair_rows = torch.arange(len(cifair_images.labels))
+        cifair_result = evaluate_rows(cifair_images, cifair_rows), published
+    report = build_report(
+        result,
+        hierarchy,
+        val=val,
+        near_duplicates=read_list(job.data, near_duplicates) if job.split == "test" else None,
+        cifair=cifair_result,
+    )
+    return RunEvaluation(result=result, val=val, report=report, hierarchy=hierarchy)
+
+
+def log_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
+    title = (
+        f"{job.run} at {job.checkpoint.name}, {job.split}, {len(evaluation.result.labels):,} rows"
+    )
+    if not job.is_same_data:
+        title += f" of other data ({job.data})"
+    if job.tta_flip:
+        title += ", mean of each image and its mirror image"
+    log_report(evaluation.report, title)
+
+
+def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
+    """Compare the default evaluation with the run's own predictions, and write all to `job.output`."""
+    if job.is_default and job.is_same_data:
+        check_predictions(job.run, evaluation.result, repair=job.can_repair)
+    if job.output is None:
+        return
+    header = {
+        "run": job.recipe.name,
+        "checkpoint": job.checkpoint.name,
+        "split": job.split,
+        "tta": "flip" if job.tta_flip else "none",
+        "data": data_digest(job.data),
+    }
+    report = header | evaluation.report
+    write_evaluation(job.output, report, evaluation.result, evaluation.hierarchy, evaluation.val)
+    log.info(f"saved to {job.output}")
+    if job.to_run_folder:
+        track_evaluation(
+            job.recipe.tracking,
+            job.run,
+            name=job.recipe.name,
+            report=report,
+            result=evaluation.result,
+            data=job.data,
+        )
+
+
+def check_predictions(run: Path, result: EvalResult, *, repair: bool) -> None:
+    """Log whether the stored predictions have the same bits; replace lost ones if `repair`."""
+    path = run / "predictions.safetensors"
+    try:
+        stored = read_predictions(path)
+    except UserError:
+        stored = None
+    if stored is not None:
+        same = torch.equal(stored[0], result.logits)
+        log.info(f"logits {'have the same bits as' if same else 'differ from'} {path}")
+    elif repair:
+        write_predictions(run, result)
+        log.info(f"{path} was missing or damaged; rewritten")

@@ -1,0 +1,170 @@
+"""Classify image files or rows of a data set, and present the predictions."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+from cifar_dist.data.augment.image_ops import SIDE
+from cifar_dist.data.dataset import load_split
+from cifar_dist.inference.trained_model import TrainedModel
+from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log
+
+SUFFIXES = {  # of image files in folders
+    *(".apng", ".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2"),
+    *(".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+}
+TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    label: str
+    superclass: str
+    probability: float  # 0 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    picture: str  # a path, or test:7
+    scores: list[ClassScore]  # most likely first
+    truth: str | None  # known for rows of a split
+
+
+def read_image(path: Path) -> Tensor:
+    """Return the center square of an image file as uint8 [3, 32, 32].
+
+    Images are always shrunk to the 32 px of CIFAR, whatever size the model enlarges them to: it was
+    trained on images of 32 px. UserError if the file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                image = to_eight_bits(ImageOps.exif_transpose(file))
+                if image.has_transparency_data:
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                small = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow's readers raise exceptions of any type on a damaged file
+        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
+        reason = reason or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}); give another") from None
+    return torch.from_numpy(numpy.array(small)).permute(2, 0, 1).contiguous()
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert 16 bits per pixel to 8, which Pillow would clip; ValueError for 32 bits per pixel."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            "the value range of 32 bits per pixel is undefined; save it with 8 or 16 bits"
+        )
+    return image
+
+
+def find_images(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the images of files and folders by path; unreadable files in folders are skipped."""
+    images = {}
+    for path in paths:
+        if not path.is_dir():
+            images[str(path)] = read_image(path)
+            continue
+        for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES):
+            try:
+                images[str(file)] = read_image(file)
+            except UserError as error:
+                log.warning(f"skipped: {error}")
+    if not images:
+        raise UserError("no readable image in these folders; give other folders, or files")
+    return images
+
+
+def read_rows(rows: str, data: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the images and true classes of `rows`: test:0-99, train:5 or test."""
+    match = re.fullmatch(r"(train|test)(?::(\d+)(?:-(\d+))?)?", rows)
+    if match is None:
+        raise UserError(f"--rows {rows}: write test:0-99, train:5 or test")
+    name = cast(Literal["train", "test"], match[1])
+    split = load_split(data, name)
+    first = int(match[2] or 0)
+    last = int(match[3] or match[2] or len(split.labels) - 1)
+    if not first <= last < len(split.labels):
+        raise UserError(f"--rows {rows}: {name} has rows 0 to {len(split.labels) - 1}")
+    images = {f"{name}:{row}": split.images[row] for row in range(first, last + 1)}
+    return images, [names[int(label)] for label in split.labels[first : last + 1]]
+
+
+def predict(
+    model: TrainedModel, images: dict[str, Tensor], truths: Sequence[str] | None = None
+) -> list[Prediction]:
+    """Return the five most likely classes of uint8 [3, 32, 32] images."""
+    logits = model.logits(torch.stack(list(images.values())))
+    top = model.probabilities(logits).topk(min(TOP, len(model.fine)), dim=1)
+    return [
+        Prediction(
+            picture=name,
+            scores=[
+                ClassScore(
+                    label=model.fine[index],
+                    superclass=model.superclass[index],
+                    probability=probability,
+                )
+                for probability, index in zip(probabilities, indices, strict=True)
+            ],
+            truth=truths[row] if truths else None,
+        )
+        for row, (name, probabilities, indices) in enumerate(
+            zip(images, top.values.tolist(), top.indices.tolist(), strict=True)
+        )
+    ]
+
+
+def format_predictions(predictions: Sequence[Prediction]) -> str:
+    """Return text for the terminal, one line per image."""
+    width = min(40, max(len(prediction.picture) for prediction in predictions))
+    lines = []
+    for prediction in predictions:
+        best, *others = prediction.scores
+        mark = ""
+        if prediction.truth is not None:
+            mark = "  correct" if prediction.truth == best.label else f"  is {prediction.truth}"
+        rest = ", ".join(f"{score.label} {100 * score.probability:.0f}" for score in others)
+        lines.append(
+            f"{prediction.picture[-width:]:<{width}}  {100 * best.probability:5.1f} %  {best.label} "
+            f"({best.superclass}){mark}  [{rest}]"
+        )
+    return "\n".join(lines)
+
+
+def draw_predictions(images: Sequence[Tensor], predictions: Sequence[Prediction]) -> Tensor:
+    """Return one image, uint8 [3, H, W], with the 32 px inputs above their three best classes."""
+    side, text_height, columns = 160, 52, 6
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (side + 8), rows * (side + text_height)), "white")
+    pen = ImageDraw.Draw(page)
+    for index, (image, prediction) in enumerate(zip(images, predictions, strict=True)):
+        x, y = index % columns * (side + 8), index // columns * (side + text_height)
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+        page.paste(tile.resize((side, side), Image.Resampling.NEAREST), (x, y))
+        wrong = prediction.truth not in (None, prediction.scores[0].label)
+        for line, score in enumerate(prediction.scores[:3]):
+            color = "#b02020" if wrong and line == 0 else "black" if line == 0 else "#606060"
+            pen.text(
+                (x + 2, y + side + 2 + 15 * line),
+                f"{100 * score.probability:3.0f} % {score.label}",
+                fill=color,
+            )
+    return torch.from_numpy(numpy.array(page)).permute(2, 0, 1)

@@ -1,0 +1,162 @@
+"""Decide how a training starts: from step 0, from a checkpoint, or not at all."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from cifar_dist import __version__
+from cifar_dist.data.augment.albumentations_pipeline import Pipeline
+from cifar_dist.data.dataset import data_digest, read_digest
+from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
+from cifar_dist.distributed import signals
+from cifar_dist.models.backbones import pretrained_cfg
+from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.recipe.diff import recipe_diff
+from cifar_dist.recipe.schema import Recipe, to_yaml
+from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.run_folder import results
+from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_progress
+from cifar_dist.utils.errors import UserError, is_main_rank
+from cifar_dist.utils.files import atomic_write, remove_folder, rename, try_read_json, write_json
+from cifar_dist.utils.log import log
+
+REQUIRED_KEYS = {"top1", "epochs", "seconds"}  # of the summary of a finished run
+SYNTHETIC_NOTE = (
+    "This is synthetic data, not CIFAR-100. For the real data: "
+    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
+)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuse unknown backbones, optimizers and transforms before anything is downloaded."""
+    pretrained_cfg(recipe.model.backbone)
+    build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
+    if recipe.augment.albumentations:
+        Pipeline(recipe.augment.albumentations)
+
+
+def ensure_data(recipe: Recipe) -> bool:
+    """Prepare missing data on rank 0 while the others wait; False if a stop signal arrives."""
+    path, source = Path(recipe.data.path), recipe.data.source
+    has_data = (path / "digest.json").exists()
+    if is_synthetic(recipe):
+        log.info(SYNTHETIC_NOTE)
+    if not has_data and is_main_rank():
+        if source is None:
+            raise UserError(
+                f"{path} has no data; run `python -m cifar_dist.prepare --output {path}`"
+            )
+        prepare(source, path)
+    waited = 0
+    while not (path / "digest.json").exists():
+        if signals.stop_signal():
+            return False
+        time.sleep(0.2)
+        waited += 1
+        if waited % 300 == 0:
+            log.warning(
+                f"waiting for rank 0 to prepare {path}; is this folder shared by all nodes?"
+            )
+    return True
+
+
+def is_synthetic(recipe: Recipe) -> bool:
+    path = Path(recipe.data.path)
+    if (path / "digest.json").exists():
+        return bool(read_digest(path)["content"] == SYNTHETIC)
+    return recipe.data.source == SYNTHETIC
+
+
+def find_finished_run(recipe: Recipe) -> dict[str, Any] | None:
+    """Return the summary if the run folder holds this recipe, finished on the same data and teachers."""
+    folder = recipe.folder
+    summary = results.read_summary(folder)
+    if not summary or not summary.get("finished") or not summary.keys() >= REQUIRED_KEYS:
+        return None
+    environment = try_read_json(folder / "environment.json")
+    if environment is None or recipe_diff(recipe):
+        return None
+    teachers = [find_teacher(teacher).digest for teacher in recipe.all_teachers]
+    same_data = environment.get("data") == data_digest(Path(recipe.data.path))
+    return summary if same_data and environment.get("teachers", []) == teachers else None
+
+
+def log_session(recipe: Recipe, accelerator: Accelerator) -> None:
+    log.info(
+        f"cifar_dist {__version__}: {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {recipe.run.precision}, "
+        f"{torch.get_num_threads()} CPU thread(s) each"
+    )
+
+
+def find_start(
+    recipe: Recipe, *, data: str, teachers: list[str], force: bool
+) -> tuple[Path | None, int | None]:
+    """Return the checkpoint to resume from and its number of micro-batches, both None for a new run.
+
+    `data` and `teachers` are digests. UserError if recipe, data or teachers differ from those of the
+    run folder, unless `force`. A run folder without a completed step is started over.
+    """
+    folder = recipe.folder
+    saved = latest_valid(folder / "checkpoints")
+    metadata = load_progress(saved) if saved else {}
+    if saved and not force:
+        differences = recipe_diff(recipe)
+        if metadata["data"] != data:
+            differences.append(f"data set: {metadata['data'][:12]} -> {data[:12]}")
+        pairs = zip(recipe.all_teachers, metadata.get("teachers", []), teachers, strict=False)
+        differences += [
+            f"weights of teacher {teacher.run}: {before[:12]} -> {after[:12]}"
+            for teacher, before, after in pairs  # another number of teachers is in the recipe
+            if before != after
+        ]
+        if differences and metadata["step"] == 0:
+            remove_folder(saved)
+            saved, metadata = None, {}
+        elif differences:
+            raise UserError(
+                f"{folder} was trained with another recipe ({'; '.join(differences)}); "
+                "choose another name (name=...), or resume with --force"
+            )
+    keeps_own = force and recipe.run.micro_batches
+    return saved, None if keeps_own else metadata.get("micro_batches")
+
+
+def claim_folder(recipe: Recipe, environment: dict[str, Any], saved: Path | None) -> None:
+    """Write this recipe into the run folder, and remove what does not belong to it.
+
+    Damaged checkpoints newer than `saved` are renamed: they would count as the newest ones.
+    """
+    folder = recipe.folder
+    for newer in checkpoints(folder / "checkpoints"):
+        if newer == saved:
+            break
+        damaged = newer.with_name(f"damaged_{newer.name}")
+        remove_folder(damaged)
+        rename(newer, damaged)
+    summary = results.read_summary(folder)
+    if summary and summary.get("finished"):  # a forced run is not finished yet
+        (folder / "summary.json").unlink()
+    (folder / "stopped").unlink(missing_ok=True)
+    atomic_write(folder / "recipe.yaml", to_yaml(recipe))
+    write_json(folder / "environment.json", environment)
+
+
+def check_world_size(recipe: Recipe, *, micro_batches: int, world_size: int) -> None:
+    """Refuse idle processes, and ranks that would call a sharded teacher unequally often."""
+    if world_size > micro_batches:
+        raise UserError(
+            f"{world_size} processes for {micro_batches} micro-batches: some would be idle; start "
+            f"at most {micro_batches}, or set run.micro_batches={world_size}"
+        )
+    if micro_batches % world_size and "sharded" in (t.placement for t in recipe.all_teachers):
+        raise UserError(
+            f"{micro_batches} micro-batches on {world_size} processes: some ranks would call the "
+            "sharded teacher more often; start a number of processes that divides the micro-batches, "
+            "or use placement: replicated"
+        )
