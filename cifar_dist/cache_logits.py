@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 
 from cifar_dist.distributed.context import DistContext
-from cifar_dist.distributed.error_propagation import propagate_errors
-from cifar_dist.distributed.launch import init_distributed, set_slurm_env
+from cifar_dist.distributed.launch import set_slurm_env
 from cifar_dist.inference.logit_caching import cache_teacher
 from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.session import distributed_session
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.log import log, log_to_terminal
-from cifar_dist.utils.precision import check_precision
 
 
 def main(arguments: list[str]) -> int:
@@ -53,12 +52,8 @@ def main(arguments: list[str]) -> int:
             f"there is no data in {recipe.data.path}; run `python -m cifar_dist.prepare --output "
             f"{recipe.data.path}`"
         )
-    accelerator = init_distributed(
-        timeout_seconds=recipe.run.timeout_seconds, threads=recipe.run.threads
-    )
     stop = 0
-    with propagate_errors(accelerator):
-        check_precision(recipe.run.precision, accelerator.device)
+    with distributed_session(recipe) as accelerator:
         context = DistContext.of(accelerator)
         for teacher in cached:
             stop = stop or cache_teacher(

@@ -6,19 +6,18 @@ import sys
 from pathlib import Path
 
 from cifar_dist.distributed.context import DistContext
-from cifar_dist.distributed.error_propagation import propagate_errors
-from cifar_dist.distributed.launch import init_distributed, set_slurm_env
+from cifar_dist.distributed.launch import set_slurm_env
 from cifar_dist.inference.evaluate_run import (
     evaluate_run,
     log_evaluation,
     plan_evaluation,
     store_evaluation,
 )
+from cifar_dist.recipe.session import distributed_session
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import is_main_rank, run_command
 from cifar_dist.utils.files import check_writable
 from cifar_dist.utils.log import log_to_terminal
-from cifar_dist.utils.precision import check_precision
 
 
 def main(arguments: list[str]) -> int:
@@ -78,11 +77,7 @@ def main(arguments: list[str]) -> int:
     )
     if job.output is not None and is_main_rank():
         check_writable(job.output / "evaluation.json")
-    accelerator = init_distributed(
-        timeout_seconds=job.recipe.run.timeout_seconds, threads=job.threads
-    )
-    with propagate_errors(accelerator):
-        check_precision(job.recipe.run.precision, accelerator.device)
+    with distributed_session(job.recipe, threads=job.threads) as accelerator:
         context = DistContext.of(accelerator)
         evaluation = evaluate_run(
             job,

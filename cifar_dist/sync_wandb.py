@@ -105,7 +105,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if upload(pending):
         uploaded = {path.name for path in (offline, *others)}
-    write_json(state_file, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(uploaded)})
+    write_json(
+        state_file, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(uploaded)}
+    )
     return 0
 
 

@@ -146,7 +146,9 @@ def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tens
     correct = combined.argmax(1) == labels
     low, high = bootstrap_interval(correct)
     report: dict[str, Any] = {
-        "weights_chosen_on": "nothing: equal" if val is None else f"{len(val[1])} validation rows",
+        "weights_chosen_on": "nothing: uniform"
+        if val is None
+        else f"{len(val[1])} validation rows",
         "members": [
             {"run": name, "weight": weight} | member
             for name, weight, member in zip(names, weights, metrics, strict=True)

@@ -37,7 +37,7 @@ class ClassScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    picture: str  # a path, or test:7
+    image: str  # a path, or test:7
     scores: list[ClassScore]  # most likely first
     truth: str | None  # known for rows of a split
 
@@ -115,7 +115,7 @@ def predict(
     top = model.probabilities(logits).topk(min(TOP, len(model.fine)), dim=1)
     return [
         Prediction(
-            picture=name,
+            image=name,
             scores=[
                 ClassScore(
                     label=model.fine[index],
@@ -134,7 +134,7 @@ def predict(
 
 def format_predictions(predictions: Sequence[Prediction]) -> str:
     """Return text for the terminal, one line per image."""
-    width = min(40, max(len(prediction.picture) for prediction in predictions))
+    width = min(40, max(len(prediction.image) for prediction in predictions))
     lines = []
     for prediction in predictions:
         best, *others = prediction.scores
@@ -143,7 +143,7 @@ def format_predictions(predictions: Sequence[Prediction]) -> str:
             mark = "  correct" if prediction.truth == best.label else f"  is {prediction.truth}"
         rest = ", ".join(f"{score.label} {100 * score.probability:.0f}" for score in others)
         lines.append(
-            f"{prediction.picture[-width:]:<{width}}  {100 * best.probability:5.1f} %  {best.label} "
+            f"{prediction.image[-width:]:<{width}}  {100 * best.probability:5.1f} %  {best.label} "
             f"({best.superclass}){mark}  [{rest}]"
         )
     return "\n".join(lines)

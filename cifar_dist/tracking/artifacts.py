@@ -40,9 +40,7 @@ def dataset_artifact(data: Path) -> Any:
 def logits_artifact(cache: Path) -> Any:
     """Return cached logits as their manifest."""
     manifest = json.loads((cache / MANIFEST).read_text())
-    return file_artifact(
-        f"logits-{manifest['sha256'][:12]}", "logits", manifest, cache / MANIFEST
-    )
+    return file_artifact(f"logits-{manifest['sha256'][:12]}", "logits", manifest, cache / MANIFEST)
 
 
 def model_artifact(folder: Path) -> Any | None:

@@ -91,7 +91,9 @@ def track_cache(config: TrackingConfig, *, name: str, teacher: TeacherConfig, da
             settings=manifest,
         ) as run:
             if run is not None:
-                log_input_artifacts(run, [dataset_artifact(data), model_artifact(Path(teacher.run))])
+                log_input_artifacts(
+                    run, [dataset_artifact(data), model_artifact(Path(teacher.run))]
+                )
                 run.log_artifact(logits_artifact(cache))
 
 

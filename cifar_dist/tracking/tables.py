@@ -37,9 +37,7 @@ def log_predictions(run: Any, result: EvalResult, data: Path) -> None:
         label, predicted = int(result.labels[row]), int(probabilities[row].argmax())
         image = wandb.Image(test.images[row].permute(1, 2, 0).cpu().numpy())
         confidence = round(100 * float(probabilities[row, predicted]), 2)
-        rows.append(
-            [row, image, names[label], names[predicted], confidence, label == predicted]
-        )
+        rows.append([row, image, names[label], names[predicted], confidence, label == predicted])
     counts = confusion(result.labels, result.logits.argmax(1), len(names))
     coarse = merge_classes(counts, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     classes = [

@@ -83,7 +83,9 @@ def decide_mode(requested: str) -> tuple[Mode, str]:
         if requested == "online":
             return "offline", "no API key; run `wandb login`"
         return "off", "no API key (`wandb login`, or tracking.mode=offline)"
-    return ("online", "server answers") if is_reachable() else ("offline", f"{host} does not answer")
+    return (
+        ("online", "server answers") if is_reachable() else ("offline", f"{host} does not answer")
+    )
 
 
 def resolve_mode(config: TrackingConfig) -> Mode:

@@ -42,7 +42,7 @@ def write_recipe(folder: Path, data: Path, /, name: str = "tiny", **sections: An
 TeacherMaker = Callable[..., Path]
 
 
-def taught(*names: str, **keys: Any) -> dict[str, Any]:
+def with_teachers(*names: str, **keys: Any) -> dict[str, Any]:
     """Return sections of a recipe with these teachers."""
     teachers = [{"run": f"runs/{name}"} | keys for name in names]
     return {

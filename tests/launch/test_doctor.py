@@ -57,7 +57,7 @@ def test_bad_data_or_output_is_a_line_of_the_table(
             keys, line, message = (
                 {"run": {"batch_size": 100_000}},
                 "data",
-                "exceeds the 64 training rows",
+                "exceeds the 64",
             )
         case _:
             (tmp_path / "runs").touch()

@@ -63,7 +63,7 @@ def test_imports_point_down(path: Path) -> None:
         ("pickle", {"data/ingest/synthetic.py", "data/ingest/safe_pickle.py"}),
     ],
 )
-def test_each_library_has_a_home(library: str, homes: set[str]) -> None:
+def test_libraries_are_imported_in_one_place(library: str, homes: set[str]) -> None:
     for path in MODULES:
         place = path.relative_to(PACKAGE).as_posix()
         if any(name.split(".")[0] == library for name in imports(path)):

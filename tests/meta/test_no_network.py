@@ -77,7 +77,7 @@ def name_spaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_nothing_waits_more_than_five_seconds(tmp_path: Path) -> None:
+def test_nothing_waits_longer_than_five_seconds(tmp_path: Path) -> None:
     done = on_a_node(sys.executable, "-c", TIMED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "does not answer" in done.stderr
@@ -89,7 +89,7 @@ def test_nothing_waits_more_than_five_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_a_run_on_such_a_node_is_whole(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_run_without_network_is_complete(tmp_path: Path, recipe: RecipeMaker) -> None:
     """W&B switches to offline and does not delay the end."""
     command = [sys.executable, "-m", "cifar_dist.train", recipe(tracking={"mode": "online"})]
     done = on_a_node(*command, cwd=tmp_path)

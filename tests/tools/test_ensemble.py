@@ -28,7 +28,7 @@ from cifar_dist.inference.stored_run import read_run
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.utils.errors import UserError
-from recipes import RecipeMaker, taught
+from recipes import RecipeMaker, with_teachers
 
 
 def members(rows: int = 400, classes: int = 5) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def test_ensemble_is_the_weighted_mean_and_works_as_a_teacher(
     # The teachers of teachers.yaml return the ensemble's logits.
     teachers = yaml.safe_load(Path("joined/teachers.yaml").read_text())
     sections = (
-        {"losses": taught("s0")["losses"]}
+        {"losses": with_teachers("s0")["losses"]}
         | teachers
         | {"run": {"epochs": 1}, "augment": {"mixup": 0, "cutmix": 0}}
     )
@@ -198,7 +198,7 @@ def test_unusable_runs_are_refused_with_a_remedy(
         main(["runs/s0", "runs/s1"])
     assert main(["runs/s0", "runs/s1", "--uniform"]) == 0
     report = json.loads(Path("ensemble/ensemble.json").read_text())
-    assert report["weights_chosen_on"] == "nothing: equal"
+    assert report["weights_chosen_on"] == "nothing: uniform"
     stored = load_file("runs/s1/predictions.safetensors")
     save_file(
         {name: tensor[:-1].contiguous() for name, tensor in stored.items()},

@@ -36,7 +36,7 @@ def test_rows_match_the_stored_predictions(run: Path, tmp_path: Path) -> None:
     plain = predictions(run, "--rows", "test", "--save-image", str(tmp_path / "p.png"))
     best = stored["logits"].double().softmax(1).topk(5)
     for row, prediction in enumerate(plain):
-        assert prediction["picture"] == f"test:{row}"
+        assert prediction["image"] == f"test:{row}"
         values = [score["probability"] for score in prediction["scores"]]
         assert values == pytest.approx(best.values[row].tolist(), abs=1e-5)
     assert Image.open(tmp_path / "p.png").size[0] > 900
@@ -53,7 +53,7 @@ def test_rows_match_the_stored_predictions(run: Path, tmp_path: Path) -> None:
 
 def test_files_and_rows_give_the_same_predictions(run: Path, middle_data: Path) -> None:
     images = load_split(middle_data, "test").images
-    folder = run / "pictures"
+    folder = run / "images"
     (folder / "inner").mkdir(parents=True)
     for row in range(3):
         Image.fromarray(images[row].permute(1, 2, 0).numpy()).save(folder / f"inner/{row}.png")
@@ -61,7 +61,7 @@ def test_files_and_rows_give_the_same_predictions(run: Path, middle_data: Path) 
     (folder / "broken.png").write_bytes(b"\x89PNG no")
     files = predictions(run, str(folder))
     rows = predictions(run, "--rows", "test:0-2")
-    assert [Path(file["picture"]).name for file in files] == ["0.png", "1.png", "2.png"]
+    assert [Path(file["image"]).name for file in files] == ["0.png", "1.png", "2.png"]
     assert [top_labels(file) for file in files] == [top_labels(row) for row in rows]
 
 

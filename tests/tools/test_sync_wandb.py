@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in files}
 
 
-def test_restarts_become_one_run_and_a_second_call_changes_nothing(
+def test_restarts_become_one_run_and_syncing_is_idempotent(
     tmp_path: Path,
     recipe: RecipeMaker,
     monkeypatch: pytest.MonkeyPatch,
@@ -98,13 +98,13 @@ def test_restarts_become_one_run_and_a_second_call_changes_nothing(
     assert taken[2:] == ["offline-run-20260102_000000-x-evaluation"]
 
 
-def test_a_folder_without_reports_is_refused(tmp_path: Path) -> None:
+def test_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder with records"):
         sync_wandb.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("identity", ["abc/../..", "../..", "*", "", "abc/.."])
-def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity: str) -> None:
+def test_run_id_with_a_path_deletes_nothing(tmp_path: Path, identity: str) -> None:
     folder = tmp_path / "wandb/offline-run-1-abc"
     folder.mkdir(parents=True)
     (tmp_path / "wandb_id").write_text(identity)
@@ -114,7 +114,7 @@ def test_an_id_that_names_another_place_deletes_nothing(tmp_path: Path, identity
     assert tracker.offline_folders(tmp_path, tracker.wandb_run_id(tmp_path)) == [folder]
 
 
-def test_an_id_that_a_file_gives_names_no_other_place(tmp_path: Path) -> None:
+def test_offline_folders_refuse_an_id_with_a_path(tmp_path: Path) -> None:
     (tmp_path / "run/wandb/offline-run-1-x").mkdir(parents=True)
     with pytest.raises(UserError, match="no id of W&B"):
         tracker.offline_folders(tmp_path / "run", "x/../..")

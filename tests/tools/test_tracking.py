@@ -1,4 +1,4 @@
-"""W&B is a copy of metrics.jsonl: real offline files, decided before the start, never fatal."""
+"""W&B: real offline files match metrics.jsonl; the mode is decided before the start; errors are not fatal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wandb_server import wandb_server
 
 from cifar_dist.data.dataset import data_digest, load_split, read_hierarchy
 from cifar_dist.tracking.tracker import SUMMARY_AGGREGATES, Tracker, TrackingConfig, decide_mode
-from recipes import RecipeMaker, taught, write_recipe
+from recipes import RecipeMaker, with_teachers, write_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +40,7 @@ def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """runs/ with a teacher on two ranks, its cached logits, a student and its evaluation, made twice."""
+    """runs/ with a teacher trained on two ranks, cached logits, a student and its evaluation (twice)."""
     folder = tmp_path_factory.mktemp("tracked")
     together = {"mode": "offline", "group": "distilled"}
     common: dict[str, Any] = {
@@ -49,7 +49,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     }
     teaching = together | {"job_type": "teacher", "upload_weights": True}
     wise = write_recipe(folder, data, "wise", tracking=teaching, **common)
-    learning = taught("wise", placement="cached")
+    learning = with_teachers("wise", placement="cached")
     student = write_recipe(folder, data, "student", tracking=together, **common, **learning)
     train(wise, cwd=folder, world_size=2)
     for command, argument in (
@@ -63,7 +63,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return folder / "runs"
 
 
-def test_mode_is_decided_by_key_and_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mode_depends_on_key_and_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide_mode("off")[0] == "off"
     assert decide_mode("offline")[0] == "offline"
     assert decide_mode("auto") == ("off", "no API key (`wandb login`, or tracking.mode=offline)")
@@ -78,7 +78,7 @@ def test_mode_is_decided_by_key_and_server(monkeypatch: pytest.MonkeyPatch) -> N
     assert decide_mode("online")[0] == "off"
 
 
-def test_offline_files_hold_what_metrics_jsonl_holds(tracked: Path) -> None:
+def test_offline_files_match_metrics_jsonl(tracked: Path) -> None:
     rows, logged = records(tracked / "student"), lines(tracked / "student")
     assert {line["kind"] for line in logged} == {"train", "eval"}
     assert len(rows) == len(logged)
@@ -89,10 +89,8 @@ def test_offline_files_hold_what_metrics_jsonl_holds(tracked: Path) -> None:
         assert row[f"{kind}/top1"] == pytest.approx(line["top1"])
 
 
-def test_a_server_that_answers_nothing_does_not_hold_up_training(
-    tmp_path: Path, recipe: RecipeMaker
-) -> None:
-    """A key, and a server that refuses: offline at once, and the run is whole."""
+def test_unreachable_server_does_not_delay_training(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """With a key and a server that refuses connections, the run is offline at once and complete."""
     started = time.monotonic()
     output = train(
         recipe(run={"epochs": 1}, tracking={"mode": "online"}),
@@ -107,7 +105,7 @@ def test_a_server_that_answers_nothing_does_not_hold_up_training(
     assert time.monotonic() - started < 60
 
 
-def test_a_failing_call_switches_tracking_off(
+def test_failing_call_switches_tracking_off(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
@@ -126,7 +124,7 @@ def test_a_failing_call_switches_tracking_off(
 
 
 def summary_of(found: list[Any]) -> dict[str, Any]:
-    """The last value of each key of the summary."""
+    """Return the last value of each summary key."""
     values: dict[str, Any] = {}
     for record in found:
         if record.WhichOneof("record_type") == "summary":
@@ -135,7 +133,7 @@ def summary_of(found: list[Any]) -> dict[str, Any]:
     return values
 
 
-def test_a_run_is_described_and_shown(tracked: Path, data: Path) -> None:
+def test_run_has_config_summary_and_tables(tracked: Path, data: Path) -> None:
     run = tracked / "student"
     found = all_records(run)
     kinds = {kind: [getattr(one, kind) for one in found if one.WhichOneof("record_type") == kind]
@@ -181,13 +179,13 @@ def test_a_run_is_described_and_shown(tracked: Path, data: Path) -> None:
 
 
 def artifacts_of(found: list[Any]) -> dict[str, Any]:
-    """The artifacts that an offline run logged, by their types; tables have one of their own."""
+    """Return the artifacts of an offline run by type and name, without tables."""
     logged = [one.artifact for one in found if one.WhichOneof("record_type") == "artifact"]
     return {f"{one.type} {one.name}": one for one in logged if one.type != "run_table"}
 
 
-def test_teacher_cache_student_and_evaluation_are_one_lineage(tracked: Path, data: Path) -> None:
-    """Four W&B runs in one group, each of which says by digests what it was made of."""
+def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, data: Path) -> None:
+    """Four W&B runs in one group, linked by the digests of their inputs."""
     names = {run: (tracked / run / "wandb_id").read_text() for run in ("wise", "student")}
     manifest = json.loads((tracked / "wise/logits/manifest.json").read_text())
     cache = f"logits-{manifest['sha256'][:12]}"
@@ -238,8 +236,8 @@ def test_teacher_cache_student_and_evaluation_are_one_lineage(tracked: Path, dat
     assert shown >= {f"{name}.path" for name in wanted}
 
 
-def test_a_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """The command of docs/tracking.md as W&B's agent expands and starts it, with a small recipe."""
+def test_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """Run the command of docs/tracking.md as W&B's agent expands it, with a small recipe."""
     root = Path(__file__).parents[2]
     page = (root / "docs/tracking.md").read_text()
     sweep = yaml.safe_load(page.partition("```yaml\n# sweep.yaml\n")[2].partition("```")[0])

@@ -10,7 +10,7 @@ from compare import assert_same_bits, lines
 from launcher import train
 from restarts import kill_and_resume
 
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 PIPELINE = [
     {"OneOf": {"p": 0.8, "transforms": [{"HorizontalFlip": {"p": 1.0}}, {"Blur": {"p": 1.0}}]}}
@@ -18,7 +18,7 @@ PIPELINE = [
 
 
 def everything(recipe: RecipeMaker, precision: str) -> Path:
-    sections: dict[str, Any] = taught("big")
+    sections: dict[str, Any] = with_teachers("big")
     sections["losses"] |= {"bce": {"weight": 0.1, "label_smoothing": 0.1}}
     return recipe(
         run={"epochs": 3, "precision": precision},

@@ -24,7 +24,7 @@ from cifar_dist.distill.logit_cache import CacheWriter, check_cache, open_logits
 from cifar_dist.distill.teacher import CachedTeacher, build_teacher
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.teachers import find_teacher
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 VIEWS = {"crop_padding": 2, "hflip": True, "cutout": 0, "mixup": 0, "cutmix": 0, "views": 3}
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def cached(*names: str, **augment: Any) -> dict[str, Any]:
-    return taught(*names, placement="cached") | {"augment": VIEWS | augment}
+    return with_teachers(*names, placement="cached") | {"augment": VIEWS | augment}
 
 
 @pytest.mark.parametrize(

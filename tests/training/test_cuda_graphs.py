@@ -42,7 +42,7 @@ from cifar_dist.training.step import StepConfig, train_step
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 from cifar_dist.utils.precision import Precision, make_scaler
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_graphed_run_with_teacher_and_freezing_matches_eager_run(
 ) -> None:
     """Loss warm-up and unfreezing both invalidate the graphs."""
     teacher("big", image_size=48)
-    sections: dict[str, Any] = taught("big")
+    sections: dict[str, Any] = with_teachers("big")
     sections["losses"]["distill"]["warmup_epochs"] = 3
     path = recipe(
         model={"freeze": [{"pattern": "backbone.*", "until_epoch": 2}]},

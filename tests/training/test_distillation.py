@@ -33,7 +33,7 @@ from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import checkpoints
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import sha256
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 MODELS = {  # with what makes each hard to shard
     "test_resnet": "BatchNorm statistics",
@@ -62,7 +62,7 @@ def test_replicated_sharded_and_cached_teachers_train_alike(
     Sharded and replicated agree bit for bit, cached within the rounding of logits to float16.
     """
     teacher("big", backbone=backbone, image_size=64)
-    sections = taught("big") | {"augment": {"views": 2}}
+    sections = with_teachers("big") | {"augment": {"views": 2}}
     path = recipe(
         run={"epochs": 4, "micro_batches": 4, "batch_size": 10}, optim={"lr": 1e-5}, **sections
     )
@@ -103,7 +103,7 @@ def test_resume_with_sharded_teachers_matches_uninterrupted_run(
     """
     teacher("big", image_size=48)
     teacher("cosines", head="cosine", losses={"arcface": {"scale": 20}})
-    path = recipe(**taught("big", "cosines", weight=2.0, placement="sharded"))
+    path = recipe(**with_teachers("big", "cosines", weight=2.0, placement="sharded"))
     train(path, "name=one", cwd=tmp_path)
     train(path, "name=two", cwd=tmp_path, world_size=2)
     assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
@@ -122,7 +122,7 @@ def test_distillation_warm_up_follows_the_epoch_and_resumes_exactly(
 ) -> None:
     """With a teacher and a student that timm lacks; four epochs of 6 steps, one record each."""
     teacher("big", backbone="resnet8x1")
-    keys = taught("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
+    keys = with_teachers("big") | {"model": {"backbone": "wrn_10_1", "drop_rate": 0.1}}
     keys["losses"] = {"cross_entropy": {"weight": 0.5}, "dkd": {"weight": 2.0, "warmup_epochs": 3}}
     path = recipe(run={"log_every_steps": 6}, **keys)
     train(path, "name=straight", cwd=tmp_path)
@@ -144,7 +144,7 @@ def test_teacher_affects_training_but_is_in_no_checkpoint(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     folder = teacher("big", backbone="test_vit")
-    path = recipe(run={"epochs": 1}, **taught("big", placement="sharded"))
+    path = recipe(run={"epochs": 1}, **with_teachers("big", placement="sharded"))
     train(path, cwd=tmp_path, world_size=2)
     train(recipe("alone", run={"epochs": 1}), cwd=tmp_path, world_size=2)
     run, alone = tmp_path / "runs/tiny", tmp_path / "runs/alone"
@@ -163,7 +163,7 @@ def test_teacher_affects_training_but_is_in_no_checkpoint(
 
 def test_teacher_is_the_average_if_its_run_has_one(tmp_path: Path, recipe: RecipeMaker) -> None:
     train(recipe("big", run={"epochs": 1}), cwd=tmp_path)
-    train(recipe(run={"epochs": 1}, **taught("big")), cwd=tmp_path)
+    train(recipe(run={"epochs": 1}, **with_teachers("big")), cwd=tmp_path)
     average = checkpoints(tmp_path / "runs/big/checkpoints")[0] / "average.safetensors"
     environment = json.loads((tmp_path / "runs/tiny/environment.json").read_text())
     assert environment["teachers"] == [sha256(average)]
@@ -247,7 +247,7 @@ def test_sharding_a_model_with_computed_buffers_is_an_error(teacher: TeacherMake
 
 
 def test_missing_teacher_is_an_error(tmp_path: Path, recipe: RecipeMaker) -> None:
-    path = recipe(**taught("missing"))
+    path = recipe(**with_teachers("missing"))
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
     assert "runs/missing is not a run folder" in output
@@ -262,7 +262,7 @@ def test_resuming_with_another_teacher_is_an_error(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
-    path = recipe(run={"epochs": 1}, **taught("big"))
+    path = recipe(run={"epochs": 1}, **with_teachers("big"))
     train(path, cwd=tmp_path)
     assert "finished, top1" in train(path, "teacher.placement=sharded", cwd=tmp_path)
     shutil.rmtree(tmp_path / "runs/big")
@@ -280,7 +280,7 @@ def test_teacher_whose_weights_do_not_fit_is_an_error(
     content = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(content.replace("test_resnet", "test_vit"))
     for placement in ("replicated", "sharded"):
-        path = recipe(**taught("big", placement=placement))
+        path = recipe(**with_teachers("big", placement=placement))
         output = train(path, cwd=tmp_path, world_size=2, expect=2)
         assert output.count("error:") == 1
         assert (
@@ -293,7 +293,7 @@ def test_sharded_teacher_needs_a_world_size_that_divides_the_micro_batches(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big")
-    path = recipe(run={"micro_batches": 3, "epochs": 1}, **taught("big"))
+    path = recipe(run={"micro_batches": 3, "epochs": 1}, **with_teachers("big"))
     train(path, cwd=tmp_path, world_size=2)
     output = train(
         path, "name=a", "teacher.placement=sharded", cwd=tmp_path, world_size=2, expect=2
@@ -328,7 +328,7 @@ def test_file_as_teacher_matches_its_run(
     folder = teacher("big", head="cosine", image_size=48, losses={"arcface": {"scale": 20}})
     weights = checkpoints(folder / "checkpoints")[0] / "model.safetensors"
     exported = shutil.copy(weights, tmp_path / "big.safetensors")
-    path = recipe(run={"epochs": 1}, **taught("big"))
+    path = recipe(run={"epochs": 1}, **with_teachers("big"))
     train(path, "name=from_run", cwd=tmp_path, world_size=2)
     content = yaml.safe_load(path.read_text())
     model = {"backbone": "test_resnet", "head": "cosine", "image_size": 48}
@@ -362,7 +362,7 @@ def test_file_as_teacher_matches_its_run(
 def test_invalid_teacher_config_is_an_error(
     recipe: RecipeMaker, keys: dict[str, Any], remedy: str
 ) -> None:
-    sections = taught("a") | {"teacher": keys, "augment": {"views": 2}}
+    sections = with_teachers("a") | {"teacher": keys, "augment": {"views": 2}}
     with pytest.raises(ValueError, match=remedy):
         load_recipe(recipe(**sections))
 
@@ -372,7 +372,7 @@ def test_train_mode_teacher_uses_batch_statistics(
 ) -> None:
     """Results differ from eval mode, and are the same for one and two processes and after a kill."""
     teacher("big", drop_rate=0.3)
-    path = recipe(run={"epochs": 2}, **taught("big"))
+    path = recipe(run={"epochs": 2}, **with_teachers("big"))
     train(path, "name=frozen", cwd=tmp_path)
     train(path, "name=one", "teacher.train_mode=true", cwd=tmp_path)
     train(path, "name=two", "teacher.train_mode=true", cwd=tmp_path, world_size=2)

@@ -38,7 +38,7 @@ from cifar_dist.training.objective import Objective
 from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.precision import Precision, make_scaler
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 pytestmark = pytest.mark.gpu
 
@@ -261,7 +261,7 @@ def test_graphed_run_with_teacher_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
 ) -> None:
     teacher("big", image_size=48)
-    path = recipe(**taught("big"))
+    path = recipe(**with_teachers("big"))
     for process in [
         start(path, f"name={name}", f"run.cuda_graphs={name}", cwd=tmp_path)
         for name in ("auto", "off")

@@ -31,7 +31,7 @@ from cifar_dist.training.step import (
     train_step,
 )
 from cifar_dist.utils.precision import Precision, make_scaler
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 SAM, ASAM = SamConfig(rho=0.1), SamConfig(rho=0.5, adaptive=True)
 
@@ -276,7 +276,7 @@ def test_one_and_two_processes_have_the_same_bits(
     path = recipe(
         run={"precision": precision, "epochs": 2},
         optim={"sam": {"rho": 0.2, "adaptive": adaptive}},
-        **taught("taught_by"),
+        **with_teachers("taught_by"),
     )
     for world_size in (1, 2):
         train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)

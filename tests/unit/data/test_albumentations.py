@@ -36,7 +36,7 @@ from cifar_dist.recipe.diff import flatten
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.training.albumentations_workers import AlbumentationsWorkers, albumentations_workers
 from cifar_dist.utils.errors import UserError
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 ONE_OF: dict[str, Any] = {
     "OneOf": {
@@ -527,7 +527,7 @@ def test_logit_cache_uses_the_images_of_the_pipeline(
     """Two ranks cache two views; a student may use another number of workers, not another pipeline."""
     monkeypatch.chdir(tmp_path)
     teacher("big")
-    sections = taught("big", placement="cached")
+    sections = with_teachers("big", placement="cached")
     path = recipe(augment={**AUGMENT, "views": 2}, **sections)
     ranks = Launch("cache_logits", [path], cwd=tmp_path, world_size=2)
     assert ranks.wait() == [0, 0], ranks.output

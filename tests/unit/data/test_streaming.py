@@ -26,7 +26,7 @@ from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.data.streaming import StreamedImages, rows_per_step, stream_images
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.utils.errors import UserError
-from recipes import RecipeMaker, TeacherMaker, taught
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 MIXED = AugmentConfig(crop_padding=4, hflip=True, cutout=8, mixup=0.2, cutmix=1.0)
 CONFIGS = {
@@ -265,7 +265,7 @@ def test_logit_cache_matches_one_with_images_on_the_device(
     teacher("big")
     caches = []
     for place in ("device", "host"):
-        sections = taught("big", placement="cached", cache=place)
+        sections = with_teachers("big", placement="cached", cache=place)
         path = recipe(augment={"views": 2}, data={"place": place}, **sections)
         ranks = Launch("cache_logits", [path], cwd=tmp_path)
         assert ranks.wait() == [0], ranks.output

@@ -68,9 +68,9 @@ def test_each_epoch_costs_according_to_its_image_size() -> None:
 def test_an_online_teacher_is_counted(tmp_path: Path) -> None:
     losses: dict[str, Any] = {"distill": {}, "cross_entropy": {}}
     teacher = {"run": str(tmp_path / "t.safetensors"), "model": SMALL}
-    alone, taught = plan(), plan(losses=losses, teacher=teacher)
-    assert taught.training_flops == pytest.approx(4 / 3 * alone.training_flops, rel=0.01)
-    assert "for the teacher" in str(taught)
+    alone, distilled = plan(), plan(losses=losses, teacher=teacher)
+    assert distilled.training_flops == pytest.approx(4 / 3 * alone.training_flops, rel=0.01)
+    assert "for the teacher" in str(distilled)
     missing = str(tmp_path / "no")
     unknown = plan(losses=losses, teacher={"run": missing})
     assert unknown.training_flops == alone.training_flops

@@ -14,7 +14,7 @@ from cifar_dist.recipe.load import load_recipe
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.training.start import find_finished_run
 from cifar_dist.utils.errors import UserError
-from recipes import RecipeMaker, taught
+from recipes import RecipeMaker, with_teachers
 
 LINES = [
     {"kind": kind, "step": step, "epoch": step / 2, "loss": 1.5}
@@ -145,7 +145,7 @@ def test_training_replaces_a_damaged_file(
     assert json.loads((run / name).read_text()).keys() == before.keys()
 
 
-@pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, taught("nobody")])
+@pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, with_teachers("nobody")])
 def test_refused_start_leaves_no_folder(
     tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
 ) -> None:
