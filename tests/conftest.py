@@ -42,8 +42,8 @@ def middle_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_runs(tmp_path_factory: pytest.TempPathFactory, middle_data: Path) -> Path:
     """runs/ with one finished run, `tiny`, with 100 validation rows."""
     folder = tmp_path_factory.mktemp("finished")
-    holdout: dict[str, Any] = {"data": {"val_size": 100}}
-    train(quick_recipe(folder, "tiny", middle_data, **holdout), cwd=folder)
+    validation: dict[str, Any] = {"data": {"val_size": 100}}
+    train(quick_recipe(folder, "tiny", middle_data, **validation), cwd=folder)
     return folder / "runs"
 
 

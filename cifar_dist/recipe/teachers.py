@@ -27,22 +27,22 @@ TEACHER_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how 
 def exported_teacher(folder: Path) -> TeacherWeights:
     """Load a folder of `export --to teacher`."""
     weights = folder / "model.safetensors"
-    said = read_json(folder / TEACHER_EXPORT, "export the teacher again")
+    content = read_json(folder / TEACHER_EXPORT, "export the teacher again")
     if (
-        said is None
-        or said.keys() != {"model", "logit_scale"}
-        or not isinstance(said["logit_scale"], int | float)
+        content is None
+        or content.keys() != {"model", "logit_scale"}
+        or not isinstance(content["logit_scale"], int | float)
         or not weights.is_file()
     ):
         raise UserError(f"{folder} is damaged; export the teacher again")
     recipe = validate(
-        {"name": "teacher", "model": said["model"]}, where=str(folder / TEACHER_EXPORT)
+        {"name": "teacher", "model": content["model"]}, where=str(folder / TEACHER_EXPORT)
     )
     return TeacherWeights(
         model=recipe.model,
         weights=weights,
         digest=sha256(weights),
-        logit_scale=float(said["logit_scale"]),
+        logit_scale=float(content["logit_scale"]),
     )
 
 

@@ -104,10 +104,10 @@ def _other(own: Path) -> str | None:
 def _numbers(path: Path) -> dict[int, Path]:
     """Return the files of a lock by number; empty if it was removed."""
     try:
-        found = [re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir()]
+        matches = [re.fullmatch(r"(\d+)\.json", file.name) for file in path.iterdir()]
     except FileNotFoundError:
         return {}
-    return {int(match[1]): path / match[0] for match in found if match}
+    return {int(match[1]): path / match[0] for match in matches if match}
 
 
 def _below(own: Path) -> list[Path]:

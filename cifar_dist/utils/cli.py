@@ -24,8 +24,9 @@ class _Parser(argparse.ArgumentParser):
     """Parser that raises UserError, so that only rank 0 prints it."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: -"):
-            option = message.split()[2].partition("=")[0]
+        unrecognized = message.partition("unrecognized arguments: ")[2].split()
+        if option := next((word for word in unrecognized if word.startswith("-")), ""):
+            option = option.partition("=")[0]
             if RENAMED.get(option) in self._option_string_actions:
                 message += f"; it is now called {RENAMED[option]}"
             elif near := closest(option, self._option_string_actions):

@@ -42,15 +42,15 @@ def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """runs/ with a teacher trained on two ranks, cached logits, a student and its evaluation (twice)."""
     folder = tmp_path_factory.mktemp("tracked")
-    together = {"mode": "offline", "group": "distilled"}
+    grouped = {"mode": "offline", "group": "distilled"}
     common: dict[str, Any] = {
         "run": {"epochs": 1},
         "augment": {"cutout": 0, "mixup": 0, "cutmix": 0, "views": 1},
     }
-    teaching = together | {"job_type": "teacher", "upload_weights": True}
-    wise = write_recipe(folder, data, "wise", tracking=teaching, **common)
-    learning = with_teachers("wise", placement="cached")
-    student = write_recipe(folder, data, "student", tracking=together, **common, **learning)
+    teacher_tracking = grouped | {"job_type": "teacher", "upload_weights": True}
+    wise = write_recipe(folder, data, "wise", tracking=teacher_tracking, **common)
+    distillation = with_teachers("wise", placement="cached")
+    student = write_recipe(folder, data, "student", tracking=grouped, **common, **distillation)
     train(wise, cwd=folder, world_size=2)
     for command, argument in (
         ("cache_logits", student),

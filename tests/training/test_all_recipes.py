@@ -57,11 +57,11 @@ def test_recipe_trains(
     if model.progressive_resize:
         changes["model.progressive_resize"] = {"start": 32, "epochs": 1}
     arguments = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
-    for taught_by in recipe.all_teachers:
+    for teachers in recipe.all_teachers:
         scale = {"arcface": {"scale": 8}} if model.head == "cosine" else None
-        name = Path(taught_by.run).name
+        name = Path(teachers.run).name
         teacher(name, image_size=48, head=model.head, losses=scale)
-    if "cached" in (taught_by.placement for taught_by in recipe.all_teachers):
+    if "cached" in (teachers.placement for teachers in recipe.all_teachers):
         ranks = Launch("cache_logits", [ROOT / path, *arguments], cwd=tmp_path)
         assert ranks.wait() == [0], ranks.output
     train(ROOT / path, *arguments, cwd=tmp_path)
@@ -85,8 +85,8 @@ def test_full_size_networks_build() -> None:
             model = build_model(replace(model_config, pretrained=False), 100)
         freeze(model, model_config.freeze, epoch=1000)
         optimizer = build_optimizer(optim, model, find_unfreeze_epochs(model, model_config.freeze))
-        learning = sum(len(group["params"]) for group in optimizer.param_groups)
-        assert learning == sum(parameter.requires_grad for parameter in model.parameters())
+        trainable = sum(len(group["params"]) for group in optimizer.param_groups)
+        assert trainable == sum(parameter.requires_grad for parameter in model.parameters())
 
 
 # What no recipe should do, or what stands in another one's header as a change of one word.

@@ -366,9 +366,11 @@ def bits_after(
     chosen: dict[str, Any] = {"backbone": backbone, "drop_rate": 0.1} | (model or {})
     config = ModelConfig(**chosen)
     network = build_model(config, 100).to(memory_format=torch.channels_last).train()
-    taught = any(loss.needs_teacher for loss in losses.values())
+    needs_teacher = any(loss.needs_teacher for loss in losses.values())
     teacher = (
-        OnlineTeacher(copy.deepcopy(network).eval().requires_grad_(False), 1.0) if taught else None
+        OnlineTeacher(copy.deepcopy(network).eval().requires_grad_(False), 1.0)
+        if needs_teacher
+        else None
     )
     augment = Augment(AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0), split)
     objective = Objective(augment, losses, teacher)

@@ -125,11 +125,13 @@ def test_finished_run_has_all_metrics_and_files(tmp_path: Path, recipe: RecipeMa
     assert evals == [6, 12, 18, 24]
     predictions = load_file(run / "predictions.safetensors")
     top1 = 100 * (predictions["logits"].argmax(1) == predictions["labels"]).float().mean().item()
-    said = summary(run)
-    assert said["top1"] == pytest.approx(top1, abs=1e-4)
-    assert said["finished"] is True
-    assert said["epochs"] == 4
-    assert said["best_test_top1"] == max(line["top1"] for line in logged if line["kind"] == "eval")
+    logged_summary = summary(run)
+    assert logged_summary["top1"] == pytest.approx(top1, abs=1e-4)
+    assert logged_summary["finished"] is True
+    assert logged_summary["epochs"] == 4
+    assert logged_summary["best_test_top1"] == max(
+        line["top1"] for line in logged if line["kind"] == "eval"
+    )
     assert not (run / "lock").exists()
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert len(list((run / "checkpoints").iterdir())) == 1  # the clock never asked for another

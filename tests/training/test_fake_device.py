@@ -103,20 +103,20 @@ def test_steps_never_wait_for_the_device(pretended: None, path: Path) -> None:
     recipe = load_recipe(ROOT / path, changes)
     with torch.device("meta"):
         network = build_model(recipe.model, 100).to(memory_format=torch.channels_last)
-    taught = any(loss.needs_teacher for loss in recipe.losses.values())
-    teacher = copy.deepcopy(network).eval() if taught else None
+    needs_teacher = any(loss.needs_teacher for loss in recipe.losses.values())
+    teacher = copy.deepcopy(network).eval() if needs_teacher else None
     with FakeTensorMode():
         take_three_steps(recipe, network, teacher)
 
 
-def take_three_steps(recipe: Recipe, network: nn.Module, teaching: nn.Module | None) -> None:
+def take_three_steps(recipe: Recipe, network: nn.Module, teacher_model: nn.Module | None) -> None:
     augment = replace(
         recipe.augment, albumentations=None
     )  # the host's part is a wait by its nature
     batch_size = 4 * MICRO_BATCHES  # two at each size of model.mixed_resolution
     images = torch.zeros(ROWS, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
     split = Split(images=images, labels=torch.zeros(ROWS, dtype=torch.int64, device=DEVICE))
-    teacher = OnlineTeacher(on_device(teaching), 1.0) if teaching else None
+    teacher = OnlineTeacher(on_device(teacher_model), 1.0) if teacher_model else None
     model: Any = on_device(network)
     objective = Objective(Augment(augment, split), recipe.losses, teacher)
     freeze(model, recipe.model.freeze, epoch=None)

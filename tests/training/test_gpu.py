@@ -189,9 +189,9 @@ def test_images_on_the_host_arrive_without_a_wait(data: Path) -> None:
     plan_from_start = partial(plan, start_step=0)
     rows = torch.arange(5, 64)
     expected = augment_steps(Augment(ALL_OPS, split, rows), plan_from_start(split))
-    with stream_images(ALL_OPS, on_host, rows, plan_from_start) as pictures:
+    with stream_images(ALL_OPS, on_host, rows, plan_from_start) as source:
         batches = plan_from_start(on_host)
-        augment = Augment(ALL_OPS, on_host, rows, image_source=pictures)
+        augment = Augment(ALL_OPS, on_host, rows, image_source=source)
         actual = augment_steps(augment, batches, steps=1)
         with waiting_is_an_error():
             actual += augment_steps(augment, batches, steps=4)  # the rest of the epoch

@@ -18,8 +18,8 @@ IMAGES = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
 
 
 def test_sizes_grow_in_steps_to_the_last_one() -> None:
-    growing = ProgressiveResize(start=96, epochs=10, multiple=32)
-    sizes = [growing.size_in(epoch, 224) for epoch in range(12)]
+    resize = ProgressiveResize(start=96, epochs=10, multiple=32)
+    sizes = [resize.size_in(epoch, 224) for epoch in range(12)]
     assert sizes == [96, 96, 128, 128, 160, 160, 160, 192, 192, 224, 224, 224]
     assert ModelConfig(image_size=224).train_size(0) == 224
     odd = ProgressiveResize(start=20, epochs=2, multiple=4)
@@ -101,9 +101,9 @@ def test_unsupported_sizes_are_refused_at_the_start() -> None:
         build_model(
             ModelConfig(backbone="vit_tiny_patch16_224", image_size=64, mixed_resolution=48), 10
         )
-    growing = ProgressiveResize(start=32, epochs=4, multiple=8)  # 32, 40, 48, 56, then 64
+    resize = ProgressiveResize(start=32, epochs=4, multiple=8)  # 32, 40, 48, 56, then 64
     with pytest.raises(UserError, match="cannot take 40 px"):
-        build_model(ModelConfig(backbone="dla34", image_size=64, progressive_resize=growing), 10)
+        build_model(ModelConfig(backbone="dla34", image_size=64, progressive_resize=resize), 10)
     with pytest.raises(ValueError, match="remove one"):
         ModelConfig(
             image_size=64,

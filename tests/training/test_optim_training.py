@@ -48,8 +48,10 @@ def test_killed_runs_match_uninterrupted_runs(
 def test_logged_learning_rate_follows_the_schedule(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 1}, optim=LAYERS | {"lr": 0.003, "schedule": "constant"})
     train(path, cwd=tmp_path)
-    said = {line["lr"] for line in lines(tmp_path / "runs/tiny") if line["kind"] == "train"}
-    assert said == {0.003}
+    logged_summary = {
+        line["lr"] for line in lines(tmp_path / "runs/tiny") if line["kind"] == "train"
+    }
+    assert logged_summary == {0.003}
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])

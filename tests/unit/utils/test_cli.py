@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,25 @@ def test_misspelled_option_is_one_sentence(arguments: list[str], message: str) -
     with pytest.raises(UserError, match=message) as error:
         evaluate.main(arguments)
     assert str(error.value).endswith("; see `python -m cifar_dist.evaluate --help`")
+
+
+@pytest.mark.parametrize(
+    ("main", "old", "new"),
+    [
+        (evaluate.main, "--flips", "--tta-flip"),
+        (predict.main, "--picture=a.png", "--save-image"),
+        (predict.main, "--dataset=test", "--rows"),
+        (prepare.main, "--any-content", "--allow-unofficial"),
+        (ensemble.main, "--equal", "--uniform"),
+    ],
+)
+def test_old_options_name_the_new_ones(
+    main: Callable[[list[str]], int], old: str, new: str
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"unrecognized arguments: .*{old}; it is now called {new};"
+    ):
+        main(["runs/a", old])
 
 
 def test_unwritable_output_is_one_sentence(
