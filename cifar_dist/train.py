@@ -30,7 +30,7 @@ from cifar_dist.training.finish import Outcome, finish, log_summary
 from cifar_dist.training.loop import (
     evaluate,
     images_ready,
-    log_metrics,
+    log_train_metrics,
     poll,
     save,
     train_one_step,
@@ -100,7 +100,7 @@ def fit(run: Run, state: TrainState) -> Outcome:
         if log_due or eval_due or save_due:
             state.check_finite(run.context, max_skips=config.max_consecutive_skips, warn=log_due)
         if log_due:
-            log_metrics(run, state)
+            log_train_metrics(run, state)
         if eval_due:
             result, is_best = evaluate(run, state)
             if not at_end and early_stop_reason(run.recipe.run, state, run.steps_per_epoch):

@@ -25,7 +25,7 @@ from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe with its defaults, and what it will cost."""
+    """A recipe with its defaults, and its cost."""
 
     recipe: dict[str, Any]
     run_folder: str

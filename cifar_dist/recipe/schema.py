@@ -1,4 +1,4 @@
-"""The recipe: one experiment, made of the config classes of the packages below.
+"""The recipe: one experiment, composed of the config classes of the packages below.
 
 Their defaults are the defaults; recipes do not inherit from each other. Only this package knows the
 validator.

@@ -1,4 +1,4 @@
-"""Copy metrics.jsonl to Weights & Biases. Tracking may fail; training goes on.
+"""Copy metrics.jsonl to Weights & Biases. A failure of W&B never stops a training.
 
 The mode is decided before wandb.init, which would wait 100 seconds for an unreachable server and raise
 without an API key.

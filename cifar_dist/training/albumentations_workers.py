@@ -1,4 +1,4 @@
-"""The albumentations workers of all ranks of a machine, which fill one shared buffer."""
+"""The albumentations workers of all ranks on one machine, which fill one shared buffer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def albumentations_workers(
         started: list[BufferedImages] = []
 
         def create_buffer() -> str:
-            """Create the buffer on the first process of a machine; others open it through /proc."""
+            """Create the buffer on the first process of each machine; others open it through /proc."""
             if context.rank != local_ranks[0]:
                 return ""
             files.append(stack.enter_context(allocate(layout)).fileno())

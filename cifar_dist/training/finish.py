@@ -36,7 +36,7 @@ class Outcome:
 
 
 def finish(run: Run, state: TrainState, outcome: Outcome) -> dict[str, Any]:
-    """Write the results and return the summary, on all ranks alike."""
+    """Write the results and return the summary, the same on all ranks."""
     local = (peak_memory_bytes(run.device), peak_reserved_bytes(run.device))
     peaks, reserved = zip(*run.context.all_gather_object(local), strict=True)
     log.info(

@@ -92,7 +92,7 @@ def _enter(path: Path) -> Path:
 
 
 def _other(own: Path) -> str | None:
-    """Return another living process with a lower number or a name in its file, in words."""
+    """Return another living process with a lower number or a name in its file, as text."""
     for number, file in _numbers(own.parent).items():
         if number < int(own.stem) or (number > int(own.stem) and _read(file)):
             holder = _holder(file, than=own)
@@ -147,7 +147,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _holder(file: Path, *, than: Path) -> str | None:
-    """Return the living owner of a file in words; None if dead, or an earlier start of this job.
+    """Return the living owner of a file as text; None if dead, or an earlier start of this job.
 
     Ages are relative to our own new file `than`, since clocks of machines and storage differ.
     """

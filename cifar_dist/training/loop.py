@@ -23,7 +23,7 @@ def poll(run: Run, state: TrainState) -> tuple[int, bool]:
     return stop, save_now
 
 
-def log_metrics(run: Run, state: TrainState) -> None:
+def log_train_metrics(run: Run, state: TrainState) -> None:
     """Log the means since the last log, and reset them."""
     config = run.recipe.run
     values = state.window.report(batch_size=config.batch_size, may_skip=config.may_skip)

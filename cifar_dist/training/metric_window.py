@@ -64,7 +64,7 @@ class MetricWindow:
         }
 
     def nonfinite_terms(self, context: DistContext) -> str:
-        """Return which terms were not finite on which rank, in words. Collective."""
+        """Return which terms were not finite on which rank, as text. Collective."""
         nonfinite = self.read_nonfinite()
         terms = [
             f"{name} on rank {micro_batch % context.world_size}"

@@ -67,7 +67,7 @@ class TrainState:
         return is_best
 
     def check_finite(self, context: DistContext, *, max_skips: int, warn: bool) -> None:
-        """Raise UserError after `max_skips` skipped steps in a row, on all ranks alike.
+        """Raise UserError after `max_skips` skipped steps in a row, on all ranks.
 
         The weights are those before the skipped steps. With `warn`, log what was skipped since the
         last log.

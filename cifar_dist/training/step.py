@@ -120,7 +120,7 @@ def optimizer_step(
 ) -> Tensor:
     """Multiply gradients by `grad_scale`, clip, and step if all are finite; return bool [] skipped.
 
-    Gradients are already averaged, so all ranks decide alike. Fused optimizers skip on the device
+    Gradients are already averaged, so all ranks decide the same. Fused optimizers skip on the device
     (`found_inf`); others cost one host read per step.
     """
     scaler.unscale_(optimizer)

@@ -14,7 +14,7 @@ import pytest
 from recipes import RecipeMaker
 
 ROOT = Path(__file__).parents[2]
-# A name space of its own, where all addresses lead to the loopback, which drops what is not its.
+# A network namespace whose addresses all lead to the loopback, which drops foreign packets.
 NODE = """
 ip link set lo up && ip addr add 10.99.0.1/32 dev lo && ip route add default dev lo src 10.99.0.1 &&
 mount --bind resolv.conf /etc/resolv.conf && exec "$@"
@@ -85,7 +85,7 @@ def test_nothing_waits_longer_than_five_seconds(tmp_path: Path) -> None:
     waited = json.loads(done.stdout)
     assert max(waited.values()) < 5, waited
     done = on_a_node(sys.executable, "-c", TIMED, cwd=tmp_path, HF_HUB_OFFLINE="1")
-    assert json.loads(done.stdout)["weights"] < 1, "it was told that there is no network"
+    assert json.loads(done.stdout)["weights"] < 1, "waited although there is no network"
 
 
 @pytest.mark.fault

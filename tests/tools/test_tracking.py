@@ -205,7 +205,7 @@ def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, dat
         "student": {dataset, model["wise"], f"logits {cache}", model["student"]},
         "evaluate": {dataset, model["student"]},
     }
-    for name in {name for one in made.values() for name in one}:  # one version, whoever logs it
+    for name in {name for one in made.values() for name in one}:  # one version, for any logging run
         assert len({one[name].digest for one in made.values() if name in one}) == 1
     assert json.loads(made["student"][f"logits {cache}"].metadata) == manifest
     environment = json.loads((tracked / "student/environment.json").read_text())

@@ -43,7 +43,7 @@ def test_half_of_the_images_have_the_second_size_in_order() -> None:
     model = build_model(config, 10)
     seen: list[tuple[int, ...]] = []
     model.backbone.register_forward_pre_hook(lambda _, pixels: seen.append(pixels[0].shape))
-    for norm in model.modules():  # so that a picture's features are its own
+    for norm in model.modules():  # features of an image then do not depend on the others
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.eval()
     chosen = set()

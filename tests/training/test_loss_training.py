@@ -12,7 +12,7 @@ from launcher import train
 from cifar_dist.losses.registry import LOSSES
 from recipes import RecipeMaker
 
-BESIDE: dict[str, dict[str, Any]] = {  # what a loss needs that cannot stand alone
+COMBINED: dict[str, dict[str, Any]] = {  # with the loss that trains the classifier
     "triplet": {"cross_entropy": {}},
     "contrastive": {"cosface": {}},
     "supcon": {"bce": {}},
@@ -20,12 +20,12 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a loss needs that cannot stand alo
 ALONE = ["bce", "arcface", "cosface", "sphereface", "l_softmax"]
 
 
-@pytest.mark.parametrize("name", [*ALONE, *BESIDE])
+@pytest.mark.parametrize("name", [*ALONE, *COMBINED])
 def test_same_bits_on_one_and_two_processes(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path, name: str
 ) -> None:
     """Two micro-batches of 125 rows of 100 classes: most rows have a positive in their micro-batch."""
-    losses = {name: {"weight": 0.5}, **BESIDE.get(name, {})}
+    losses = {name: {"weight": 0.5}, **COMBINED.get(name, {})}
     heads = {LOSSES[each].head for each in losses} - {None}
     path = recipe(
         run={"batch_size": 250, "epochs": 1, "log_every_steps": 1},
@@ -45,5 +45,5 @@ def test_same_bits_on_one_and_two_processes(
 
 
 def test_every_loss_without_a_teacher_is_covered() -> None:
-    trained = {"cross_entropy", *ALONE, *BESIDE}  # cross_entropy in test_distributed.py
+    trained = {"cross_entropy", *ALONE, *COMBINED}  # cross_entropy in test_distributed.py
     assert trained == {name for name, kind in LOSSES.items() if not kind.needs_teacher}

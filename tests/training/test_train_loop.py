@@ -13,7 +13,7 @@ from cifar_dist.train import should_evaluate, should_log, should_save
         (50, 50, False, True),
         (100, 1, False, True),  # resumed at 99
         (60, 10, False, False),
-        (60, 10, True, True),  # the end, whatever its step
+        (60, 10, True, True),  # the end, at any step
         (0, 0, False, False),  # nothing to report yet
         (100, 0, True, False),  # reported before the restart
     ],

@@ -26,7 +26,7 @@ def test_whitened_patches_are_uncorrelated_with_unit_variance(middle_data: Path)
     images = load_split(middle_data, "train").images
     pixels = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD, whiten=True)
     pixels.filters.copy_(whitening_filters(pixels, images, epsilon=0.0))
-    answers = pixels(images)[:, :, 1:-1, 1:-1]  # the border sees zeros beside
+    answers = pixels(images)[:, :, 1:-1, 1:-1]  # the border includes padding
     covariance = answers.transpose(0, 1).flatten(1).double().cov()
     torch.testing.assert_close(covariance, torch.eye(WHITENED).double(), rtol=0, atol=2e-3)
     plain = Preprocess(32, mean=CIFAR_MEAN, std=CIFAR_STD)(images)

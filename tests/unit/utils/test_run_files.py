@@ -145,7 +145,7 @@ def test_training_replaces_a_damaged_file(
     assert json.loads((run / name).read_text()).keys() == before.keys()
 
 
-@pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, with_teachers("nobody")])
+@pytest.mark.parametrize("sections", [{"run": {"batch_size": 1000}}, with_teachers("absent")])
 def test_refused_start_leaves_no_folder(
     tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
 ) -> None:
