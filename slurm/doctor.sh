@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch [sbatch options] slurm/doctor.sh [RECIPE] [section.key=value ...]
-# Five minutes on the nodes, GPUs and folders that slurm/train.sh would get with the same options: a
-# table of what was found, exit code 2 where something is in the way.
+# Check the nodes, GPUs and folders that slurm/train.sh would use with the same options, within five
+# minutes. Prints one line per check; exits with code 2 if a check fails.
 #SBATCH --job-name=cifar_dist_doctor
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # sbatch --array=0-35 [sbatch options] slurm/table.sh [section.key=value ...]
-# The tutorial's table in one submission: each of RECIPES with each of SEEDS is a task of a job array,
-# queued again by itself as slurm/train.sh does it. `--array=0-35%4` runs four at a time.
+# Train each of RECIPES with each of SEEDS, one array task each, requeued like slurm/train.sh. The default
+# is the tutorial's table. `--array=0-35%4` runs four tasks at a time.
 #   RECIPES="recipes/r18_32.yaml recipes/r9_32.yaml" SEEDS="0 1" sbatch --array=0-3 slurm/table.sh
-# With a task too many or too few it says how many there are. A run has its recipe's name and the seed:
-# NAME_seed0. A recipe with a teacher needs that teacher's run first, under the name that it gives:
+# Prints the number of tasks if the array is too small or too large. Runs are named NAME_seed0, ... A recipe
+# with a teacher needs the teacher's run first:
 #   sbatch --ntasks-per-node=1 --gpus-per-node=1 slurm/train.sh recipes/kd/resnet32x4.yaml
 # Then: python -m cifar_dist.report runs/*
 #SBATCH --job-name=cifar_dist_table

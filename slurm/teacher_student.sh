@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # bash slurm/teacher_student.sh TEACHER_RECIPE STUDENT_RECIPE [section.key=value of the student ...]
-# Three jobs, each of which waits for the one before to finish well: the teacher is trained, its logits
-# are cached for the student's recipe, the student is trained on them. Submits and returns; run it
-# where sbatch is. SBATCH_* variables and these options hold for all three:
+# Submit three dependent jobs: train the teacher, cache its logits, train the student. Run it on a host with
+# sbatch; it returns at once. SBATCH_* variables and these options apply to all jobs:
 #   SBATCH_OPTIONS="--account=A --nodes=2" bash slurm/teacher_student.sh ...
-# A student whose teacher.placement is not `cached` needs no second job and gets none.
+# The second job is omitted unless the student has teacher.placement `cached`.
 set -eu -o pipefail
 if [ $# -lt 2 ]; then
-    sed -n '2,7s/^# //p' "$0"
+    sed -n '2,6s/^# //p' "$0"
     exit 2
 fi
 teacher=$1 student=$2
@@ -15,11 +14,17 @@ shift 2
 here=$(dirname "$0")
 options=(${SBATCH_OPTIONS:-}) # unquoted: several
 [ -d .venv ] && . .venv/bin/activate
-plan=$(python -m cifar_dist.train --dry-run "$student" "$@")
-placements=$(grep -o 'placement: [a-z]*' <<<"$plan" | cut -d ' ' -f 2) || {
+plan=$(python -m cifar_dist.train --dry-run --json "$student" "$@")
+placements=$(python -c '
+import json, sys
+recipe = json.load(sys.stdin)["recipe"]
+for teacher in recipe["teachers"] or [recipe["teacher"]]:
+    if teacher:
+        print(teacher["placement"])' <<<"$plan")
+if [ -z "$placements" ]; then
     echo "$student has no teacher" >&2
     exit 2
-}
+fi
 
 after=$(sbatch --parsable "${options[@]}" --job-name=teacher "$here/train.sh" "$teacher")
 echo "teacher: job $after"

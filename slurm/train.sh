@@ -84,7 +84,7 @@ unique_id=${unique_id:-$SLURM_JOB_ID}
 
 # `new PATTERN` prints a matching file in the run folder that was written since this job started.
 run_folder=$(python -m cifar_dist.train --dry-run --json "$@" 2>/dev/null |
-    python -c 'import json, sys; print(json.load(sys.stdin)["run_folder"])')
+    python -c 'import json, sys; print(json.load(sys.stdin)["run_folder"])' 2>/dev/null)
 new() { find "$run_folder"/$1 -maxdepth 0 -newermt "$started" 2>/dev/null | tail -n 1; }
 stopped=$(cat "$(new stopped)" /dev/null 2>/dev/null)
 preempted=$(field PreemptTime) # absent in partitions without preemption

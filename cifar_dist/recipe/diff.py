@@ -27,6 +27,7 @@ NON_SEMANTIC_KEYS = (
     "tracking",
 )
 TEACHER_PLACEMENT_KEYS = (".placement", ".shard_over", ".cache")  # likewise, of each teacher
+# Runs that differ only in these are seeds of one experiment.
 SEED_KEYS = ("name", "run.seed", "run.micro_batches", "augment.seed")
 
 
