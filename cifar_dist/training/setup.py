@@ -77,7 +77,9 @@ class Run:
     metrics_file: MetricsFile
     tracker: Tracker
     bar: tqdm
-    metadata: dict[str, Any]  # stored with each checkpoint; the next start compares data and teachers
+    metadata: dict[
+        str, Any
+    ]  # stored with each checkpoint; the next start compares data and teachers
 
     @property
     def device(self) -> torch.device:

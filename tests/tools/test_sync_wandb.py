@@ -61,15 +61,21 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     for row, line in zip(rows, logged, strict=True):
         assert row[f"{line['kind']}/loss"] == pytest.approx(line["loss"])
     identity = (run / "wandb_id").read_text()
-    (made,) = run.glob(f"wandb/offline-run-*-{identity}")
+    (offline_run,) = run.glob(f"wandb/offline-run-*-{identity}")
     before = content(run)
     assert sync_wandb.main(["runs/tiny"]) == 0
-    monkeypatch.chdir(run)  # another place to look from
+    monkeypatch.chdir(run)  # another working directory
     assert sync_wandb.main(["."]) == 0
     monkeypatch.chdir(tmp_path)
     assert content(run) == before
 
-    more = {"kind": "eval", "step": 300, "epoch": 50.0, "loss": 1.0, "top1": 2.0}  # it went on
+    more = {
+        "kind": "eval",
+        "step": 300,
+        "epoch": 50.0,
+        "loss": 1.0,
+        "top1": 2.0,
+    }  # of continued training
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(more) + "\n")
     (run / "wandb/offline-run-20260101_000000-x-evaluation").mkdir()
@@ -77,13 +83,13 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     assert sync_wandb.main(["runs/tiny"]) == 0
     assert [row["step"] for row in records(run)] == [line["step"] for line in lines(run)]
     assert (run / "wandb_id").read_text() == identity
-    (made,) = run.glob(f"wandb/offline-run-*-{identity}")  # of the same name within one second
-    other = made.with_name("offline-run-20260101_000000-x-evaluation")
-    waiting = " ".join(str(path.relative_to(tmp_path)) for path in (made, other))
-    said = f"not uploaded: no API key; run `wandb login`; then start this again, or wandb sync {waiting}"
-    assert said in capsys.readouterr().out
+    (offline_run,) = run.glob(f"wandb/offline-run-*-{identity}")  # created within the same second
+    other = offline_run.with_name("offline-run-20260101_000000-x-evaluation")
+    waiting = " ".join(str(path.relative_to(tmp_path)) for path in (offline_run, other))
+    message = f"not uploaded: no API key; run `wandb login`; run this again later, or `wandb sync {waiting}`"
+    assert message in capsys.readouterr().out
 
-    taken: list[str] = []  # by a server, which no test has
+    taken: list[str] = []  # by a server
 
     def upload(offline: Sequence[Path]) -> bool:
         taken.extend(path.name for path in offline)
@@ -92,7 +98,7 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     monkeypatch.setattr(sync_wandb, "upload", upload)
     for _ in range(2):
         assert sync_wandb.main(["runs/tiny"]) == 0
-        assert taken == [made.name, other.name]
+        assert taken == [offline_run.name, other.name]
     other.with_name("offline-run-20260102_000000-x-evaluation").mkdir()  # evaluated again
     assert sync_wandb.main(["runs/tiny"]) == 0
     assert taken[2:] == ["offline-run-20260102_000000-x-evaluation"]
@@ -108,7 +114,7 @@ def test_run_id_with_a_path_deletes_nothing(tmp_path: Path, identity: str) -> No
     folder = tmp_path / "wandb/offline-run-1-abc"
     folder.mkdir(parents=True)
     (tmp_path / "wandb_id").write_text(identity)
-    with pytest.raises(UserError, match="is no id of W&B"):
+    with pytest.raises(UserError, match="is not a W&B id"):
         tracker.wandb_run_id(tmp_path)
     (tmp_path / "wandb_id").write_text("abc\n")
     assert tracker.offline_folders(tmp_path, tracker.wandb_run_id(tmp_path)) == [folder]
@@ -116,5 +122,5 @@ def test_run_id_with_a_path_deletes_nothing(tmp_path: Path, identity: str) -> No
 
 def test_offline_folders_refuse_an_id_with_a_path(tmp_path: Path) -> None:
     (tmp_path / "run/wandb/offline-run-1-x").mkdir(parents=True)
-    with pytest.raises(UserError, match="no id of W&B"):
+    with pytest.raises(UserError, match="is not a W&B id"):
         tracker.offline_folders(tmp_path / "run", "x/../..")

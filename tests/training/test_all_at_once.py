@@ -24,7 +24,7 @@ def everything(recipe: RecipeMaker, precision: str) -> Path:
         run={"epochs": 3, "precision": precision},
         model={"drop_rate": 0.1, "drop_path_rate": 0.2, "mixed_resolution": 48},
         augment={
-            "host": PIPELINE,
+            "albumentations": PIPELINE,
             "workers": 2,
             "affine": {"degrees": 10, "translate": 0.1},
             "one_of": {"color_jitter": {"brightness": 0.3}, "erasing": {}},

@@ -26,7 +26,7 @@ def test_one_and_two_processes_have_the_same_bits(
     path = recipe(run={"precision": precision}, augment=augment)
     for world_size in (1, 2):
         output = train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
-        assert f"{world_size} process(es) train" in output
+        assert f"{world_size} process(es) on cpu" in output
         assert summary(tmp_path / f"runs/w{world_size}")["world_size"] == world_size
     assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
 

@@ -62,7 +62,7 @@ def test_early_stop_is_logged_with_its_reason(tmp_path: Path, stuck: Path) -> No
     assert (run / "predictions.safetensors").exists()
     again = train(stuck, "name=w1", cwd=tmp_path)  # a finished run stays finished
     assert "finished, top1" in again
-    assert "has not risen" in again
+    assert "has not improved" in again
 
 
 def test_early_stop_after_kills_ends_at_the_same_step(tmp_path: Path, stuck: Path) -> None:

@@ -22,7 +22,7 @@ from cifar_dist.training.state import TrainState, poll_ranks
 from cifar_dist.utils.precision import make_scaler
 
 ALONE, CPU = DistContext(0, 1, None), torch.device("cpu")
-KEPT: dict[str, Any] = {"keep": 2, "facts": {"micro_batches": 1}}
+KEPT: dict[str, Any] = {"keep": 2, "metadata": {"micro_batches": 1}}
 
 
 @pytest.fixture

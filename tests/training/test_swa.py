@@ -115,7 +115,7 @@ def test_same_bits_for_any_world_size(
     path = recipe(
         run={"precision": precision, "batch_size": 100, "epochs": 4},
         data={"path": str(middle_data)},
-        ema=SWA,
+        averaging=SWA,
     )
     for world_size in (1, 2):
         train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
