@@ -22,7 +22,7 @@ from cifar_dist.utils.suggest import closest
 Transforms = Sequence[Mapping[str, Mapping[str, Any]]]
 
 VERSION = "2.0.8"  # of albumentations; defaults and results differ between versions
-REMEDY = f"pip install albumentations=={VERSION} (cifar_dist's extra `host-augment`)"
+REMEDY = f"pip install albumentations=={VERSION}"
 GROUPS = ("OneOf", "SomeOf", "RandomOrder", "Sequential")  # these have a list of `transforms`
 # Transforms that need only an image and plain arguments, and return an image of the same kind.
 SINGLE = (
