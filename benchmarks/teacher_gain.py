@@ -92,11 +92,11 @@ def recipes(
         "optim": {"lr": 0.002, "weight_decay": 0.05, "max_grad_norm": 5.0, "warmup_epochs": 1.0},
         "losses": {"cross_entropy": {"weight": 1.0}},
     }
-    taught = {
+    distilled = {
         "losses": {"cross_entropy": {"weight": 0.3}, "distill": {"weight": 0.7}},
         "teacher": {"run": str(work / "runs" / "teacher"), "placement": "cached"},
     }
-    return teacher, alone, alone | {"name": "taught"} | taught
+    return teacher, alone, alone | {"name": "distilled"} | distilled
 
 
 def call(module: str, recipe: dict[str, Any], work: Path, *overrides: str) -> None:
@@ -126,10 +126,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "teacher_epochs": options.teacher_epochs,
         "epochs": options.epochs,
     }
-    teacher, alone, taught = recipes(data, work, options.threads, **sizes)
+    teacher, alone, distilled = recipes(data, work, options.threads, **sizes)
     call("train", teacher, work)
     started = time.perf_counter()
-    call("cache_logits", taught, work)
+    call("cache_logits", distilled, work)
     cache_seconds = time.perf_counter() - started
 
     val_top1 = {}
@@ -139,15 +139,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"data.val_size={options.rows // 10}",
             f"losses.distill.temperature={temperature}",
         ]
-        call("train", taught, work, f"name={name}", *overrides)
+        call("train", distilled, work, f"name={name}", *overrides)
         val_top1[temperature] = finished(work, name)["val_top1"]
     best = max(TEMPERATURES, key=lambda temperature: val_top1[temperature])
 
-    runs: dict[str, list[dict[str, Any]]] = {"alone": [], "taught": []}
+    runs: dict[str, list[dict[str, Any]]] = {"alone": [], "distilled": []}
     for seed in SEEDS:
         kinds: tuple[tuple[dict[str, Any], list[str]], ...] = (
             (alone, []),
-            (taught, [f"losses.distill.temperature={best}"]),
+            (distilled, [f"losses.distill.temperature={best}"]),
         )
         for recipe, overrides in kinds:
             name = f"{recipe['name']}_seed{seed}"
@@ -155,7 +155,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             runs[recipe["name"]].append(finished(work, name))
     top1 = {kind: [run["top1"] for run in seeds] for kind, seeds in runs.items()}
     gains = [
-        distilled - alone for distilled, alone in zip(top1["taught"], top1["alone"], strict=True)
+        with_teacher - without
+        for with_teacher, without in zip(top1["distilled"], top1["alone"], strict=True)
     ]
     return {
         "what": "teacher_gain",
@@ -195,7 +196,7 @@ def main(arguments: list[str]) -> int:
     means = {kind: f"{value['mean']:.2f} %" for kind, value in result["top1"].items()}
     print(
         f"teacher {result['teacher']['top1']:.2f} %, student alone {means['alone']}, distilled "
-        f"{means['taught']} at T = {result['temperature']:g}; written to {options.output}"
+        f"{means['distilled']} at T = {result['temperature']:g}; written to {options.output}"
     )
     return 0
 

@@ -141,3 +141,13 @@ def train(
     codes = ranks.wait()
     assert codes == [expect] * world_size, f"exit codes {codes}:\n{ranks.output}"
     return ranks.output
+
+
+def weight_hashes(recipe: Path, *, cwd: Path) -> list[str]:
+    """Train a recipe on two ranks, and return the SHA-256 of each rank's weights."""
+    script, port = Path(__file__).with_name("rank_hashes.py"), free_port()
+    processes = [
+        start_rank([script, recipe], cwd=cwd, rank=rank, world_size=2, port=port)
+        for rank in range(2)
+    ]
+    return [process.communicate(timeout=120)[0].split()[-1] for process in processes]

@@ -78,8 +78,6 @@ def batches_of(
             shuffle=True,
             batch_size=batch_size,
             micro_batches=micro_batches,
-            rank=0,
-            world_size=1,
         ),
         start_step=0,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from step_cost import batches_of
 from torch import nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.batches import Batch, BatchPlan, train_batches
+from cifar_dist.data.batches import Batch
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.classifier import ModelConfig, build_model
@@ -23,20 +24,8 @@ def plain_objective(split: Split) -> Objective:
 
 
 def micro_batches_of(data: Path, *, micro_batches: int, batch_size: int = 10) -> list[Batch]:
-    batches = train_batches(
-        load_split(data, "train"),
-        torch.arange(64),
-        BatchPlan(
-            seed=0,
-            shuffle=True,
-            batch_size=batch_size,
-            micro_batches=micro_batches,
-            rank=0,
-            world_size=1,
-        ),
-        start_step=0,
-    )
-    return next(batches)
+    split = load_split(data, "train")
+    return next(batches_of(split, batch_size=batch_size, micro_batches=micro_batches))
 
 
 def model_of(**options: object) -> nn.Module:

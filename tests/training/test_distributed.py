@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_bits, largest_difference, lines, tensors
-from launcher import Launch, free_port, start_rank, train
+from launcher import Launch, train, weight_hashes
 from safetensors.torch import load_file
 
 from recipes import RecipeMaker
@@ -92,13 +92,7 @@ def test_predictions_do_not_depend_on_world_size(
 def test_ranks_hold_equal_weights(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Each rank hashes its weights after four steps."""
     path = recipe(run={"micro_batches": 4, "batch_size": 12, "epochs": 1})
-    script, port = Path(__file__).parents[1] / "helpers/rank_hashes.py", free_port()
-    processes = [
-        start_rank([script, path], cwd=tmp_path, rank=rank, world_size=2, port=port)
-        for rank in range(2)
-    ]
-    hashes = [process.communicate(timeout=120)[0].split()[-1] for process in processes]
-    assert len(set(hashes)) == 1
+    assert len(set(weight_hashes(path, cwd=tmp_path))) == 1
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path: Path, recipe: RecipeMaker) -> None:

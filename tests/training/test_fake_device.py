@@ -134,8 +134,6 @@ def take_three_steps(recipe: Recipe, network: nn.Module, teacher_model: nn.Modul
             shuffle=True,
             batch_size=batch_size,
             micro_batches=MICRO_BATCHES,
-            rank=0,
-            world_size=1,
             repeated=augment.repeated,
         ),
         start_step=0,

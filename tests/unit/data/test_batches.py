@@ -82,7 +82,7 @@ def test_batch_has_the_images_and_labels_of_its_rows(split: Split) -> None:
         train_batches(
             split,
             torch.arange(64),
-            BatchPlan(seed=0, shuffle=True, batch_size=10, micro_batches=1, rank=0, world_size=1),
+            BatchPlan(seed=0, shuffle=True, batch_size=10, micro_batches=1),
             start_step=3,
         )
     )
