@@ -67,8 +67,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: larger than {MAX_BYTES} bytes: not a recipe")
         text = path.read_text()
     except FileNotFoundError:
-        near = closest(path.name, (file.name for file in path.parent.glob("*.yaml")))
-        hint = f"; did you mean {path.parent / near}?" if near else "; see recipes/"
+        near = closest(path.stem, (file.stem for file in path.parent.glob("*.yaml")))
+        hint = f"; did you mean {path.parent / near}.yaml?" if near else "; see recipes/"
         raise UserError(f"{path}: no such recipe{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None

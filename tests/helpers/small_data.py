@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from cifar_dist.data.ingest.archive import FOLDER
 from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
-from cifar_dist.data.ingest.synthetic import draw_synthetic
+from cifar_dist.data.ingest.synthetic import draw_synthetic, pickle_members
+from cifar_dist.utils.files import atomic_write
 
 
 def first_rows(raw: RawSplit, rows: int) -> RawSplit:
@@ -40,3 +42,9 @@ def quick_recipe(folder: Path, name: str, data_path: Path, **sections: dict[str,
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"name": name} | content))
     return path
+
+
+def write_pickles(folder: Path, train: RawSplit, test: RawSplit, meta: RawMeta) -> None:
+    """Write the three pickle files in CIFAR's layout to `folder`/cifar-100-python."""
+    for name, data in pickle_members(train, test, meta).items():
+        atomic_write(folder / FOLDER / name, data)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from cifar_dist.data.ingest.archive import FOLDER
 from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawMeta, RawSplit
-from cifar_dist.utils.files import atomic_write
 
 COLORS = {  # RGB in 0..1, jittered per image
     "red": (0.86, 0.12, 0.14),
@@ -75,12 +72,6 @@ def draw_synthetic(
     train = _draw_split(meta, train_per_class, np.random.Philox(key=[seed, 0]))
     test = _draw_split(meta, test_per_class, np.random.Philox(key=[seed, 1]))
     return train, test, meta
-
-
-def write_pickles(folder: Path, train: RawSplit, test: RawSplit, meta: RawMeta) -> None:
-    """Write the three pickle files in CIFAR's layout to `folder`/cifar-100-python."""
-    for name, data in pickle_members(train, test, meta).items():
-        atomic_write(folder / FOLDER / name, data)
 
 
 def pickle_members(train: RawSplit, test: RawSplit, meta: RawMeta) -> dict[str, bytes]:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import first_rows, small_data
+from small_data import first_rows, small_data, write_pickles
 
 from cifar_dist.data.dataset import class_names, content_digest, load_split, read_digest, read_split
 from cifar_dist.data.ingest import download as download_module
 from cifar_dist.data.ingest.download import download
 from cifar_dist.data.ingest.pickles import RawSplit
 from cifar_dist.data.ingest.preparation import prepare
-from cifar_dist.data.ingest.synthetic import pickle_members, write_pickles
+from cifar_dist.data.ingest.synthetic import pickle_members
 from cifar_dist.distributed import signals
 from cifar_dist.recipe.load import validate
 from cifar_dist.recipe.schema import Recipe

@@ -6,11 +6,12 @@ import io
 from pathlib import Path
 
 import numpy as np
+from small_data import write_pickles
 
 from cifar_dist.data.dataset import content_digest
 from cifar_dist.data.ingest.archive import read_members
 from cifar_dist.data.ingest.pickles import check_hierarchy, read_meta, read_pickle
-from cifar_dist.data.ingest.synthetic import COLORS, SHAPES, draw_synthetic, write_pickles
+from cifar_dist.data.ingest.synthetic import COLORS, SHAPES, draw_synthetic
 
 TRAIN, TEST, META = draw_synthetic(train_per_class=6, test_per_class=2)
 FIRST_NAME = "yellow_star_s_000000.png"
