@@ -44,8 +44,6 @@ def ensure_data(recipe: Recipe) -> bool:
     """Prepare missing data on rank 0 while the others wait; False if a stop signal arrives."""
     path, source = Path(recipe.data.path), recipe.data.source
     has_data = (path / "digest.json").exists()
-    if is_synthetic(recipe):
-        log.info(SYNTHETIC_NOTE)
     if not has_data and is_main_rank():
         if source is None:
             raise UserError(
@@ -92,6 +90,8 @@ def log_session(recipe: Recipe, accelerator: Accelerator) -> None:
         f"{accelerator.device.type}, {recipe.run.precision}, "
         f"{torch.get_num_threads()} CPU thread(s) each"
     )
+    if is_synthetic(recipe):
+        log.info(SYNTHETIC_NOTE)
 
 
 def find_start(
