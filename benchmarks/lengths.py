@@ -21,9 +21,10 @@ from cifar_dist.distributed.launch import init_distributed
 from cifar_dist.models.classifier import Classifier, build_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
+from cifar_dist.recipe.session import with_precision
 from cifar_dist.utils.errors import run_command
 from cifar_dist.utils.files import write_json
-from cifar_dist.utils.precision import autocast, check_precision
+from cifar_dist.utils.precision import auto_precision, autocast, check_precision
 
 TRAINING_ROWS = 50_000
 
@@ -54,6 +55,8 @@ def passes(
 
 def works_of(recipe: Recipe, device: torch.device, batch_size: int) -> Iterator[tuple[str, Work]]:
     check_precision(recipe.run.precision, device)
+    if recipe.run.precision == "auto":
+        recipe = with_precision(recipe, auto_precision(device))
     model = build_model(recipe.model, 100).to(device).to(memory_format=torch.channels_last)
     model.train()
     for size in epochs_by_size(recipe):

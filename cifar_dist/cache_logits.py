@@ -15,7 +15,7 @@ from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.launch import set_slurm_env
 from cifar_dist.inference.logit_caching import cache_teacher
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.session import distributed_session
+from cifar_dist.recipe.session import distributed_session, resolve_precision
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.log import log, log_to_terminal
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> int:
     stop = 0
     with distributed_session(recipe) as accelerator:
         context = DistContext.of(accelerator)
+        recipe = resolve_precision(recipe, context, accelerator.device)
         for teacher in cached:
             stop = stop or cache_teacher(
                 recipe,

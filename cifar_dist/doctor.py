@@ -27,6 +27,7 @@ from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed, set_slurm_env
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_yaml
+from cifar_dist.recipe.session import format_precision, resolve_precision
 from cifar_dist.tracking.tracker import decide_mode
 from cifar_dist.training.start import check_world_size
 from cifar_dist.utils.cli import add_recipe, command_parser
@@ -34,7 +35,6 @@ from cifar_dist.utils.errors import UserError, first_line, is_main_rank, run_com
 from cifar_dist.utils.files import make_folder
 from cifar_dist.utils.host import host_id
 from cifar_dist.utils.log import log_to_terminal
-from cifar_dist.utils.precision import check_precision
 
 MEET_SECONDS = 60
 VISIBLE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders
@@ -204,8 +204,8 @@ def run_checks(recipe: Recipe, context: DistContext, device: torch.device) -> li
     """Run all checks; every rank calls this and gets the same results."""
 
     def precision() -> str:
-        check_precision(recipe.run.precision, device)
-        return f"{recipe.run.precision} on {device.type}"
+        precision = resolve_precision(recipe, context, device).run.precision
+        return f"{format_precision(recipe.run.precision, precision)} on {device.type}"
 
     def micro_batches() -> str:
         count = recipe.run.micro_batches or context.world_size

@@ -25,7 +25,7 @@ from cifar_dist.distributed.watchdog import watchdog
 from cifar_dist.recipe.dry_run import describe
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
-from cifar_dist.recipe.session import distributed_session
+from cifar_dist.recipe.session import distributed_session, keep_precision
 from cifar_dist.training.finish import Outcome, finish, log_summary
 from cifar_dist.training.loop import (
     evaluate,
@@ -36,7 +36,7 @@ from cifar_dist.training.loop import (
     train_one_step,
 )
 from cifar_dist.training.setup import Run, setup
-from cifar_dist.training.start import check_names, ensure_data, find_finished_run, log_session
+from cifar_dist.training.start import check_names, ensure_data, find_finished_run
 from cifar_dist.training.state import TrainState, early_stop_reason
 from cifar_dist.utils.cli import add_recipe, command_parser
 from cifar_dist.utils.errors import run_command
@@ -48,10 +48,9 @@ def run_training(recipe: Recipe, *, force: bool = False) -> dict[str, Any] | Non
     check_names(recipe)
     if not ensure_data(recipe):
         return None
-    summary = None if force else find_finished_run(recipe)
+    summary = None if force else find_finished_run(keep_precision(recipe))
     if summary is None:
         with distributed_session(recipe) as accelerator:
-            log_session(recipe, accelerator)
             summary = train(recipe, accelerator, force=force)
     log_summary(recipe, summary)
     return summary

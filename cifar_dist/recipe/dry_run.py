@@ -21,6 +21,8 @@ from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.estimate import activation_bytes, estimate, human_readable, optimizer_states
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
+from cifar_dist.recipe.session import format_precision, keep_precision
+from cifar_dist.utils.precision import Precision, auto_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Plan:
 
     recipe: dict[str, Any]
     run_folder: str
+    precision: Precision  # `auto` resolved for this machine
     parameters: int
     forward_flops_per_image: int
     teacher_flops_per_image: int
@@ -51,6 +54,7 @@ class Plan:
         place = " on the host" if self.data_place == "host" else ""
         return (
             f"{to_yaml(self.recipe)}\n"
+            f"precision         {format_precision(self.recipe['run']['precision'], self.precision)}\n"
             f"parameters        {self.parameters:,}\n"
             f"FLOPs per image   {human_readable(self.forward_flops_per_image)} forward{teacher}, "
             f"{human_readable(self.training_flops)} for the whole training\n"
@@ -66,6 +70,11 @@ class Plan:
 def describe(recipe: Recipe) -> Plan:
     """Return the cost of a recipe without computing anything; UserError if it cannot take a step."""
     run, data = recipe.run, Path(recipe.data.path)
+    precision = keep_precision(recipe).run.precision
+    if precision == "auto":
+        precision = auto_precision(
+            torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        )
     has_data = (data / "digest.json").exists()
     rows = read_digest(data)["train"]["rows"] if has_data else 50_000
     classes = len(class_names(data)) if has_data else 100
@@ -89,13 +98,14 @@ def describe(recipe: Recipe) -> Plan:
             micro_batches=micro_batches,
             states=states,
             averaging=recipe.averaging is not None,
-            half=run.precision != "fp32",
+            half=precision != "fp32",
         )
         forward = forward_flops(recipe, model, cost["forward_flops_per_image"])
         teacher_flops = sum(activation_bytes(one.to_empty(device="cpu"))[1] for one in teachers)
     return Plan(
         recipe=to_dict(recipe),
         run_folder=str(recipe.folder),
+        precision=precision,
         parameters=cost["parameters"],
         forward_flops_per_image=cost["forward_flops_per_image"],
         teacher_flops_per_image=teacher_flops,

@@ -46,7 +46,7 @@ class RunConfig:
     epochs: Count = 200
     batch_size: Count = 250  # of the global batch, for any number of processes
     micro_batches: Count | None = None  # of the global batch; None: world size of the first start
-    precision: Precision = "bf16"
+    precision: Precision = "auto"  # bf16 where the device has it, else fp32; kept on resume
     seed: Index = 0
     output_dir: str = "runs"
     threads: Count | None = None  # CPU threads per process; None: those of the machine, divided

@@ -38,6 +38,7 @@ from cifar_dist.optim.averaging import build_average
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import learning_rate
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
+from cifar_dist.recipe.session import resolve_precision
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder.checkpoint import load_progress, load_tensors
 from cifar_dist.run_folder.records import MetricsFile
@@ -47,7 +48,7 @@ from cifar_dist.training.environment import describe_environment
 from cifar_dist.training.lock import run_lock
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.start import check_world_size, claim_folder, find_start
+from cifar_dist.training.start import check_world_size, claim_folder, find_start, log_session
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.log import log, progress_bar
 from cifar_dist.utils.precision import make_scaler
@@ -131,6 +132,8 @@ def setup(
     UserError on all ranks if the run cannot start.
     """
     context, device = DistContext.of(accelerator), accelerator.device
+    recipe = resolve_precision(recipe, context, device)
+    log_session(recipe, context, device)
     context.run_on_main(stack.enter_context, run_lock(recipe.folder))
     origin = find_origin(recipe, context, device, force=force)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from cifar_dist import __version__
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.dataset import data_digest, read_digest
 from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
 from cifar_dist.distributed import signals
+from cifar_dist.distributed.context import DistContext
 from cifar_dist.models.backbones import pretrained_cfg
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.diff import recipe_diff
@@ -84,10 +84,10 @@ def find_finished_run(recipe: Recipe) -> dict[str, Any] | None:
     return summary if same_data and environment.get("teachers", []) == teachers else None
 
 
-def log_session(recipe: Recipe, accelerator: Accelerator) -> None:
+def log_session(recipe: Recipe, context: DistContext, device: torch.device) -> None:
     log.info(
-        f"cifar_dist {__version__}: {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {recipe.run.precision}, "
+        f"cifar_dist {__version__}: {context.world_size} process(es) on "
+        f"{device.type}, {recipe.run.precision}, "
         f"{torch.get_num_threads()} CPU thread(s) each"
     )
     if is_synthetic(recipe):
