@@ -11,14 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from cifar_dist.distributed.context import DistContext
-from cifar_dist.distributed.launch import set_slurm_env
-from cifar_dist.inference.logit_caching import cache_teacher
-from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.session import distributed_session, resolve_precision
-from cifar_dist.utils.cli import add_recipe, command_parser
+from cifar_dist.utils.cli import add_recipe, command_parser, parse_recipe
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -30,14 +24,22 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml",
         "accelerate launch -m cifar_dist.cache_logits recipes/r18_32_kd_cached.yaml augment.views=16",
     )
-    add_recipe(parser, "recipe of a student, see recipes/")
+    add_recipe(parser, "recipe of a student")
     parser.add_argument(
         "--sharded", action="store_true", help="shard the teacher's weights over the processes"
     )
     parser.add_argument(
         "--force", action="store_true", help="start from the beginning and replace an earlier cache"
     )
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_recipe(parser, arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.distributed.context import DistContext
+    from cifar_dist.distributed.launch import set_slurm_env
+    from cifar_dist.inference.logit_caching import cache_teacher
+    from cifar_dist.recipe.load import load_recipe
+    from cifar_dist.recipe.session import distributed_session, resolve_precision
+    from cifar_dist.utils.log import log, log_to_terminal
 
     set_slurm_env()
     log_to_terminal()
@@ -52,6 +54,7 @@ def main(arguments: list[str]) -> int:
             f"there is no data in {recipe.data.path}; run `python -m cifar_dist.prepare --output "
             f"{recipe.data.path}`"
         )
+    signals.save_on_interrupt()
     stop = 0
     with distributed_session(recipe) as accelerator:
         context = DistContext.of(accelerator)

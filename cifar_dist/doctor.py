@@ -30,7 +30,7 @@ from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.session import format_precision, resolve_precision
 from cifar_dist.tracking.tracker import decide_mode
 from cifar_dist.training.start import check_world_size
-from cifar_dist.utils.cli import add_recipe, command_parser
+from cifar_dist.utils.cli import add_recipe, command_parser, parse_recipe
 from cifar_dist.utils.errors import UserError, first_line, is_main_rank, run_command, user_message
 from cifar_dist.utils.files import make_folder
 from cifar_dist.utils.host import host_id
@@ -242,8 +242,8 @@ def main(arguments: list[str]) -> int:
         "recipes/r50_224.yaml",
         "sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/doctor.sh recipes/r50_224.yaml",
     )
-    add_recipe(parser, "a YAML file, see recipes/")
-    options = parser.parse_intermixed_args(arguments)
+    add_recipe(parser)
+    options = parse_recipe(parser, arguments)
     set_slurm_env()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)

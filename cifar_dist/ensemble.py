@@ -5,11 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.inference.ensembling import ENSEMBLE_FILES, combine, log_ensemble, write_ensemble
-from cifar_dist.inference.stored_run import read_run
 from cifar_dist.utils.cli import check_output, command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +27,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier ensemble")
     options = parser.parse_intermixed_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.inference.ensembling import (
+        ENSEMBLE_FILES,
+        combine,
+        log_ensemble,
+        write_ensemble,
+    )
+    from cifar_dist.inference.stored_run import read_run
+    from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
     folders = list({folder.resolve(): folder for folder in options.runs}.values())

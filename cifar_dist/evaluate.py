@@ -5,19 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.distributed.context import DistContext
-from cifar_dist.distributed.launch import set_slurm_env
-from cifar_dist.inference.evaluate_run import (
-    evaluate_run,
-    log_evaluation,
-    plan_evaluation,
-    store_evaluation,
-)
-from cifar_dist.recipe.session import distributed_session
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import is_main_rank, run_command
-from cifar_dist.utils.files import check_writable
-from cifar_dist.utils.log import log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -64,6 +53,19 @@ def main(arguments: list[str]) -> int:
         "--tta-flip; otherwise nothing is written",
     )
     options = parser.parse_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.distributed.context import DistContext
+    from cifar_dist.distributed.launch import set_slurm_env
+    from cifar_dist.inference.evaluate_run import (
+        evaluate_run,
+        log_evaluation,
+        plan_evaluation,
+        store_evaluation,
+    )
+    from cifar_dist.recipe.session import distributed_session
+    from cifar_dist.utils.files import check_writable
+    from cifar_dist.utils.log import log_to_terminal
 
     set_slurm_env()
     log_to_terminal()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.exporting.formats import EXPORT_FILES, export
-from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.utils.cli import check_output, command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +42,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     options = parser.parse_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.exporting.formats import EXPORT_FILES, export
+    from cifar_dist.inference.trained_model import load_trained_model
+    from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
     if options.uint8 and options.to not in ("onnx", "pt2"):

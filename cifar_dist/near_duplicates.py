@@ -10,12 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from cifar_dist.data.dataset import data_digest, load_split
-from cifar_dist.data.ingest.near_duplicates import MIN_DETAIL, MIN_LAYOUT, find_near_duplicates
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import run_command
-from cifar_dist.utils.files import atomic_write, check_writable
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +32,12 @@ def main(arguments: list[str]) -> int:
         "--output", type=Path, required=True, metavar="FILE", help="JSON file to write"
     )
     options = parser.parse_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.data.dataset import data_digest, load_split
+    from cifar_dist.data.ingest.near_duplicates import MIN_DETAIL, MIN_LAYOUT, find_near_duplicates
+    from cifar_dist.utils.files import atomic_write, check_writable
+    from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
     check_writable(options.output)

@@ -6,19 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from cifar_dist.inference.prediction import (
-    draw_predictions,
-    find_images,
-    format_predictions,
-    predict,
-    read_rows,
-)
-from cifar_dist.inference.trained_model import load_trained_model
-from cifar_dist.reporting.images import png
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import atomic_write, check_writable, write_json
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -49,6 +38,19 @@ def main(arguments: list[str]) -> int:
         "--data", type=Path, metavar="FOLDER", help="folder of the run's data, if it has moved"
     )
     options = parser.parse_intermixed_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.inference.prediction import (
+        draw_predictions,
+        find_images,
+        format_predictions,
+        predict,
+        read_rows,
+    )
+    from cifar_dist.inference.trained_model import load_trained_model
+    from cifar_dist.reporting.images import png
+    from cifar_dist.utils.files import atomic_write, check_writable, write_json
+    from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
     if bool(options.images) == bool(options.rows):

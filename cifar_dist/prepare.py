@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import run_command
 
@@ -36,6 +35,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace existing data")
     options = parser.parse_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
+
     prepare(
         SYNTHETIC if options.sample else options.source,
         options.output or Path("data", "sample" if options.sample else "cifar100"),

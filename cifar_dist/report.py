@@ -5,13 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cifar_dist.inference.stored_run import read_run
-from cifar_dist.reporting.comparison import group_runs, latex_table
-from cifar_dist.reporting.page import render_page
 from cifar_dist.utils.cli import command_parser
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.files import atomic_write, check_writable
-from cifar_dist.utils.log import log, log_to_terminal
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +37,13 @@ def main(arguments: list[str]) -> int:
         "--data", type=Path, metavar="FOLDER", help="folder of the runs' data, if it has moved"
     )
     options = parser.parse_intermixed_args(arguments)
+
+    # Imported after parsing, so that --help and mistakes answer at once.
+    from cifar_dist.inference.stored_run import read_run
+    from cifar_dist.reporting.comparison import group_runs, latex_table
+    from cifar_dist.reporting.page import render_page
+    from cifar_dist.utils.files import atomic_write, check_writable
+    from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
     folders = []

@@ -7,11 +7,14 @@ processes are therefore one operation: build everything as at the start, load, c
 from __future__ import annotations
 
 from cifar_dist.distributed import signals
+from cifar_dist.utils.cli import parse_early, parse_recipe, train_parser
 
-if __name__ == "__main__":
-    signals.install()  # before importing torch: an unhandled signal kills the process
+if __name__ == "__main__":  # before importing torch, which takes seconds
+    signals.install()  # an unhandled signal would kill the process
+    parse_early(train_parser())
 
 import json
+import logging
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,7 +22,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cifar_dist import __version__
 from cifar_dist.distributed.launch import set_slurm_env
 from cifar_dist.distributed.watchdog import watchdog
 from cifar_dist.recipe.dry_run import describe
@@ -38,9 +40,9 @@ from cifar_dist.training.loop import (
 from cifar_dist.training.setup import Run, setup
 from cifar_dist.training.start import check_names, ensure_data, find_finished_run
 from cifar_dist.training.state import TrainState, early_stop_reason
-from cifar_dist.utils.cli import add_recipe, command_parser
-from cifar_dist.utils.errors import run_command
-from cifar_dist.utils.log import log_to_terminal
+from cifar_dist.training.timing import time_training
+from cifar_dist.utils.errors import is_main_rank, run_command
+from cifar_dist.utils.log import log, log_to_terminal
 
 
 def run_training(recipe: Recipe, *, force: bool = False) -> dict[str, Any] | None:
@@ -133,29 +135,18 @@ def should_save(step: int, *, saved: int, at_end: bool, stopping: bool, save_now
 
 
 def main(arguments: list[str]) -> int:
-    parser = command_parser(
-        "train",
-        "Train a recipe on one process or many. The same command resumes a stopped run.",
-        "python -m cifar_dist.train recipes/debug.yaml",
-        "accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20",
-        "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
-        "recipes/r50_224.yaml name=r50_224_s1 run.seed=1",
-    )
-    add_recipe(parser, "a YAML file, see recipes/")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and its cost, and exit"
-    )
-    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
-    parser.add_argument("--force", action="store_true", help="resume although the recipe changed")
-    parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
-    options = parser.parse_intermixed_args(arguments)
-
+    options = parse_recipe(train_parser(), arguments)
     set_slurm_env()
     log_to_terminal()
     recipe = load_recipe(options.recipe, options.overrides)
     if options.dry_run:
-        plan = describe(recipe)
-        print(json.dumps(asdict(plan)) if options.json else plan)
+        if options.json:
+            log.setLevel(logging.WARNING)
+        if options.time and not ensure_data(recipe):
+            return signals.STOPPED
+        plan = describe(recipe, time_training(recipe) if options.time else None)
+        if is_main_rank():
+            print(json.dumps(asdict(plan)) if options.json else plan)
         return 0
     summary = run_training(recipe, force=options.force)
     return 0 if summary and summary["finished"] else signals.STOPPED

@@ -18,7 +18,13 @@ from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.models.classifier import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
 from cifar_dist.optim.optimizer import build_optimizer
-from cifar_dist.recipe.estimate import activation_bytes, estimate, human_readable, optimizer_states
+from cifar_dist.recipe.estimate import (
+    activation_bytes,
+    estimate,
+    format_duration,
+    human_readable,
+    optimizer_states,
+)
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.session import format_precision, keep_precision
@@ -43,6 +49,7 @@ class Plan:
     memory_bytes: int  # of one process, a lower bound
     data_bytes: int
     data_place: Place
+    steps_per_second: float | None  # measured with --time, for the processes of this launch
 
     def __str__(self) -> str:
         teacher = ""
@@ -52,6 +59,13 @@ class Plan:
             names = ", ".join(self.unknown_teachers)
             teacher += f" (without {names}: not there yet)"
         place = " on the host" if self.data_place == "host" else ""
+        duration = ""
+        if self.steps_per_second:
+            length = format_duration(self.total_steps / self.steps_per_second)
+            images = self.steps_per_second * self.recipe["run"]["batch_size"]
+            duration = (
+                f"time              about {length} at {images:,.0f} images/s, without evaluations\n"
+            )
         return (
             f"{to_yaml(self.recipe)}\n"
             f"precision         {format_precision(self.recipe['run']['precision'], self.precision)}\n"
@@ -63,12 +77,15 @@ class Plan:
             f"memory            at least {self.memory_bytes / 2**30:.2f} GiB per process "
             f"({self.rows_per_micro_batch} rows per micro-batch), and "
             f"{self.data_bytes / 2**30:.2f} GiB of data{place}\n"
-            f"run folder        {self.run_folder}"
+            f"{duration}run folder        {self.run_folder}"
         )
 
 
-def describe(recipe: Recipe) -> Plan:
-    """Return the cost of a recipe without computing anything; UserError if it cannot take a step."""
+def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
+    """Return the cost of a recipe without computing anything; UserError if it cannot take a step.
+
+    `steps_per_second` is the measured speed, if there is one.
+    """
     run, data = recipe.run, Path(recipe.data.path)
     precision = keep_precision(recipe).run.precision
     if precision == "auto":
@@ -118,6 +135,7 @@ def describe(recipe: Recipe) -> Plan:
         memory_bytes=cost["memory_bytes"] + 4 * sum(num_parameters(one) for one in teachers),
         data_bytes=data_bytes(recipe, rows),
         data_place=recipe.data.place,
+        steps_per_second=steps_per_second,
     )
 
 

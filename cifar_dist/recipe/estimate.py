@@ -84,3 +84,11 @@ def human_readable(number: float, unit: str = "") -> str:
             return f"{number:.3g} {prefix}{unit}".rstrip()
         number /= 1000
     return f"{number:.3g} E{unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """5400 -> '90 min'."""
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from cifar_dist.recipe.schema import ADAPTER, Recipe
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.recipe_files import missing_recipe
 from cifar_dist.utils.strict_yaml import parse_yaml
-from cifar_dist.utils.suggest import closest, refuse_unknown_keys
+from cifar_dist.utils.suggest import refuse_unknown_keys
 
 MAX_BYTES = 1 << 16
 
@@ -67,9 +68,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: larger than {MAX_BYTES} bytes: not a recipe")
         text = path.read_text()
     except FileNotFoundError:
-        near = closest(path.stem, (file.stem for file in path.parent.glob("*.yaml")))
-        hint = f"; did you mean {path.parent / near}.yaml?" if near else "; see recipes/"
-        raise UserError(f"{path}: no such recipe{hint}") from None
+        raise missing_recipe(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     raw = parse_yaml(text, where=str(path))

@@ -13,7 +13,7 @@ from cifar_dist.run_folder import results
 from cifar_dist.training.setup import Run
 from cifar_dist.training.start import SYNTHETIC_NOTE, is_synthetic
 from cifar_dist.training.state import TrainState
-from cifar_dist.utils.files import atomic_write
+from cifar_dist.utils.files import atomic_write, remove_folder
 from cifar_dist.utils.host import peak_memory_bytes, peak_reserved_bytes
 from cifar_dist.utils.log import log
 
@@ -75,11 +75,16 @@ def write_results(
     if outcome.stop_signal:  # slurm/train.sh reads it to decide whether to requeue the job
         atomic_write(run.folder / "stopped", f"{outcome.signal_name}\n")
     run.tracker.finish(summary, result if outcome.finished else None)
+    if summary["steps"] == 0 and outcome.stop_signal == signal.SIGINT and run.is_new_folder:
+        remove_folder(run.folder)
     return summary
 
 
 def log_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Log the outcome of a run, on the last lines of the terminal."""
+    if not summary["finished"] and not recipe.folder.exists():
+        log.info(f"{recipe.name}: stopped before the first step; nothing was saved")
+        return
     if not summary["finished"]:
         log.info(
             f"{recipe.name}: stopped by {summary['stopped_by']} at step {summary['steps']}; "

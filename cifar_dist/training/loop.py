@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from cifar_dist.evaluation.evaluator import EvalResult, update_bn
 from cifar_dist.models.freeze import freeze, frozen_parameters
 from cifar_dist.optim.optimizer import max_lr, set_learning_rate
+from cifar_dist.recipe.estimate import format_duration
 from cifar_dist.training.graphed_step import build_step
 from cifar_dist.training.log_record import log_record
 from cifar_dist.training.setup import Run
 from cifar_dist.training.state import TrainState, poll_ranks
 from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.host import peak_memory_bytes
+from cifar_dist.utils.log import log
 
 
 def poll(run: Run, state: TrainState) -> tuple[int, bool]:
-    """Agree with the other ranks: return the stop signal (0: none) and whether to save now."""
+    """Agree with the other ranks: return the stop signal (0: none) and whether to save now.
+
+    Once, a few seconds after the start, log the time left.
+    """
     stop, save_now, state.steps_to_poll = poll_ranks(
         state, run.context, save_every_minutes=run.recipe.run.save_every_minutes
     )
+    if speed := state.pace.steps_per_second(state.step, time.monotonic()):
+        left = format_duration((run.total_steps - state.step) / speed)
+        images = speed * run.recipe.run.batch_size
+        log.info(f"about {left} left at {images:,.0f} images/s, without evaluations")
     return stop, save_now
 
 

@@ -27,6 +27,7 @@ from cifar_dist.data.batches import (
 from cifar_dist.data.dataset import Split, class_names, data_digest, open_splits
 from cifar_dist.data.streaming import stream_images
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
+from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.evaluation.evaluator import EvalResult, evaluate
 from cifar_dist.losses.registry import logit_scale
@@ -78,6 +79,7 @@ class Run:
     metrics_file: MetricsFile
     tracker: Tracker
     bar: tqdm
+    is_new_folder: bool  # on rank 0: this process created the run folder
     metadata: dict[
         str, Any
     ]  # stored with each checkpoint; the next start compares data and teachers
@@ -134,6 +136,7 @@ def setup(
     context, device = DistContext.of(accelerator), accelerator.device
     recipe = resolve_precision(recipe, context, device)
     log_session(recipe, context, device)
+    is_new_folder = not recipe.folder.exists()
     context.run_on_main(stack.enter_context, run_lock(recipe.folder))
     origin = find_origin(recipe, context, device, force=force)
 
@@ -171,6 +174,7 @@ def setup(
     stack.callback(state.writer.shutdown)  # after an error: finish writing
     if origin.checkpoint is not None:
         state.restore(origin.checkpoint, context, total_steps=total_steps)
+    signals.save_on_interrupt()
     context.run_on_main(claim_folder, recipe, origin.environment, origin.checkpoint)
     if recipe.run.compile:
         model.compile()
@@ -195,6 +199,7 @@ def setup(
         metrics_file=metrics_file,
         tracker=start_tracker(recipe, origin, context),
         bar=stack.enter_context(progress_bar(state.step, total_steps, enabled=context.is_main)),
+        is_new_folder=is_new_folder,
         metadata={
             "micro_batches": origin.micro_batches,
             "data": origin.data_digest,

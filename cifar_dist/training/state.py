@@ -23,6 +23,7 @@ from cifar_dist.recipe.schema import RunConfig
 from cifar_dist.run_folder import checkpoint
 from cifar_dist.training.graphed_step import StepFn
 from cifar_dist.training.metric_window import MetricWindow
+from cifar_dist.training.pace import Pace
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
@@ -38,6 +39,7 @@ class TrainState:
     window: MetricWindow
     step: int = 0  # completed updates
     step_fn: StepFn | None = None
+    pace: Pace = field(default_factory=Pace)
     steps_to_poll: int = 0  # counted separately, so that a desynchronized rank still joins the poll
     saved_step: int = -1  # -1: a signal before the first step saves, too
     evaluated_step: int = 0

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import textwrap
 from collections.abc import Set
 from pathlib import Path
 from typing import NoReturn
 
-from cifar_dist.utils.errors import UserError
+from cifar_dist import __version__
+from cifar_dist.utils.errors import UserError, exit_on_interrupt, run_command
+from cifar_dist.utils.recipe_files import find_recipe
 from cifar_dist.utils.suggest import closest
 
+RECIPE_HELP = "a YAML file, or a name that `cifar-dist recipes` lists"
 RENAMED = {
     "--flips": "--tta-flip",
     "--picture": "--save-image",
@@ -49,13 +54,67 @@ def command_parser(command: str, description: str, *examples: str) -> argparse.A
     return parser
 
 
-def add_recipe(parser: argparse.ArgumentParser, recipe_help: str) -> None:
-    """Add a recipe and its overrides; use `parse_intermixed_args` to allow options between them."""
-    parser.add_argument("recipe", type=Path, help=recipe_help)
+def add_recipe(parser: argparse.ArgumentParser, recipe_help: str = RECIPE_HELP) -> None:
+    """Add a recipe and its overrides, which `parse_recipe` parses."""
+    parser.add_argument("recipe", help=recipe_help)
     # Without a default, argparse would list `overrides` among the missing arguments.
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="recipe overrides"
     )
+
+
+def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line with a recipe; return its options with `recipe` and `overrides`.
+
+    Recipe, overrides and options may come in any order. UserError if the recipe does not exist.
+    """
+    options = parser.parse_intermixed_args(arguments)
+    words = [options.recipe, *options.overrides]
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        parser.error(f"give one recipe (found: {found}); overrides have the form section.key=value")
+    options.recipe = find_recipe(names[0])
+    options.overrides = [word for word in words if "=" in word]
+    return options
+
+
+def parse_early(parser: argparse.ArgumentParser) -> None:
+    """Exit here for `--help`, `--version` or a mistake: before a command's slow imports.
+
+    Afterwards Ctrl-C exits without a traceback until `run_command` takes over.
+    """
+
+    def parse(arguments: list[str]) -> int:
+        parse_recipe(parser, arguments)
+        return 0
+
+    if code := run_command(parse):
+        sys.exit(code)
+    signal.signal(signal.SIGINT, exit_on_interrupt)
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "train",
+        "Train a recipe on one process or many. The same command resumes a stopped run.",
+        "cifar-dist train recipes/debug.yaml --processes 2",
+        "python -m cifar_dist.train recipes/debug.yaml",
+        "accelerate launch -m cifar_dist.train recipes/r50_224.yaml run.epochs=20",
+        "accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml -m cifar_dist.train "
+        "recipes/r50_224.yaml name=r50_224_s1 run.seed=1",
+    )
+    add_recipe(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its cost, and exit"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="with --dry-run: train a few steps to estimate the time"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
+    parser.add_argument("--force", action="store_true", help="resume although the recipe changed")
+    parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
+    return parser
 
 
 def check_output(folder: Path, names: Set[str], *, force: bool) -> None:

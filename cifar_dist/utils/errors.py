@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130  # exit code that shells report for a process that Ctrl-C ended
@@ -51,6 +53,13 @@ def print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 
+def exit_on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C while a command imports its modules: nothing has been written yet."""
+    if is_main_rank():
+        os.write(2, b"\ninterrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Run a command's `main(arguments)` and return its exit code.
 
@@ -61,11 +70,17 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, exit_on_interrupt):
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return main(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; all written files are complete", file=sys.stderr, flush=True)
-        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -76,3 +91,10 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         if is_main_rank():
             print_error(message)
         return USER_ERROR
+    except BaseException as error:
+        # A library may turn the KeyboardInterrupt into another exception.
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
+        if is_main_rank():
+            print("interrupted; all written files are complete", file=sys.stderr, flush=True)
+        return INTERRUPTED

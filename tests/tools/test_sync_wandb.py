@@ -15,6 +15,7 @@ from launcher import Launch, train
 from wandb_records import records
 
 from cifar_dist import sync_wandb
+from cifar_dist.recipe import wandb_sync
 from cifar_dist.tracking import tracker
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker
@@ -95,7 +96,7 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
         taken.extend(path.name for path in offline)
         return True
 
-    monkeypatch.setattr(sync_wandb, "upload", upload)
+    monkeypatch.setattr(wandb_sync, "upload", upload)
     for _ in range(2):
         assert sync_wandb.main(["runs/tiny"]) == 0
         assert taken == [offline_run.name, other.name]

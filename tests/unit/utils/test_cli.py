@@ -31,7 +31,9 @@ from cifar_dist.utils.errors import INTERRUPTED, UserError, run_command
 from cifar_dist.utils.files import atomic_folder, atomic_write
 
 PACKAGE = Path(__file__).parents[3] / "cifar_dist"
-COMMANDS = sorted(path.stem for path in PACKAGE.glob("*.py") if "\ndef main(" in path.read_text())
+COMMANDS = sorted(
+    path.stem for path in PACKAGE.glob("*.py") if "\ndef main(arguments" in path.read_text()
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,7 +48,7 @@ def test_help_has_examples_and_describes_each_option(
     text = capsys.readouterr().out
     usage, described = text.split("\n\n", 1)
     assert usage.startswith(f"usage: python -m cifar_dist.{command} ")
-    assert re.search(rf"examples?:\n  .*cifar_dist\.{command} ?", text)
+    assert re.search(rf"examples?:\n(.*\n)?  .*cifar_dist\.{command} ?", text)
     assert "--traceback" in usage
     assert max(len(line) for line in described.partition("\n\n")[0].splitlines()) <= 80
     options = text.partition("\noptions:\n")[2].partition("\nexample")[0]
@@ -137,9 +139,9 @@ def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(near_duplicates, "load_split", work)
-    monkeypatch.setattr(predict, "load_trained_model", work)
-    monkeypatch.setattr(report, "read_run", work)
+    monkeypatch.setattr("cifar_dist.data.dataset.load_split", work)
+    monkeypatch.setattr("cifar_dist.inference.trained_model.load_trained_model", work)
+    monkeypatch.setattr("cifar_dist.inference.stored_run.read_run", work)
     (tmp_path / "file").write_text("content")
     for path in (tmp_path, tmp_path / "file/inside", tmp_path / ("n" * 300)):
         for main, words in (
