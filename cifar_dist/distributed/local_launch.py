@@ -92,18 +92,17 @@ def _prepare_rank() -> None:
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all ranks; after the first failure, kill those that do not exit in time."""
-    failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes):
+    code, deadline = 0, float("inf")
+    while None in (codes := [process.poll() for process in processes]) or (not code and any(codes)):
+        if not code and any(codes):
+            code = next(one for one in sorted(codes, key=lambda one: one or 0) if one)
+            deadline = time.monotonic() + EXIT_SECONDS
+            if code < 0:  # a signal ended it
+                name = signal.Signals(-code).name
+                hint = "; check the machine's memory" if name == "SIGKILL" else ""
+                print_error(f"rank {codes.index(code)} was ended by {name}{hint}")
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(POLL_SECONDS)
-        failures = [rank for rank, process in enumerate(processes) if process.returncode]
-        if failures and not failed:
-            failed, deadline = processes[failures[0]].returncode, time.monotonic() + EXIT_SECONDS
-            if failed < 0:
-                name = signal.Signals(-failed).name
-                hint = "; check the machine's memory" if name == "SIGKILL" else ""
-                print_error(f"rank {failures[0]} was ended by {name}{hint}")
-    failed = failed or next((one.returncode for one in processes if one.returncode), 0)
-    return 128 - failed if failed < 0 else failed
+    return 128 - code if code < 0 else code

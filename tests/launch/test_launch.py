@@ -143,7 +143,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
     "number",
     [
         signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.fault) for n in (signal.SIGUSR1, signal.SIGINT)),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.fault),
     ],
 )
 def test_signal_during_startup_saves_a_checkpoint(
@@ -235,14 +235,6 @@ def test_ctrl_c_saves_although_the_launcher_forwards_it(
     output, _ = process.communicate(timeout=120)
     assert "stopped by SIGINT" in output, output
     assert (tmp_path / "runs/tiny/stopped").read_text() == "SIGINT\n"
-
-
-def test_help_and_version() -> None:
-    for command in ("train", "evaluate", "prepare"):
-        done = run(f"cifar_dist.{command}", "--help", cwd=ROOT)
-        assert done.returncode == 0
-        assert "examples:" in done.stdout
-    assert "cifar_dist 0." in run("cifar_dist.train", "--version", cwd=ROOT).stdout
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path: Path) -> None:
