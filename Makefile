@@ -4,20 +4,16 @@ RECIPE ?= recipes/debug.yaml
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+PIP_ARGS ?=
 
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
 .PHONY: train test lint schema faults gpu-check clean
 
-# Two gloo processes where there is no GPU; otherwise one per GPU, at most one per micro-batch.
+# One process per GPU, at most one per micro-batch; two gloo processes where there is no GPU.
 train: $(VENV)/.user
-	@case $(GPUS) in \
-	0) set -- --config_file accelerate_configs/cpu_2.yaml ;; \
-	1) set -- --num_processes 1 ;; \
-	*) micro_batches=$$($(BIN)/python -m cifar_dist.train --dry-run --json $(RECIPE) $(ARGS) 2>/dev/null | \
-		$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["recipe"]["run"]["micro_batches"] or $(GPUS))'); \
-	set -- --num_processes $$((micro_batches < $(GPUS) ? micro_batches : $(GPUS))) ;; \
-	esac; \
-	$(BIN)/accelerate launch "$$@" -m cifar_dist.train $(RECIPE) $(ARGS) 2>&1
+	@echo "[3/3] training $(RECIPE)"
+	@exec $(BIN)/cifar-dist train $(RECIPE) $(ARGS) --processes auto 2>&1
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -39,16 +35,23 @@ schema: $(VENV)/.user
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cifar_dist needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	@echo "making $(VENV) (once; some minutes, mostly the download of torch)"
+	@echo "[1/3] creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+# pip with progress bars in a terminal, otherwise one line for each large download; without its warnings.
+define install
+	@pip() { $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e $(1) 2> >(grep -v '^WARNING:' >&2); }; \
+	if [ -t 1 ]; then pip; else pip | { grep --line-buffered -E '^ *Downloading .*([0-9]{2} MB|GB)|^Installing' | cut -c 1-100 || true; }; fi
 	@touch $@
+endef
+
+$(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "[2/3] installing; downloads about 3.2 GB on Linux, mostly PyTorch with CUDA (once)"
+	$(call install,.)
 
 $(VENV)/.dev: $(VENV)/.user
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+	@echo "installing the tools for development"
+	$(call install,'.[dev]')
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

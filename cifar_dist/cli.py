@@ -1,6 +1,6 @@
 """The console script: `cifar-dist COMMAND ...` is `python -m cifar_dist.COMMAND ...`.
 
-Imports only the standard library. `--processes` starts several processes on this machine, without
+Imports neither torch nor anything slow. `--processes` starts several processes on this machine, without
 the traceback that other launchers print below an error message.
 """
 
@@ -12,7 +12,8 @@ import sys
 from cifar_dist import __version__
 from cifar_dist.distributed.local_launch import count_gpus, launch
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.recipe_files import RECIPES, recipe_names
+from cifar_dist.utils.recipe_files import RECIPES, find_recipe, recipe_names
+from cifar_dist.utils.strict_yaml import parse_yaml
 from cifar_dist.utils.suggest import closest
 
 COMMANDS = {
@@ -40,8 +41,8 @@ def usage() -> str:
             *(f"  {name:<16} {description}" for name, description in rows),
             "",
             "`cifar-dist COMMAND --help` describes a command.",
-            f"{', '.join(DISTRIBUTED)} accept --processes N: start N processes on this machine",
-            "(default: 1).",
+            f"{', '.join(DISTRIBUTED)} accept --processes N, the number of processes to start on",
+            "this machine (default: 1), or --processes auto: one per GPU, or two on a CPU.",
         ]
     )
 
@@ -58,17 +59,39 @@ def list_recipes() -> str:
     return "\n".join(rows)
 
 
-def take_processes(arguments: list[str]) -> tuple[int | None, list[str]]:
-    """Return the value of `--processes N`, and the other arguments."""
+def take_processes(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return the value of `--processes N`, 1 if it is missing, and the other arguments."""
     for index, word in enumerate(arguments):
         name, equals, value = word.partition("=")
-        if name != "--processes":
-            continue
-        value = value if equals else "".join(arguments[index + 1 : index + 2])
-        if not value.isdigit() or int(value) < 1:
-            raise UserError(f"--processes needs a number of at least 1 (got {value or 'nothing'})")
-        return int(value), arguments[:index] + arguments[index + (1 if equals else 2) :]
-    return None, arguments
+        if name == "--processes":
+            value = value if equals else "".join(arguments[index + 1 : index + 2])
+            return value, arguments[:index] + arguments[index + (1 if equals else 2) :]
+    return "1", arguments
+
+
+def choose_processes(asked: str, arguments: list[str], gpus: int) -> int:
+    """Return the number of processes; `auto` is one per GPU or two on a CPU, at most micro-batches."""
+    if asked == "auto":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return min(gpus or min(2, cores), micro_batches(arguments) or sys.maxsize)
+    if not asked.isdigit() or int(asked) < 1:
+        raise UserError(f"--processes needs a number of at least 1, or auto (got {asked!r})")
+    if gpus and int(asked) > gpus:
+        raise UserError(f"--processes {asked}: this machine has {gpus} GPU(s)")
+    return int(asked)
+
+
+def micro_batches(arguments: list[str]) -> int | None:
+    """Return `run.micro_batches` of the recipe in a command line, if there is one."""
+    key, value = "run.micro_batches=", None
+    for word in arguments:
+        if word.startswith(key):
+            return int(word.removeprefix(key))
+        if "=" not in word and not word.startswith("-"):
+            path = find_recipe(word)
+            content = parse_yaml(path.read_text(), where=str(path))
+            value = content["run"].get("micro_batches") if content.get("run") else None
+    return value
 
 
 def run(arguments: list[str]) -> int:
@@ -89,13 +112,12 @@ def run(arguments: list[str]) -> int:
     command = [sys.executable, "-m", f"cifar_dist.{name}"]
     if name not in DISTRIBUTED:
         os.execv(sys.executable, [*command, *rest])
-    processes, rest = take_processes(rest)
+    asked, rest = take_processes(rest)
     under_launcher = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    if processes is None or processes == 1 or under_launcher:
+    gpus = count_gpus() if asked != "1" and not under_launcher else 0
+    processes = 1 if under_launcher else choose_processes(asked, rest, gpus)
+    if processes == 1:
         os.execv(sys.executable, [*command, *rest])
-    gpus = count_gpus()
-    if gpus and processes > gpus:
-        raise UserError(f"--processes {processes}: this machine has {gpus} GPU(s)")
     return launch([*command, *rest], processes, on_cpu=not gpus)
 
 

@@ -203,8 +203,8 @@ def test_recipes_are_listed_with_a_description(capsys: pytest.CaptureFixture[str
     ("words", "message"),
     [
         (["trian", "debug"], "trian: unknown command; did you mean train?"),
-        (["train", "debug", "--processes"], "--processes needs a number of at least 1 "),
-        (["train", "debug", "--processes=0"], "--processes needs a number of at least 1 "),
+        (["train", "debug", "--processes"], "--processes needs a number of at least 1, or auto"),
+        (["train", "debug", "--processes=0"], "--processes needs a number of at least 1, or auto"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], message: str) -> None:
@@ -220,6 +220,21 @@ def test_recipe_by_name_or_path_and_words_in_any_order(name: str) -> None:
     assert options.overrides == ["run.epochs=3", "run.seed=1"]
     with pytest.raises(UserError, match="give one recipe"):
         parse_recipe(train_parser(), [*words, name])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "gpus", "processes"),
+    [
+        ("auto", ["r18_32"], 8, 4),  # run.micro_batches
+        ("auto", ["run.micro_batches=2", "r18_32"], 8, 2),
+        ("auto", ["r18_32"], 2, 2),
+        ("auto", ["r18_32", "run.micro_batches=1", "--force"], 0, 1),
+        ("auto", [], 3, 3),
+        ("3", ["r18_32"], 0, 3),
+    ],
+)
+def test_number_of_processes(asked: str, words: list[str], gpus: int, processes: int) -> None:
+    assert cli.choose_processes(asked, words, gpus) == processes
 
 
 def test_dry_run_measures_the_time(tmp_path: Path, recipe: RecipeMaker) -> None:

@@ -42,6 +42,7 @@ def test_recipe_trains(
         "run.batch_size": 32,
         "run.micro_batches": min(recipe.run.micro_batches or 1, 2),
         "run.threads": 1,
+        "run.precision": "fp32",
         "run.log_every_steps": 1,
         "data.path": str(data),
         "model.backbone": family,
