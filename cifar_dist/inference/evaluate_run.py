@@ -197,6 +197,7 @@ def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
             job.recipe.tracking,
             job.run,
             name=job.recipe.name,
+            seed=job.recipe.run.seed,
             report=report,
             result=evaluation.result,
             data=job.data,

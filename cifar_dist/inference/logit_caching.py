@@ -125,6 +125,11 @@ def cache_teacher(
         seconds = time.perf_counter() - started
         log.info(f"{folder} is complete: {total - done:,} images in {seconds:.0f} s")
         context.run_on_main(
-            track_cache, recipe.tracking, name=recipe.name, teacher=teacher, data=data
+            track_cache,
+            recipe.tracking,
+            name=recipe.name,
+            seed=recipe.run.seed,
+            teacher=teacher,
+            data=data,
         )
         return 0

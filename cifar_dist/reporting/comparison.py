@@ -13,7 +13,7 @@ import torch
 from cifar_dist.evaluation.scores import holm, mcnemar
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
-from cifar_dist.tracking.tracker import SEED_IN_NAME
+from cifar_dist.tracking.tracker import name_without_seed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +72,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         members.sort(key=lambda run: run.recipe.run.seed)
         label = members[0].recipe.name
         if len(members) > 1:
-            label = SEED_IN_NAME.sub("", label)
+            label = name_without_seed(label, members[0].recipe.run.seed)
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:
             label = f"{label} #{labels[label]}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cifar_dist.reporting.comparison import Group, mean_std
-from cifar_dist.tracking.tracker import SEED_IN_NAME
+from cifar_dist.tracking.tracker import name_without_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,10 @@ class PublishedRow:
 
 def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
     """Return the published rows with the results of the groups named like their recipes."""
-    by_name = {SEED_IN_NAME.sub("", group.runs[0].recipe.name): group for group in groups}
+    by_name = {
+        name_without_seed(group.runs[0].recipe.name, group.runs[0].recipe.run.seed): group
+        for group in groups
+    }
 
     def measured(name: str | None, value: str) -> Measured | None:
         group = by_name.get(name or "")

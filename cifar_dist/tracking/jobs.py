@@ -26,6 +26,7 @@ from cifar_dist.tracking.tracker import (
     Tracker,
     TrackingConfig,
     init_run,
+    name_without_seed,
     offline_folders,
     resolve_mode,
     wandb_run_id,
@@ -51,6 +52,7 @@ def track_evaluation(
     folder: Path,
     *,
     name: str,
+    seed: int,
     report: dict[str, Any],
     result: EvalResult,
     data: Path,
@@ -64,7 +66,7 @@ def track_evaluation(
             folder,
             run_id=f"{wandb_run_id(folder)}-evaluation",
             name=f"{name} evaluation",
-            group=name,
+            group=name_without_seed(name, seed),
             job_type="evaluate",
             settings=about,
         ) as run,
@@ -76,7 +78,9 @@ def track_evaluation(
             run.summary.update(without_lists(report))
 
 
-def track_cache(config: TrackingConfig, *, name: str, teacher: TeacherConfig, data: Path) -> None:
+def track_cache(
+    config: TrackingConfig, *, name: str, seed: int, teacher: TeacherConfig, data: Path
+) -> None:
     """Log a finished cache of logits as an artifact."""
     cache = teacher.cache_folder
     with Tracker().disable_on_error():
@@ -86,7 +90,7 @@ def track_cache(config: TrackingConfig, *, name: str, teacher: TeacherConfig, da
             cache.parent,
             run_id=f"logits-{manifest['sha256'][:12]}",
             name=f"logits of {teacher.run}",
-            group=name,
+            group=name_without_seed(name, seed),
             job_type="cache_logits",
             settings=manifest,
         ) as run:

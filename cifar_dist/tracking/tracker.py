@@ -37,7 +37,7 @@ Mode = Literal["online", "offline", "off"]
 INIT_SECONDS = 4  # the server answered a moment ago
 FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # for uploads at the end, without and with weights
 WANDB_ID = re.compile(r"[A-Za-z0-9_-]+")
-SEED_IN_NAME = re.compile(r"[._-]?(?:seed|s)[._-]?\d+$")
+SEED_SUFFIX = re.compile(r"(.+?)[._-]?(?:seed|s)[._-]?(\d+)")
 SUMMARY_AGGREGATES = {  # stored by W&B besides the last value
     "eval/top1": "max",
     "eval/top5": "max",
@@ -121,6 +121,12 @@ def has_api_key(host: str) -> bool:
     return False
 
 
+def name_without_seed(name: str, seed: int) -> str:
+    """Return `name` without a suffix like `_s1` or `seed1` if its number is the run's seed."""
+    match = SEED_SUFFIX.fullmatch(name)
+    return match[1] if match and int(match[2]) == seed else name
+
+
 def wandb_run_id(folder: Path) -> str:
     """Return the W&B id of a run folder; the first call creates it, or takes that of a sweep's agent."""
     path = folder / "wandb_id"
@@ -152,7 +158,7 @@ def init_run(
     settings: dict[str, Any],
     resume: Literal["allow"] | None,
 ) -> Any:
-    """Start a W&B run with its files in FOLDER/wandb; the default group is `group` without a seed."""
+    """Start a W&B run with its files in FOLDER/wandb; `group` is the default of the config's."""
     import wandb
 
     return wandb.init(
@@ -160,7 +166,7 @@ def init_run(
         entity=config.entity,
         name=name,
         id=run_id,
-        group=config.group or SEED_IN_NAME.sub("", group),
+        group=config.group or group,
         job_type=job_type,
         resume=resume,
         dir=str(folder.resolve()),  # wandb's process may have another working directory
@@ -199,7 +205,7 @@ class Tracker:
                 self.mode,
                 run_id=wandb_run_id(folder),
                 name=recipe["name"],
-                group=recipe["name"],
+                group=name_without_seed(recipe["name"], recipe["run"]["seed"]),
                 job_type=config.job_type or ("student" if teachers else "train"),
                 settings=recipe | {"environment": environment},
                 resume="allow",

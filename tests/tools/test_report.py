@@ -150,6 +150,27 @@ def test_repeated_seed_gives_a_notice(runs: Path, tmp_path: Path) -> None:
     assert '<span class="detail">n = 1, 1 epoch</span>' in output.read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "label"),
+    [
+        ("net_s0", "net_s1", "net"),
+        ("nets0", "net-seed1", "net"),
+        ("s0", "s1", "s0"),  # nothing would be left
+        ("vit_s_224", "vit_s_224_b", "vit_s_224"),  # not the run's seed
+        ("net_s1", "net_s0", "net_s1"),
+    ],
+)
+def test_label_of_seeds_drops_only_the_seed_of_the_run(
+    runs: Path, name: str, other: str, label: str
+) -> None:
+    folders = [runs / "tiny_s0", runs / "tiny_s1"]
+    for folder, new in zip(folders, (name, other), strict=True):
+        path = folder / "recipe.yaml"
+        path.write_text(path.read_text().replace(f"name: {folder.name}", f"name: {new}"))
+    (group,) = group_runs([read_run(folder) for folder in folders])
+    assert (group.label, len(group.runs)) == (label, 2)
+
+
 def test_page_lists_losses_and_teacher_of_a_student(
     tmp_path: Path, runs: Path, hostile_data: Path
 ) -> None:
