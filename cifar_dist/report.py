@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> int:
         "--latex", type=Path, metavar="FILE", help="write the comparison as a LaTeX table"
     )
     parser.add_argument(
-        "--tutorial", action="store_true", help="compare with the tutorial's published results"
+        "--tutorial",
+        action="store_true",
+        help="compare runs of the tutorial's recipes on CIFAR-100 with the published results",
     )
     parser.add_argument("--title", default="cifar_dist: runs compared", help="title of the page")
     parser.add_argument(

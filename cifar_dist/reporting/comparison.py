@@ -13,6 +13,7 @@ import torch
 from cifar_dist.evaluation.scores import holm, mcnemar
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
+from cifar_dist.recipe.schema import Recipe
 from cifar_dist.tracking.tracker import name_without_seed
 
 
@@ -55,17 +56,21 @@ class Group:
         )
 
 
+def experiment_key(recipe: Recipe, micro_batches: int | None, data: str | None) -> str:
+    """Return what is equal in runs that differ only in their seeds; `data` is a digest."""
+    return json.dumps([seed_free_config(recipe), micro_batches, data], sort_keys=True)
+
+
+def key_of(run: Run) -> str:
+    return experiment_key(run.recipe, run.summary.get("micro_batches"), run.environment.get("data"))
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group the finished runs by recipe, micro-batches and data, in the order of their first runs."""
     by_config: dict[str, list[Run]] = {}
     for run in runs:
         if run.is_finished:
-            key = [
-                seed_free_config(run.recipe),
-                run.summary.get("micro_batches"),
-                run.environment.get("data"),
-            ]
-            by_config.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+            by_config.setdefault(key_of(run), []).append(run)
     groups: list[Group] = []
     labels: dict[str, int] = {}
     for members in by_config.values():

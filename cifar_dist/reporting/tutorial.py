@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from cifar_dist.reporting.comparison import Group, mean_std
-from cifar_dist.tracking.tracker import name_without_seed
+from cifar_dist.data.dataset import OFFICIAL_DIGEST
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.reporting.comparison import Group, experiment_key, key_of, mean_std
+from cifar_dist.utils.errors import UserError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +59,22 @@ class PublishedRow:
 
 
 def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
-    """Return the published rows with the results of the groups named like their recipes."""
-    by_name = {
-        name_without_seed(group.runs[0].recipe.name, group.runs[0].recipe.run.seed): group
-        for group in groups
-    }
+    """Return the published rows with the results of the groups that trained their recipes.
+
+    A group counts for a recipe if it differs only in name and seeds, and was trained on CIFAR-100.
+    """
+    if not RECIPES.is_dir():
+        raise UserError(
+            f"--tutorial compares with the recipes of the repository, but {RECIPES} does not exist; "
+            "install cifar_dist from a clone with `pip install -e .`"
+        )
+    by_key = {key_of(group.runs[0]): group for group in groups}
 
     def measured(name: str | None, value: str) -> Measured | None:
-        group = by_name.get(name or "")
+        if name is None:
+            return None
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        group = by_key.get(experiment_key(recipe, recipe.run.micro_batches, OFFICIAL_DIGEST))
         accuracy = mean_std(group, value) if group else None
         if group is None or accuracy is None:
             return None
@@ -72,8 +85,8 @@ def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
     return [
         PublishedRow(
             row=row,
-            protocol_best=measured(row.config, "best_test_top1"),
-            protocol_last=measured(row.config, "top1"),
+            protocol_best=measured(f"tutorial/{row.config}", "best_test_top1"),
+            protocol_last=measured(f"tutorial/{row.config}", "top1"),
             ours=measured(row.ours, "top1"),
         )
         for row in PUBLISHED

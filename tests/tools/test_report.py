@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from launcher import Launch, train
 from safetensors.torch import load_file, save_file
 from small_data import quick_recipe
 
-from cifar_dist.data.dataset import write_dataset
+from cifar_dist.data.dataset import OFFICIAL_DIGEST, write_dataset
 from cifar_dist.data.ingest.pickles import RawMeta
 from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.inference.stored_run import read_run
 from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.report import main
 from cifar_dist.reporting.charts import MAX_POINTS, Series, line_chart, number, thinned, ticks
 from cifar_dist.reporting.comparison import group_runs, latex_table, latex_text, paired_tests
-from cifar_dist.reporting.tutorial import PUBLISHED
+from cifar_dist.reporting.tutorial import PUBLISHED, compare_with_published
 from cifar_dist.utils.errors import UserError
 
 HOSTILE = "<script>alert('x')</script>"
@@ -136,18 +138,15 @@ def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data
 
 
 def test_repeated_seed_gives_a_notice(runs: Path, tmp_path: Path) -> None:
-    for name, recipe_name in (("again", "tiny"), ("ours", "r18_32")):
-        folder = Path(shutil.copytree(runs / "tiny_s0", runs / name))
-        text = (folder / "recipe.yaml").read_text()
-        (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", f"name: {recipe_name}"))
+    folder = Path(shutil.copytree(runs / "tiny_s0", runs / "again"))
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", "name: tiny"))
     output = tmp_path / "page.html"
     distinct, repeated = ("tiny_s0", "tiny_s1"), ("tiny_s0", "tiny_s1", "again")
     for names, expected in ((distinct, False), (repeated, True)):
         folders = [str(runs / name) for name in names]
         assert main([*folders, "--output", str(output)]) == 0
         assert ("tiny: 3 runs, but 2 seed(s)" in output.read_text()) is expected
-    assert main([str(runs / "ours"), "--tutorial", "--output", str(output)]) == 0
-    assert '<span class="detail">n = 1, 1 epoch</span>' in output.read_text()
 
 
 @pytest.mark.parametrize(
@@ -282,13 +281,45 @@ def test_latex_special_characters_are_escaped() -> None:
     assert latex_table([]).startswith("% needs")
 
 
+def test_tutorial_rows_show_runs_of_their_recipe_on_cifar_100(runs: Path) -> None:
+    """The recipe and the data decide, not the name of the run."""
+    folder, recipes = runs / "tiny_s0", Path(__file__).parents[2] / "recipes"
+    tiny = load_recipe(folder / "recipe.yaml")
+    environment, summary = folder / "environment.json", folder / "summary.json"
+    data = json.loads(environment.read_text())
+
+    def shown(recipe: Recipe, digest: str, micro_batches: int) -> set[str]:
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        environment.write_text(json.dumps(data | {"data": digest}))
+        content = json.loads(summary.read_text()) | {"micro_batches": micro_batches}
+        summary.write_text(json.dumps(content))
+        rows = compare_with_published(group_runs([read_run(folder)]))
+        assert all(row.protocol_best is None or row.protocol_last is not None for row in rows)
+        return {row.row.config for row in rows if row.ours or row.protocol_best}
+
+    ours = load_recipe(recipes / "r18_32.yaml", ["name=mine", "run.seed=7", "run.threads=1"])
+    rows_of_ours = {row.config for row in PUBLISHED if row.ours == "r18_32"}
+    assert shown(ours, OFFICIAL_DIGEST, 4) == rows_of_ours
+    assert shown(ours, OFFICIAL_DIGEST, 2) == set()
+    assert shown(ours, data["data"], 4) == set()
+    assert shown(replace(tiny, name="r18_32"), OFFICIAL_DIGEST, 4) == set()
+    protocol = load_recipe(recipes / "tutorial/resnet18_augment.yaml", ["name=mine"])
+    assert shown(protocol, OFFICIAL_DIGEST, 1) == {"resnet18_augment"}
+    output = runs / "page.html"
+    assert main([str(folder), "--tutorial", "--output", str(output)]) == 0
+    assert '<span class="detail">n = 1, 1 epoch</span>' in output.read_text()
+
+
 def test_tutorial_rows_and_page_name_existing_recipes() -> None:
     recipes = Path(__file__).parents[2] / "recipes"
     assert {row.config for row in PUBLISHED} == {
         path.stem for path in recipes.glob("tutorial/*.yaml")
     }
     for row in PUBLISHED:
-        assert row.ours is None or (recipes / f"{row.ours}.yaml").exists()
+        for name in filter(None, (f"tutorial/{row.config}", row.ours)):
+            settings = load_recipe(recipes / f"{name}.yaml").run
+            assert settings.micro_batches, name  # runs are compared with these values
+            assert settings.precision != "auto", name
     page = (recipes.parent / "docs/tutorial.md").read_text()
     for row in PUBLISHED:
         line = next(line for line in page.splitlines() if line.startswith(f"| `{row.config}` |"))
