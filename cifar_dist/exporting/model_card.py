@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.ingest.near_duplicates import OFFICIAL_LIST
 from cifar_dist.inference.trained_model import TrainedModel
+from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.recipe.schema import to_yaml
 from cifar_dist.run_folder.results import last_checkpoint, read_metadata
-from cifar_dist.utils.files import try_read_json
 
 LOAD = {
     "timm": """import timm, torch
@@ -37,15 +36,20 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
     """
     summary = read_metadata(run, "summary.json")
     environment = read_metadata(run, "environment.json")
-    official = (try_read_json(OFFICIAL_LIST) or {})["data"]
-    is_official = environment.get("data") == official
-    data = "CIFAR-100" if is_official else "other data in the layout of CIFAR-100"
     recipe, size = trained.recipe, trained.recipe.model.image_size
+    is_cifar = trained.trained_on == CIFAR_100
+    tags = ["image-classification", *(["cifar-100"] if is_cifar else []), recipe.model.backbone]
+    datasets = "datasets: [cifar100]\n" if is_cifar else ""
     shape = (
         "uint8 [N, 3, 32, 32], RGB"
         if uint8
         else f"float32 [N, 3, {size}, {size}], resized and normalized as in config.json"
     )
+    resize = ""
+    if not uint8 and to != "teacher" and size != 32:  # the others resize images themselves
+        resize = (
+            f", then resize them to {size} px\n({recipe.model.interpolation}, no anti-aliasing)"
+        )
     weights = "averaged weights" if recipe.averaging else "final weights"
     temperature = (
         f"For calibrated probabilities, divide the logits by {trained.temperature:.4f} (fitted on "
@@ -58,21 +62,19 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
         metrics = metrics_table(summary, trained.evaluation or {})
     return f"""---
 library_name: {"timm" if to == "timm" else "cifar_dist"}
-tags: [image-classification, cifar-100, {recipe.model.backbone}]
-datasets: [cifar100]
-metrics: [accuracy]
+tags: [{", ".join(tags)}]
+{datasets}metrics: [accuracy]
 ---
 # {recipe.name}
 
-{recipe.model.backbone} at {size} px on {data} (100 classes), trained with cifar_dist: {weights} of
+{recipe.model.backbone} at {size} px on {trained.trained_on} ({len(trained.fine)} classes), trained with cifar_dist: {weights} of
 `{trained.checkpoint.name}`. Check at export: {check}.
 
 ```python
 {LOAD[to].format(input=shape)}
 ```
 
-Trained on images of 32 px: shrink other images to 32 px first, then enlarge them to {size} px
-({recipe.model.interpolation}, no anti-aliasing). {temperature}
+Trained on images of 32 px: shrink other images to 32 px first{resize}. {temperature}
 
 ## Results
 

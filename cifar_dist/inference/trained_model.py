@@ -14,7 +14,7 @@ from cifar_dist.evaluation.evaluator import block_size
 from cifar_dist.evaluation.report import class_name
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.classifier import Classifier
-from cifar_dist.recipe.runs import load_model, load_run
+from cifar_dist.recipe.runs import load_model, load_run, training_data
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
 from cifar_dist.run_folder.results import read_metadata
@@ -31,6 +31,7 @@ class TrainedModel:
     model: Classifier
     fine: tuple[str, ...]
     superclass: tuple[str, ...]  # of each fine class; "" if unknown
+    trained_on: str  # see training_data
     evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
     temperature: float | None  # fitted on validation rows by `evaluate`
 
@@ -62,7 +63,8 @@ def load_trained_model(
 ) -> TrainedModel:
     """Load a checkpoint of a run (default: the newest) on the accelerator, or on the CPU."""
     recipe, checkpoint_path = load_run(run, checkpoint)
-    fine, superclass = class_names(run, data or Path(recipe.data.path))
+    data = data or Path(recipe.data.path)
+    fine, superclass = class_names(run, data)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
     evaluation = read_matching_evaluation(run, checkpoint_path.name)
@@ -73,6 +75,7 @@ def load_trained_model(
         model=model.to(device).to(memory_format=torch.channels_last),
         fine=fine,
         superclass=superclass,
+        trained_on=training_data(recipe, read_metadata(run, "environment.json"), data),
         evaluation=evaluation,
         temperature=temperature["value"] if temperature else None,
     )

@@ -1,9 +1,12 @@
-"""Load recipe, checkpoint and model of a run folder."""
+"""Load recipe, checkpoint and model of a run folder, and identify its data."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from cifar_dist.data.dataset import DIGEST, OFFICIAL_DIGEST, data_digest, read_digest
+from cifar_dist.data.ingest.preparation import SYNTHETIC
 from cifar_dist.models.classifier import Classifier, build_model
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
@@ -14,6 +17,8 @@ from cifar_dist.run_folder.checkpoint import (
     load_tensors,
 )
 from cifar_dist.utils.errors import UserError
+
+CIFAR_100 = "CIFAR-100"
 
 
 def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]:
@@ -45,6 +50,23 @@ def eval_weights_file(recipe: Recipe, saved: Path) -> str:
             "next checkpoint"
         )
     return name
+
+
+def training_data(recipe: Recipe, environment: dict[str, Any], data: Path) -> str:
+    """Return what a run was trained on: CIFAR_100, or a description of other data.
+
+    `environment` is its environment.json, and `data` the folder of its data, which may be absent.
+    """
+    digest = environment.get("data")
+    if digest is None:
+        return "unknown data"
+    if digest == OFFICIAL_DIGEST:
+        return CIFAR_100
+    is_present = (data / DIGEST).exists() and data_digest(data) == digest
+    content = read_digest(data)["content"] if is_present else recipe.data.source
+    if content == SYNTHETIC:
+        return "synthetic data, not CIFAR-100"
+    return "other data in the layout of CIFAR-100"
 
 
 def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:

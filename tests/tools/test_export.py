@@ -15,15 +15,18 @@ import torch
 import yaml
 from launcher import train
 from safetensors import safe_open
+from small_data import small_data
 from torch import Tensor, nn
 
-from cifar_dist.data.dataset import data_digest
+from cifar_dist.data.dataset import data_digest, write_dataset
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.export import main
 from cifar_dist.exporting.formats import CHECKED_BATCHES, compare, io_config
+from cifar_dist.exporting.model_card import model_card
 from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.timm_folder import timm_state
+from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import save_checkpoint
 from cifar_dist.utils.errors import UserError
@@ -232,8 +235,29 @@ def test_model_card_is_valid_and_has_the_metrics(make_run: RunMaker, data: Path)
     (run / "environment.json").write_text(json.dumps({"data": digest}))
     card = (export(run, "teacher") / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
-    assert yaml.safe_load(header)["datasets"] == ["cifar100"]
+    assert yaml.safe_load(header)["tags"] == ["image-classification", "test_resnet"]
+    assert "datasets" not in yaml.safe_load(header)
     assert "| top-1, % of the test split, last epoch | 12.35 |" in body or "12.34" in body
     assert digest in body
     assert "averaged weights" in body
     assert "other data in the layout of CIFAR-100" in body
+
+
+def test_model_card_names_the_data_and_the_resizing(make_run: RunMaker, tmp_path: Path) -> None:
+    run = make_run("small")
+    synthetic = tmp_path / "synthetic"
+    write_dataset(synthetic, *small_data(), content="sample")
+    (run / "environment.json").write_text(json.dumps({"data": data_digest(synthetic)}))
+    card = (export(run, "timm", "--data", str(synthetic)) / "README.md").read_text()
+    assert "test_resnet at 32 px on synthetic data, not CIFAR-100 (100 classes)" in card
+    assert "shrink other images to 32 px first." in card
+    assert "cifar" not in card.split("---\n")[1].replace("library_name: cifar_dist", "")
+
+    trained = load_trained_model(make_run("large", image_size=48))
+    official = replace(trained, trained_on=CIFAR_100)
+    for to, uint8, resized in (("timm", False, True), ("onnx", True, False)):
+        card = model_card(official, run, to=to, uint8=uint8, check="")
+        header = yaml.safe_load(card.split("---\n")[1])
+        assert (header["datasets"], "cifar-100" in header["tags"]) == (["cifar100"], True)
+        assert "test_resnet at 48 px on CIFAR-100 (100 classes)" in card
+        assert ("first, then resize them to 48 px" in card) is resized

@@ -72,14 +72,18 @@ def read_list(data: Path, path: Path | None) -> dict[str, Any] | None:
     Without a path, read the list of the official CIFAR-100, and return None if `data` differs from it.
     """
     content = try_read_json(path or OFFICIAL_LIST)
-    remedy = f"create one with `python -m cifar_dist.near_duplicates --data {data} --output {path}`"
+    remedy = (
+        f"create one with `python -m cifar_dist.near_duplicates --data {data} --output {path}`"
+        if path
+        else "install cifar_dist again"
+    )
     if (
         content is None
         or not {"data", "test_rows", "min_detail", "min_layout"} <= content.keys()
         or not isinstance(content["test_rows"], list)
         or not all(type(row) is int and row >= 0 for row in content["test_rows"])
     ):
-        raise UserError(f"{path} is not a list of near-duplicates; {remedy}")
+        raise UserError(f"{path or OFFICIAL_LIST} is not a list of near-duplicates; {remedy}")
     if content["data"] != data_digest(data):
         if path is None:
             return None

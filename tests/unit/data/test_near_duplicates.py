@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cifar_dist.data.dataset import OFFICIAL_DIGEST, data_digest, load_split
+from cifar_dist.data.ingest import near_duplicates
 from cifar_dist.data.ingest.near_duplicates import OFFICIAL_LIST, find_near_duplicates, read_list
 from cifar_dist.near_duplicates import main
 from cifar_dist.utils.errors import UserError
@@ -62,7 +63,9 @@ def test_list_is_rejected_for_other_data_or_invalid_rows(
         read_list(data, output)
 
 
-def test_official_list_contains_valid_rows_and_is_ignored_for_other_data(data: Path) -> None:
+def test_official_list_contains_valid_rows_and_is_ignored_for_other_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     official = json.loads(OFFICIAL_LIST.read_text())
     assert official["data"] == OFFICIAL_DIGEST
     assert len(official["test_rows"]) == len(official["train_rows"]) == 281
@@ -70,6 +73,9 @@ def test_official_list_contains_valid_rows_and_is_ignored_for_other_data(data: P
     assert max(official["test_rows"]) < 10_000
     assert max(official["train_rows"]) < 50_000
     assert read_list(data, None) is None
+    monkeypatch.setattr(near_duplicates, "OFFICIAL_LIST", tmp_path / "absent.json")
+    with pytest.raises(UserError, match=r"absent\.json is not a list.*install cifar_dist again"):
+        read_list(data, None)
 
 
 def test_search_does_not_depend_on_the_order_of_train(data: Path) -> None:
