@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
         )
     if not (Path(recipe.data.path) / "digest.json").exists():
         raise UserError(
-            f"there is no data in {recipe.data.path}; run `python -m cifar_dist.prepare --output "
-            f"{recipe.data.path}`"
+            f"there is no data in {Path(recipe.data.path).absolute()}; set data.path=FOLDER, or run "
+            f"`python -m cifar_dist.prepare --output {recipe.data.path}`"
         )
     signals.save_on_interrupt()
     stop = 0

@@ -35,6 +35,7 @@ SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 Place = Literal["device", "host"]  # where the images are stored
 OFFICIAL_DIGEST = "b07d8a0b9728eb970a33da019a42d584d4a541ff6b4e09c43f41b5e4b58321b6"  # of CIFAR-100
 TABLE, INFO, DIGEST = "data-00000-of-00001.arrow", "dataset_info.json", "digest.json"
+DATASET = "dataset_dict.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +79,7 @@ def write_dataset(
         }
     )
     with atomic_folder(root) as folder:
-        write_json(folder / "dataset_dict.json", {"splits": SPLITS})
+        write_json(folder / DATASET, {"splits": SPLITS})
         digest: dict[str, Any] = {"content": content}
         for name, raw in zip(SPLITS, (train, test), strict=True):
             images = pa.FixedSizeListArray.from_arrays(pa.array(raw.images.reshape(-1)), PIXELS)
@@ -114,6 +115,8 @@ def content_digest(raw: RawSplit, meta: RawMeta) -> str:
 
 def read_digest(root: Path) -> dict[str, Any]:
     """Return `digest.json`: {"content": ..., "train": {"rows": ..., "sha256": ...}, "test": {...}}."""
+    if not (root / DIGEST).exists() and not (root / DATASET).exists():
+        raise no_data_error(root)
     digest = _read_json(root, root / DIGEST)
     try:
         for name in SPLITS:
@@ -121,6 +124,12 @@ def read_digest(root: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _corruption_error(root, root / DIGEST, f"lacks {error}") from error
     return digest
+
+
+def no_data_error(root: Path) -> UserError:
+    """Return the error of commands with a --data option for a folder without data."""
+    origin = "" if root.is_absolute() else f" (relative to {Path.cwd()})"
+    return UserError(f"there is no data in {root}{origin}; give its folder with --data FOLDER")
 
 
 def data_digest(root: Path) -> str:

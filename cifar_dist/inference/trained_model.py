@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_dist.data.dataset import read_hierarchy
+from cifar_dist.data.dataset import no_data_error, read_hierarchy
 from cifar_dist.evaluation.evaluator import block_size
 from cifar_dist.evaluation.report import class_name
 from cifar_dist.losses.registry import logit_scale
@@ -99,9 +99,6 @@ def class_names(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]
         or evaluation.get("data") != environment.get("data")
         or "classes" not in evaluation
     ):
-        raise UserError(
-            f"there is no data in {data}, so the class names are unknown; give the path of the "
-            "run's data with --data"
-        )
+        raise no_data_error(data)  # the class names are unknown
     rows = evaluation["classes"]
     return tuple(row["class"] for row in rows), tuple(row["superclass"] or "" for row in rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from launcher import Launch, train
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from cifar_dist import predict, report
+from cifar_dist import export, near_duplicates, predict, report
 from cifar_dist.data.dataset import (
     data_digest,
     load_split,
@@ -205,6 +207,31 @@ def test_run_evaluation_folder_is_reserved_for_the_default_evaluation(
     assert read_report(tmp_path / "apart")["data"] == data_digest(other_data)
     with pytest.raises(UserError, match="is not the data that"):
         predict.main([str(run), "--rows", "test:0", "--data", str(other_data)])
+
+
+def test_missing_data_is_reported_with_its_origin_and_the_option(
+    run: Path, tmp_path: Path, middle_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(middle_data), "data/elsewhere"))
+    message = (
+        f"there is no data in data/elsewhere (relative to {tmp_path}); give its folder with "
+        "--data FOLDER"
+    )
+    assert f"error: {message}\n" in evaluate("runs/tiny", cwd=tmp_path, expect=2)
+    monkeypatch.chdir(tmp_path)
+    commands: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (predict.main, ["runs/tiny", "--rows", "test:0"]),
+        (export.main, ["runs/tiny", "--to", "teacher"]),
+        (near_duplicates.main, ["--output", "list.json", "--data", "data/elsewhere"]),
+    ]
+    for command, arguments in commands:
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            command(arguments)
+    evaluate("runs/tiny", "--data", middle_data, cwd=tmp_path)
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        predict.main(["runs/tiny", "--rows", "test:0"])  # the class names are known now
+    assert predict.main(["runs/tiny", "--rows", "test:0", "--data", str(middle_data)]) == 0
 
 
 def test_errors_are_reported_before_the_work(tmp_path: Path, recipe: RecipeMaker) -> None:

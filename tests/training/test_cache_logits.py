@@ -297,6 +297,8 @@ def test_folder_that_is_no_cache_is_never_replaced(
     assert (tmp_path / "mine/thesis.tex").read_text() == "precious"
     output = cache(path, "teacher.placement=replicated", cwd=tmp_path, expect=2)
     assert "no teacher to cache" in output
+    output = cache(path, "data.path=gone", cwd=tmp_path, expect=2)
+    assert f"there is no data in {tmp_path / 'gone'}; set data.path=FOLDER" in output
 
 
 def test_logits_beyond_float16_are_an_error(tmp_path: Path) -> None:

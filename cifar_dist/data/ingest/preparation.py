@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifar_dist.data.dataset import (
+    DATASET,
     DIGEST,
     INFO,
     SPLITS,
@@ -158,9 +159,9 @@ def _refuse_foreign_files(output: Path) -> None:
     if not output.exists():
         return
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if names and "dataset_dict.json" not in names:
+    if names and DATASET not in names:
         raise UserError(f"{output} was not written by cifar_dist; {REMEDY}")
-    known = {"dataset_dict.json", DIGEST}
+    known = {DATASET, DIGEST}
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
         if read_digest(output)["content"] == SYNTHETIC:
