@@ -12,7 +12,14 @@ import torch
 
 from cifar_dist import __version__
 from cifar_dist.data.batches import split_train_val
-from cifar_dist.data.dataset import load_split, read_digest, read_hierarchy
+from cifar_dist.data.dataset import (
+    DIGEST,
+    load_split,
+    no_data_error,
+    read_digest,
+    read_hierarchy,
+)
+from cifar_dist.data.ingest.preparation import SYNTHETIC
 from cifar_dist.evaluation.report import class_name, compute_metrics
 from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
 from cifar_dist.inference.stored_run import Run
@@ -35,7 +42,7 @@ from cifar_dist.reporting.images import (
 )
 from cifar_dist.reporting.tutorial import compare_with_published
 from cifar_dist.run_folder.evaluations import same_data
-from cifar_dist.utils.log import progress_bar
+from cifar_dist.utils.log import log, progress_bar
 
 CURVES = (  # kind of record, key, axis label
     ("eval", "top1", "test top-1, %"),
@@ -72,15 +79,14 @@ def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
     return [chart for chart in charts if chart is not None]
 
 
-def find_data(run: Run, data: Path | None) -> tuple[Path | None, str]:
-    """Return the folder of the run's data, or None and why images and class names are missing."""
+def find_data(run: Run, data: Path | None) -> tuple[Path, str | None]:
+    """Return the folder of the run's data, and what is wrong with it or None."""
     path = data or Path(run.recipe.data.path)
-    remedy = "give its path with --data to see classes, confusions and images"
-    if not (path / "digest.json").exists():
-        return None, f"{run.recipe.name}: there is no data in {path}; {remedy}"
+    if not (path / DIGEST).exists():
+        return path, str(no_data_error(path))
     if not same_data(run.environment, path):
-        return None, f"{run.recipe.name}: {path} is not the data it was trained on; {remedy}"
-    return path, ""
+        return path, f"{path} is other data; give the folder of the run's data with --data FOLDER"
+    return path, None
 
 
 def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
@@ -187,19 +193,24 @@ def render_page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial:
     legend |= {index: group.label for index, group in enumerate(groups)}
     notices = repeated_seeds(groups)
     details, synthetic = [], []
+    without_data: dict[str, list[str]] = {}  # labels by reason
     bar = progress_bar(0, len(groups), enabled=True, unit="recipe")
     for group in groups:
         run_with_logits = next((run for run in group.runs if run.predictions is not None), None)
         if run_with_logits is not None:
             path, problem = find_data(run_with_logits, data)
-            if path is None:
-                notices.append(problem)
+            if problem:
+                without_data.setdefault(problem, []).append(group.label)
             else:
-                if read_digest(path)["content"] == "sample":
+                if read_digest(path)["content"] == SYNTHETIC:
                     synthetic.append(group.label)
                 details.append(run_details(group, run_with_logits, path))
         bar.update()
     bar.close()
+    for problem, labels in without_data.items():
+        notice = f"no classes, confusions and images of {', '.join(labels)}: {problem}"
+        log.warning(notice)
+        notices.append(notice)
     if synthetic:
         notices.append(f"Trained on synthetic data, not on CIFAR-100: {', '.join(synthetic)}.")
     templates = jinja2.Environment(

@@ -199,9 +199,30 @@ def test_page_without_data_has_metrics_but_no_images(runs: Path, data: Path) -> 
     assert main([str(runs / "<i>other"), "--output", str(output), "--data", str(data)]) == 0
     text = output.read_text()
     assert "<i>" not in text
-    assert "is not the data it was trained on" in text
+    assert f"{data} is other data" in text
     assert "Comparison" in text
     assert "<img" not in text
+
+
+def test_missing_data_is_one_warning_on_the_terminal_and_a_notice(
+    runs: Path,
+    hostile_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("tiny_s0", "tiny_s1", "other"):
+        path = runs / name / "recipe.yaml"
+        path.write_text(path.read_text().replace(str(hostile_data), "data/elsewhere"))
+    monkeypatch.chdir(runs)
+    assert main(["tiny_s0", "tiny_s1", "other"]) == 0
+    notice = (
+        "no classes, confusions and images of tiny, other: there is no data in data/elsewhere "
+        f"(relative to {runs}); give its folder with --data FOLDER"
+    )
+    warning, saved = capsys.readouterr().out.splitlines()
+    assert warning == notice
+    assert saved.startswith("saved report.html")
+    assert notice in Path("report.html").read_text()
 
 
 def test_other_folders_are_skipped(
