@@ -41,7 +41,9 @@ def main(arguments: list[str]) -> int:
     log_to_terminal()
     folders = list({folder.resolve(): folder for folder in options.runs}.values())
     if len(folders) < 2:
-        raise UserError("give two or more different runs, like runs/a runs/b")
+        same = " and ".join(map(str, options.runs))
+        reason = f"{same} are one run; " if len(options.runs) > 1 else ""
+        raise UserError(f"{reason}give two or more different runs, like runs/a runs/b")
     check_output(options.output, ENSEMBLE_FILES, force=options.force)
     report, logits, labels = combine(
         [read_run(folder) for folder in folders], uniform=options.uniform

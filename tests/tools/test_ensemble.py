@@ -179,8 +179,12 @@ def test_unusable_runs_are_refused_with_a_remedy(
     two_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(two_runs)
-    with pytest.raises(UserError, match="two or more different runs"):
-        main(["runs/s0", str(Path("runs/s0").resolve())])
+    with pytest.raises(UserError, match=r"^give two or more different runs"):
+        main(["runs/s0"])
+    for folders in (["runs/s0", "runs/s0"], ["runs/s0", str(Path("runs/s0").resolve())]):
+        expected = f"^{folders[0]} and {folders[1]} are one run; give two or more different runs"
+        with pytest.raises(UserError, match=expected):
+            main(folders)
     summary = Path("runs/s1/summary.json")
     finished = summary.read_text()
     summary.unlink()  # as in a finished run that is trained further: its predictions are outdated
