@@ -119,6 +119,12 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Evaluate the requested rows exactly as training does, and the validation rows if there are any."""
     recipe = job.recipe
+    if cifair is not None and job.split == "val":
+        raise UserError("--cifair cannot be combined with --split val; use --split test")
+    if near_duplicates is not None and job.split != "test":
+        raise UserError(
+            f"--near-duplicates lists rows of the test split; remove it, or --split {job.split}"
+        )
     hierarchy = read_hierarchy(job.data)
     model = load_model(recipe, job.checkpoint, len(hierarchy.fine)).to(device)
     model = model.to(memory_format=torch.channels_last)

@@ -244,5 +244,12 @@ def test_errors_are_reported_before_the_work(tmp_path: Path, recipe: RecipeMaker
     output = evaluate("runs/tiny", "--split", "val", cwd=tmp_path, expect=2)
     assert "no validation rows" in output
     assert "nowhere" in evaluate("runs/tiny", "--cifair", "nowhere", cwd=tmp_path, expect=2)
+    for split, option, message in (
+        ("val", "--cifair", "--cifair cannot be combined with --split val"),
+        ("val", "--near-duplicates", "lists rows of the test split; remove it, or --split val"),
+        ("train", "--near-duplicates", "lists rows of the test split; remove it, or --split train"),
+    ):
+        output = evaluate("runs/tiny", "--split", split, option, "x", cwd=tmp_path, expect=2)
+        assert message in output
     with_trace = evaluate("runs/nowhere", "--traceback", cwd=tmp_path, expect=1)
     assert "Traceback" in with_trace
