@@ -51,8 +51,8 @@ def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
 def load_model(run: str | Path, checkpoint: str | None = None) -> TrainedModel:
     """Load the newest checkpoint of a run, or one by name, on the accelerator or the CPU.
 
-    `logits` takes uint8 images [N, 3, 32, 32]; `probabilities` are calibrated if the run was evaluated
-    with validation rows.
+    `logits` takes uint8 images [N, 3, 32, 32]; `probabilities` uses the temperature that `evaluate` chose
+    on the validation rows, if there are any.
     """
     return load_trained_model(Path(run), checkpoint)
 

@@ -72,11 +72,13 @@ def main(arguments: list[str]) -> int:
         drawing = draw_predictions(list(images.values()), predictions)
         atomic_write(options.save_image, png(drawing))
     print(format_predictions(predictions), flush=True)
-    if model.temperature is None:
+    if model.temperature_note is None:
         log.info(
             "probabilities are not calibrated; for a run with data.val_size, "
             f"`python -m cifar_dist.evaluate {options.run}` fits a temperature"
         )
+    else:
+        log.info(f"probabilities at {model.temperature_note}")
     for path in outputs:
         log.info(f"saved to {path}")
     return 0

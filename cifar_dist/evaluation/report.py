@@ -18,9 +18,9 @@ from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
+    choose_temperature,
     class_scores,
     confusion,
-    fit_temperature,
     merge_classes,
     percent,
     reliability,
@@ -42,14 +42,14 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the metrics of evaluation.json; parts without input are None.
 
-    `val` is used to fit the temperature. `near_duplicates` is a stored list of rows. `cifair` is a
+    `val` is used to choose the temperature. `near_duplicates` is a stored list of rows. `cifair` is a
     result on ciFAIR-100 and whether that is the published file.
     """
     logits, labels = evaluation.logits, evaluation.labels
     report = compute_metrics(logits, labels, hierarchy)
     report |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
     if val is not None:
-        value = fit_temperature(val.logits, val.labels)
+        value = choose_temperature(val.logits, val.labels)
         report["temperature"] = {
             "value": value,
             "fitted_on": "validation rows",
@@ -114,6 +114,13 @@ def after_temperature(logits: Tensor, labels: Tensor, temperature: float) -> dic
     }
 
 
+def describe_temperature(value: float) -> str:
+    """Return a temperature of `choose_temperature` and the reason for it."""
+    if value == 1:
+        return "temperature 1 (that of least loss calibrates the validation rows worse)"
+    return f"temperature {value:.3f} (least loss on the validation rows)"
+
+
 def excluding_rows(logits: Tensor, labels: Tensor, rows: Iterable[int]) -> dict[str, Any]:
     """Return top-1 without `rows` and top-1 of `rows` alone; None for an empty set."""
     excluded = torch.zeros(len(labels), dtype=torch.bool)
@@ -141,10 +148,7 @@ def log_report(report: dict[str, Any], title: str) -> None:
     )
     line = f"  expected calibration error {report['calibration']['ece']:.2f} %"
     if temperature := report["temperature"]:
-        line += (
-            f"; {temperature['ece']:.2f} % at temperature {temperature['value']:.3f}, fitted on "
-            "validation rows"
-        )
+        line += f"; {temperature['ece']:.2f} % at {describe_temperature(temperature['value'])}"
     log.info(line)
     if without := report["without_near_duplicates"]:
         top1 = "no rows left" if without["top1"] is None else f"top1 {without['top1']:.2f} %"

@@ -51,12 +51,13 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
             f", then resize them to {size} px\n({recipe.model.interpolation}, no anti-aliasing)"
         )
     weights = "averaged weights" if recipe.averaging else "final weights"
-    temperature = (
-        f"For calibrated probabilities, divide the logits by {trained.temperature:.4f} (fitted on "
-        "validation rows)."
-        if trained.temperature and not (to == "timm" and recipe.model.head == "cosine")
-        else ""
-    )
+    temperature = ""
+    is_rescaled = to == "timm" and recipe.model.head == "cosine"  # other probabilities
+    if trained.temperature not in (None, 1) and not is_rescaled:
+        temperature = (
+            f"Divide the logits by {trained.temperature:.4f} for probabilities with the least loss "
+            "on the validation rows."
+        )
     metrics = "Not the last checkpoint of the run, so the metrics of the run do not apply."
     if trained.checkpoint.name == last_checkpoint(summary):
         metrics = metrics_table(summary, trained.evaluation or {})

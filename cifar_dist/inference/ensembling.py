@@ -22,7 +22,7 @@ from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.report import VAL_PREDICTIONS
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
-    fit_temperature,
+    choose_temperature,
     mcnemar,
     percent,
     reliability,
@@ -160,7 +160,7 @@ def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tens
         "diversity": [asdict(pair) for pair in diversity(names, logits, labels)],
     }
     if val is not None:
-        temperature = fit_temperature(weighted_mean(val[0], weights), val[1])
+        temperature = choose_temperature(weighted_mean(val[0], weights), val[1])
         report["temperature"] = temperature
         report["ensemble"]["ece_at_temperature"] = reliability(combined / temperature, labels).ece
     return report, combined, labels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cifar_dist.data.dataset import no_data_error, read_hierarchy
 from cifar_dist.evaluation.evaluator import block_size
-from cifar_dist.evaluation.report import class_name
+from cifar_dist.evaluation.report import class_name, describe_temperature
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.classifier import Classifier
 from cifar_dist.recipe.runs import load_model, load_run, training_data
@@ -33,7 +33,12 @@ class TrainedModel:
     superclass: tuple[str, ...]  # of each fine class; "" if unknown
     trained_on: str  # see training_data
     evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
-    temperature: float | None  # fitted on validation rows by `evaluate`
+    temperature: float | None  # chosen on validation rows by `evaluate`
+
+    @property
+    def temperature_note(self) -> str | None:
+        """Return the temperature of `probabilities` and the reason for it, or None if unknown."""
+        return None if self.temperature is None else describe_temperature(self.temperature)
 
     @property
     def logit_scale(self) -> float:
@@ -54,7 +59,7 @@ class TrainedModel:
         return torch.cat(parts)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return f64 probabilities [N, C], calibrated if the temperature is known."""
+        """Return f64 probabilities [N, C] at the temperature, or at 1 if it is unknown."""
         return (logits.double() / (self.temperature or 1.0)).softmax(1)
 
 

@@ -20,7 +20,7 @@ from cifar_dist.data.dataset import (
     read_hierarchy,
 )
 from cifar_dist.data.ingest.preparation import SYNTHETIC
-from cifar_dist.evaluation.report import class_name, compute_metrics
+from cifar_dist.evaluation.report import class_name, compute_metrics, describe_temperature
 from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import flatten
@@ -154,7 +154,9 @@ def run_details(group: Group, run: Run, data: Path) -> dict[str, Any]:
         "reliability": reliability_chart(calibration["counts"], calibration["top1"], "reliability"),
         "ece": calibration["ece"],
         "temperature": temperature,
+        "temperature_note": temperature and describe_temperature(temperature["value"]),
         "calibrated": temperature
+        and temperature["value"] != 1
         and reliability_chart(
             temperature["counts"], temperature["top1"], "reliability after temperature scaling"
         ),

@@ -22,7 +22,7 @@ from cifar_dist.data.dataset import load_split
 from cifar_dist.distill.teacher import build_teacher
 from cifar_dist.ensemble import main
 from cifar_dist.evaluation.metrics import classification_metrics
-from cifar_dist.evaluation.scores import fit_temperature, reliability
+from cifar_dist.evaluation.scores import choose_temperature, reliability
 from cifar_dist.inference.ensembling import choose_weights, combine, diversity, weighted_mean
 from cifar_dist.inference.stored_run import read_run
 from cifar_dist.recipe.load import load_recipe
@@ -150,7 +150,7 @@ def test_best_member_and_temperature_are_reported(trained: Path, order: tuple[st
     val = [load_file(run.folder / "evaluation/val_predictions.safetensors") for run in runs]
     weights = [member["weight"] for member in report["members"]]
     mean = weighted_mean(torch.stack([tensors["logits"] for tensors in val]), weights)
-    assert report["temperature"] == pytest.approx(fit_temperature(mean, val[0]["labels"]))
+    assert report["temperature"] == pytest.approx(choose_temperature(mean, val[0]["labels"]))
     calibrated = reliability(joined / report["temperature"], labels).ece
     assert report["ensemble"]["ece_at_temperature"] == pytest.approx(calibrated)
 

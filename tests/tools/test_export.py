@@ -243,7 +243,7 @@ def test_model_card_is_valid_and_has_the_metrics(make_run: RunMaker, data: Path)
     assert "other data in the layout of CIFAR-100" in body
 
 
-def test_model_card_names_the_data_and_the_resizing(make_run: RunMaker, tmp_path: Path) -> None:
+def test_model_card_names_data_resizing_and_temperature(make_run: RunMaker, tmp_path: Path) -> None:
     run = make_run("small")
     synthetic = tmp_path / "synthetic"
     write_dataset(synthetic, *small_data(), content="sample")
@@ -261,3 +261,7 @@ def test_model_card_names_the_data_and_the_resizing(make_run: RunMaker, tmp_path
         assert (header["datasets"], "cifar-100" in header["tags"]) == (["cifar100"], True)
         assert "test_resnet at 48 px on CIFAR-100 (100 classes)" in card
         assert ("first, then resize them to 48 px" in card) is resized
+    for value, stated in ((1.5, True), (1.0, False)):
+        card = model_card(replace(trained, temperature=value), run, to="pt2", uint8=True, check="")
+        assert ("Divide the logits by 1.5000 for probabilities with" in card) is stated
+        assert "alibrated" not in card

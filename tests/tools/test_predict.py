@@ -13,8 +13,9 @@ from launcher import Launch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
+from cifar_dist import report
 from cifar_dist.data.dataset import load_split
-from cifar_dist.evaluation.scores import fit_temperature
+from cifar_dist.evaluation.scores import choose_temperature
 from cifar_dist.inference.prediction import SUFFIXES, find_images, read_image
 from cifar_dist.predict import main
 from cifar_dist.utils.errors import UserError
@@ -44,11 +45,36 @@ def test_rows_match_the_stored_predictions(run: Path, tmp_path: Path) -> None:
     launch = Launch("evaluate", ["runs/tiny"], cwd=tmp_path)
     assert launch.wait() == [0], launch.output
     val = load_file(run / "evaluation/val_predictions.safetensors")
-    temperature = fit_temperature(val["logits"], val["labels"])
+    temperature = choose_temperature(val["logits"], val["labels"])
     (prediction,) = predictions(run, "--rows", "test:7")
     calibrated = (stored["logits"][7].double() / temperature).softmax(0).max()
     assert prediction["scores"][0]["probability"] == pytest.approx(float(calibrated), abs=1e-5)
     assert len(predictions(run, "--rows", "train:5-9")) == 5
+
+
+def test_temperature_and_its_reason_are_reported(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run), "--rows", "test:0"]
+    assert main(arguments) == 0
+    assert "probabilities are not calibrated" in capsys.readouterr().out
+    launch = Launch("evaluate", ["runs/tiny"], cwd=tmp_path)
+    assert launch.wait() == [0], launch.output
+    path = run / "evaluation/evaluation.json"
+    content = json.loads(path.read_text())
+    for value, note in (
+        (0.5, "temperature 0.500 (least loss on the validation rows)"),
+        (1.0, "temperature 1 (that of least loss calibrates the validation rows worse)"),
+    ):
+        path.write_text(
+            json.dumps(content | {"temperature": content["temperature"] | {"value": value}})
+        )
+        assert main(arguments) == 0
+        assert f"probabilities at {note}\n" in capsys.readouterr().out
+        page = tmp_path / "page.html"
+        assert report.main([str(run), "--output", str(page)]) == 0
+        capsys.readouterr()
+        assert page.read_text().count(note) == 1
 
 
 def test_files_and_rows_give_the_same_predictions(run: Path, middle_data: Path) -> None:

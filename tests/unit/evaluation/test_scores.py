@@ -10,8 +10,11 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from torchmetrics.classification import MulticlassCalibrationError
 
+from cifar_dist.data.dataset import Hierarchy
 from cifar_dist.evaluation import scores
+from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
+from cifar_dist.evaluation.report import build_report
 
 LABELS = torch.tensor([0, 0, 1, 2, 3])
 PREDICTED = torch.tensor([0, 1, 1, 3, 0])
@@ -112,6 +115,23 @@ def test_temperature_maximizes_the_likelihood() -> None:
     assert known == pytest.approx(2 / math.log(3), rel=1e-9)
     # Always correct: the best temperature is the lower limit.
     assert scores.fit_temperature(coin, torch.zeros(4).long()) == pytest.approx(0.01)
+
+
+def test_temperature_that_calibrates_worse_is_not_used() -> None:
+    coin, labels = torch.tensor([[2.0, 0.0]]).repeat(4, 1), torch.tensor([0, 0, 0, 1])
+    assert scores.choose_temperature(coin, labels) == scores.fit_temperature(coin, labels)
+    # The confidence of 60 % is right, but errors fall on a class with a probability of 1 %.
+    sure = torch.tensor([[0.6, 0.39, 0.01]]).log().repeat(5, 1)
+    labels = torch.tensor([0, 0, 0, 2, 2])
+    assert scores.fit_temperature(sure, labels) > 1.5
+    assert scores.choose_temperature(sure, labels) == 1
+    hierarchy = Hierarchy(fine=("a", "b", "c"), coarse=("d",), coarse_of_fine=torch.zeros(3).long())
+    result = EvalResult(metrics={}, logits=sure, labels=labels)
+    report = build_report(result, hierarchy, val=result)
+    assert report["temperature"]["value"] == 1
+    assert (
+        report["temperature"]["ece"] == report["calibration"]["ece"] == pytest.approx(0, abs=1e-4)
+    )
 
 
 @pytest.mark.parametrize(("rows", "hits"), [(1000, 700), (10_000, 3853), (23, 1), (50, 50), (7, 0)])
