@@ -79,6 +79,8 @@ def main(arguments: list[str]) -> int:
         )
     else:
         log.info(f"probabilities at {model.temperature_note}")
+    if not model.is_cifar_100:
+        log.info(f"{options.run} was trained on {model.trained_on}")
     for path in outputs:
         log.info(f"saved to {path}")
     return 0

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.inference.trained_model import TrainedModel
-from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.recipe.schema import to_yaml
 from cifar_dist.run_folder.results import last_checkpoint, read_metadata
 
@@ -37,9 +36,12 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
     summary = read_metadata(run, "summary.json")
     environment = read_metadata(run, "environment.json")
     recipe, size = trained.recipe, trained.recipe.model.image_size
-    is_cifar = trained.trained_on == CIFAR_100
-    tags = ["image-classification", *(["cifar-100"] if is_cifar else []), recipe.model.backbone]
-    datasets = "datasets: [cifar100]\n" if is_cifar else ""
+    tags = [
+        "image-classification",
+        *(["cifar-100"] if trained.is_cifar_100 else []),
+        recipe.model.backbone,
+    ]
+    datasets = "datasets: [cifar100]\n" if trained.is_cifar_100 else ""
     shape = (
         "uint8 [N, 3, 32, 32], RGB"
         if uint8

@@ -14,7 +14,7 @@ from cifar_dist.evaluation.evaluator import block_size
 from cifar_dist.evaluation.report import class_name, describe_temperature
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.classifier import Classifier
-from cifar_dist.recipe.runs import load_model, load_run, training_data
+from cifar_dist.recipe.runs import CIFAR_100, load_model, load_run, training_data
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
 from cifar_dist.run_folder.results import read_metadata
@@ -34,6 +34,10 @@ class TrainedModel:
     trained_on: str  # see training_data
     evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
     temperature: float | None  # chosen on validation rows by `evaluate`
+
+    @property
+    def is_cifar_100(self) -> bool:
+        return self.trained_on == CIFAR_100
 
     @property
     def temperature_note(self) -> str | None:

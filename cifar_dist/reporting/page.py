@@ -16,14 +16,13 @@ from cifar_dist.data.dataset import (
     DIGEST,
     load_split,
     no_data_error,
-    read_digest,
     read_hierarchy,
 )
-from cifar_dist.data.ingest.preparation import SYNTHETIC
 from cifar_dist.evaluation.report import class_name, compute_metrics, describe_temperature
 from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import flatten
+from cifar_dist.recipe.runs import CIFAR_100, training_data
 from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.reporting.charts import (
     COLORS,
@@ -194,18 +193,21 @@ def render_page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial:
     legend = {group_of[run.folder]: f"{run.recipe.name} (not finished)" for run in runs}
     legend |= {index: group.label for index, group in enumerate(groups)}
     notices = repeated_seeds(groups)
-    details, synthetic = [], []
+    details = []
+    not_cifar_100: dict[str, list[str]] = {}  # labels by what the runs were trained on
     without_data: dict[str, list[str]] = {}  # labels by reason
     bar = progress_bar(0, len(groups), enabled=True, unit="recipe")
     for group in groups:
+        run = group.runs[0]
+        trained_on = training_data(run.recipe, run.environment, data or Path(run.recipe.data.path))
+        if trained_on != CIFAR_100:
+            not_cifar_100.setdefault(trained_on, []).append(group.label)
         run_with_logits = next((run for run in group.runs if run.predictions is not None), None)
         if run_with_logits is not None:
             path, problem = find_data(run_with_logits, data)
             if problem:
                 without_data.setdefault(problem, []).append(group.label)
             else:
-                if read_digest(path)["content"] == SYNTHETIC:
-                    synthetic.append(group.label)
                 details.append(run_details(group, run_with_logits, path))
         bar.update()
     bar.close()
@@ -213,8 +215,9 @@ def render_page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial:
         notice = f"no classes, confusions and images of {', '.join(labels)}: {problem}"
         log.warning(notice)
         notices.append(notice)
-    if synthetic:
-        notices.append(f"Trained on synthetic data, not on CIFAR-100: {', '.join(synthetic)}.")
+    notices += [
+        f"Trained on {what}: {', '.join(labels)}." for what, labels in not_cifar_100.items()
+    ]
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),
         autoescape=True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from cifar_dist import report
-from cifar_dist.data.dataset import load_split
+from cifar_dist.data.dataset import OFFICIAL_DIGEST, load_split
 from cifar_dist.evaluation.scores import choose_temperature
 from cifar_dist.inference.prediction import SUFFIXES, find_images, read_image
 from cifar_dist.predict import main
+from cifar_dist.recipe.load import load_recipe
+from cifar_dist.recipe.runs import CIFAR_100, training_data
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
@@ -75,6 +79,30 @@ def test_temperature_and_its_reason_are_reported(
         assert report.main([str(run), "--output", str(page)]) == 0
         capsys.readouterr()
         assert page.read_text().count(note) == 1
+
+
+def test_training_data_other_than_cifar_100_are_named(
+    run: Path, tmp_path: Path, middle_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic, page = tmp_path / "synthetic", tmp_path / "page.html"
+    shutil.copytree(middle_data, synthetic)
+    digest = synthetic / "digest.json"
+    digest.write_text(digest.read_text().replace('"other"', '"sample"'))
+    for data, what in (
+        (middle_data, "other data in the layout of CIFAR-100"),
+        (synthetic, "synthetic data, not CIFAR-100"),
+    ):
+        assert main([str(run), "--rows", "test:0", "--data", str(data)]) == 0
+        assert f"{run} was trained on {what}\n" in capsys.readouterr().out
+        assert report.main([str(run), "--output", str(page), "--data", str(data)]) == 0
+        assert f"Trained on {what}: tiny." in page.read_text()
+
+    recipe, environment = load_recipe(run / "recipe.yaml"), {"data": OFFICIAL_DIGEST}
+    assert training_data(recipe, environment, tmp_path / "absent") == CIFAR_100
+    assert training_data(recipe, {"data": "a"}, middle_data).startswith("other data")
+    debug = replace(recipe, data=replace(recipe.data, source="sample"))
+    assert training_data(debug, {"data": "a"}, tmp_path / "absent").startswith("synthetic data")
+    assert training_data(recipe, {}, middle_data) == "unknown data"
 
 
 def test_files_and_rows_give_the_same_predictions(run: Path, middle_data: Path) -> None:
