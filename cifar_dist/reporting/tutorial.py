@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cifar_dist.data.dataset import OFFICIAL_DIGEST
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.reporting.comparison import Group, experiment_key, key_of, mean_std
-from cifar_dist.utils.errors import UserError
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from cifar_dist.utils.recipe_files import RECIPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +60,6 @@ def compare_with_published(groups: Sequence[Group]) -> list[PublishedRow]:
 
     A group counts for a recipe if it differs only in name and seeds, and was trained on CIFAR-100.
     """
-    if not RECIPES.is_dir():
-        raise UserError(
-            f"--tutorial compares with the recipes of the repository, but {RECIPES} does not exist; "
-            "install cifar_dist from a clone with `pip install -e .`"
-        )
     by_key = {key_of(group.runs[0]): group for group in groups}
 
     def measured(name: str | None, value: str) -> Measured | None:
