@@ -21,6 +21,8 @@ _FORMS = {
     ),
 }
 
+_UNEXPANDED = re.compile(r"^~(?=/)|^\$|(?<=/)\$|\$(?=\{)")  # of a home folder or a variable
+
 
 def _error(message: str, node: Any) -> yaml.MarkedYAMLError:
     """Return the error for a node or an event, with its line and column."""
@@ -51,10 +53,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_text(self, node: Any) -> str:
-        """Return a string; refuse ~/..., which would create a folder called `~`."""
+        """Return a string; refuse ~/... and $NAME, which would create folders called `~` and `$NAME`."""
         text = self.construct_scalar(node)
-        if text.startswith("~/"):
-            raise _error(f"{text[:40]!r}: ~ is not expanded; write the full path", node)
+        if found := _UNEXPANDED.search(text):
+            raise _error(f"{text[:40]!r}: {found[0]} is not expanded; write the full path", node)
         return text
 
     def construct_strict(self, node: Any) -> Any:

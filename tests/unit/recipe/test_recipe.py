@@ -142,6 +142,9 @@ def write(tmp_path: Path, text: str) -> Path:
             ["losses.arcface.margin", "less than 3.14"],
         ),
         ("name: a\ndata: {path: ~/data}", ["'~/data'", "the full path"]),
+        ("name: a\ndata: {path: $SCRATCH/data}", ["'$SCRATCH/data': $ is not", "the full path"]),
+        ("name: a\ndata: {path: /scratch/$USER}", ["'/scratch/$USER'", "the full path"]),
+        ("name: a\nrun: {output_dir: 'a-${USER}'}", ["'a-${USER}'", "the full path"]),
         (
             "name: a\nmodel: {image_size: 64, progressive_resize: {start: 32, epochs: 9}}\nrun: {epochs: 8}",
             ["progressive_resize.epochs=9", "run.epochs=8"],
@@ -203,6 +206,7 @@ def test_overrides_change_and_open_sections(tmp_path: Path) -> None:
         ("run.epochs.x=1", "not a section"),
         ("run.epoch=1", "run.epochs"),
         ("run.epochs=[1", "run.epochs"),
+        ("data.path=$DATA", r"data\.path=.*the full path"),
     ):
         with pytest.raises(UserError, match=word):
             load_recipe(path, [bad])
