@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +89,40 @@ def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     try:
         return ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: "
-            + problem["msg"].removeprefix("Value error, ")
-            + (
-                ""
-                if problem["type"] in ("missing", "value_error")
-                else f" (got {problem['input']!r})"
-            )
-            for problem in error.errors()
-        ]
+        problems = describe_errors(error.errors(), raw)
         raise UserError(f"{where}: {'; '.join(problems[:4])}") from None
+
+
+def describe_errors(errors: Sequence[Mapping[str, Any]], raw: dict[str, Any]) -> list[str]:
+    """Return one message per key; pydantic reports each alternative of a union separately."""
+    messages: dict[str, str] = {}
+    values: dict[str, str] = {}
+    for error in errors:
+        key, message = dotted_key(error, raw), error["msg"].removeprefix("Value error, ")
+        if error["type"] == "bool_type":
+            message = "write true or false"
+        if key in messages:
+            message = f"{messages[key]}, or {message.removeprefix('Input should be ')}"
+        messages[key] = message
+        if error["type"] not in ("missing", "value_error"):
+            values[key] = f" (got {error['input']!r})"
+    return [f"{key}: {message}{values.get(key, '')}" for key, message in messages.items()]
+
+
+def dotted_key(error: Mapping[str, Any], raw: dict[str, Any]) -> str:
+    """Return the key of a pydantic error, like `optim.lr`.
+
+    Its location also names the alternatives of unions, like `literal['alternate']`, which are left out.
+    """
+    value: Any = raw
+    keys = []
+    for part in error["loc"]:
+        with suppress(LookupError, TypeError):  # not a key of the recipe
+            value = value[part]
+            keys.append(str(part))
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return ".".join(keys) or "recipe"
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

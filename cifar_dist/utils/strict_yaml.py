@@ -12,8 +12,8 @@ from cifar_dist.utils.errors import UserError, first_line
 
 # The YAML 1.2 form of each scalar type. PyYAML accepts more, also under a tag such as !!float.
 _FORMS = {
-    "null": (re.compile(r"^(?:~|null|)$"), ["~", "n", ""]),
-    "bool": (re.compile(r"^(?:true|false)$"), list("tf")),
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
     "int": (re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
     "float": (
         re.compile(r"^[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),

@@ -68,8 +68,18 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nrun: {epochs: 010}", ["run.epochs", "integer"]),
         ("name: a\nrun: {epochs: 0}", ["run.epochs", "greater than 0"]),
         ("name: a\nrun: {epochs: true}", ["run.epochs", "integer"]),
-        ("name: a\naugment: {hflip: no}", ["augment.hflip", "boolean"]),
-        ("name: a\naugment: {hflip: 1}", ["augment.hflip", "boolean"]),
+        (
+            "name: a\naugment: {hflip: no}",
+            ["yaml: augment.hflip: write true or false, or 'alternate' (got 'no')"],
+        ),
+        ("name: a\naugment: {hflip: 1}", ["augment.hflip: write true or false"]),
+        ("name: a\naugment: {vflip: yes}", ["augment.vflip: write true or false (got 'yes')"]),
+        ("name: a\nrun: {compile: 'True'}", ["run.compile: write true or false (got 'True')"]),
+        (
+            "name: a\naugment: {views: 0}",
+            ["yaml: augment.views: Input should be greater than 0, or 'all' (got 0)"],
+        ),
+        ("name: a\noptim: {betas: [0.9]}", ["optim.betas.1: Field required"]),
         ("name: a\noptim: {lr: -1e-3}", ["optim.lr", "greater than 0"]),
         ("name: a\noptim: {lr: .nan}", ["optim.lr"]),
         ("name: a\nmodel: {drop_rate: 1.0}", ["model.drop_rate", "less than 1"]),
@@ -189,6 +199,7 @@ def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
     text = "name: a\noptim: {lr: 1e-3, weight_decay: 5.0e-4, schedule: multistep, milestones: [60, 1.5e2]}"
     optim = load_recipe(write(tmp_path, text)).optim
     assert (optim.lr, optim.weight_decay, optim.milestones) == (1e-3, 5e-4, (60.0, 150.0))
+    assert parse_yaml("[True, FALSE, Null, NULL]", where="here") == [True, False, None, None]
     words = parse_yaml("[no, yes, on, 0x10, 1_000, 12:30, 2026-01-01]", where="here")
     assert words == ["no", "yes", "on", "0x10", "1_000", "12:30", "2026-01-01"]
 
@@ -201,6 +212,7 @@ def test_overrides_change_and_open_sections(tmp_path: Path) -> None:
     assert recipe.averaging is not None
     assert recipe.averaging.decay == 0.99
     assert recipe.losses["cross_entropy"].weight == 2
+    assert load_recipe(path, ["augment.hflip=True", "averaging=Null"]).augment.hflip is True
     for bad, word in (
         ("run.epochs", "section.key=value"),
         ("run.epochs.x=1", "not a section"),
