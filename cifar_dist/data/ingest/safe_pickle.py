@@ -157,7 +157,7 @@ def safe_loads(data: bytes) -> Any:  # noqa: C901, PLR0912, PLR0915 - one branch
                 case pickle.STRING:
                     stack.append(_unquote(line()))
                 case pickle.UNICODE:
-                    stack.append(line().decode("raw-unicode-escape"))
+                    stack.append(_unescape(line()))
                 case pickle.PUT:
                     memo[int(line())] = stack[-1]
                 case pickle.GET:
@@ -203,6 +203,13 @@ def _unquote(text: bytes) -> bytes:
     if len(text) < 2 or text[0] != text[-1] or text[:1] not in b"'\"":
         raise ValueError("a string has no quotes")
     return codecs.escape_decode(text[1:-1])[0]
+
+
+def _unescape(text: bytes) -> str:
+    """Return the value of a text with escapes; ValueError for a lone surrogate, as in UTF-8."""
+    value = text.decode("raw-unicode-escape")
+    value.encode()
+    return value
 
 
 def _name(module: Any, name: Any) -> Name:

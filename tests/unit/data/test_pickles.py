@@ -230,6 +230,15 @@ def hostile() -> dict[str, bytes]:
         "an unknown memo": stream(b"h\x07"),
         "a float": stream(b"G" + b"\0" * 8),
         "a set": pickle.dumps({1, 2}, protocol=4),
+        "EMPTY_SET": b"\x80\x04\x8f.",
+        "FROZENSET": b"\x80\x04(\x91.",
+        "POP": stream(b"N0" + good[2:-1]),
+        "POP_MARK": stream(b"(1" + good[2:-1]),
+        "DUP": stream(b"N2" + good[2:-1]),
+        "PERSID": good[:2] + b"Pos.system\n" + good[2:],
+        "SETITEM of a list": stream(b"]U\x01aNs"),
+        "SETITEM of a repeated key": stream(b"}U\x01aNsU\x01aNs"),
+        "SETITEM without a value": stream(b"}s"),
         "a list": pickle.dumps([fields(TINY)], protocol=2),
         "an extra key": pickle.dumps(fields(TINY, more=1), protocol=2),
         "a repeated key": good[:-2] + b"U\x0bbatch_labelU\x15training batch 1 of 1u.",
@@ -249,6 +258,8 @@ def hostile() -> dict[str, bytes]:
         "two superclasses": pickle.dumps(fields(TINY, fine_labels=[5, 5], coarse_labels=[1, 2]), protocol=2),
         "a missing filename": pickle.dumps(fields(TINY, filenames=[b"a"]), protocol=2),
         "filenames of numbers": pickle.dumps(fields(TINY, filenames=[1, 2]), protocol=2),
+        "a lone surrogate, protocol 0": pickle.dumps(fields(TINY, filenames=["\ud800", "a"]), protocol=0),
+        "a lone surrogate, protocol 2": pickle.dumps(fields(TINY, filenames=["\ud800", "a"]), protocol=2),
         "a filename that is not a text": pickle.dumps(fields(TINY, filenames=[b"\xff", b"a"]), protocol=2),
     }  # fmt: skip
     for key in ("data", "filenames", "fine_labels"):
@@ -290,6 +301,11 @@ def test_hostile_pickles_are_refused_without_executing_code(name: str) -> None:
         ("a huge BYTEARRAY8", "truncated"),
         ("Fortran flag", "not a uint8 matrix in C order"),
         ("an array without state", "does not have rows of 3072 bytes"),
+        ("a lone surrogate, protocol 0", "surrogates not allowed"),
+        ("EMPTY_SET", r"opcode b'\\x8f' does not occur"),
+        ("POP_MARK", "opcode b'1' does not occur"),
+        ("PERSID", "opcode b'P' does not occur"),
+        ("SETITEM of a list", "repeated key or a key that is not a text"),
     ],
 )
 def test_error_names_the_reason(name: str, reason: str) -> None:
