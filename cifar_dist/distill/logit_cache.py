@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import make_folder, read_json, sha256, sync, write_json
+from cifar_dist.utils.files import make_folder, read_json, sha256, sync, with_path, write_json
 
 LOGITS, MANIFEST, PROGRESS = "logits.npy", "manifest.json", "progress.json"
 SAVE_SECONDS = 10.0  # at most this much work is lost by a kill or a power cut
@@ -119,7 +119,8 @@ class CacheWriter:
                 "with --force, or choose another folder (teacher.cache=FOLDER)"
             )
         self.rows = progress["rows"]
-        self.file = self._open()
+        with with_path(self.part / LOGITS):
+            self.file = self._open()
         self.saved_at = time.monotonic()
 
     def _open(self) -> BinaryIO:
@@ -144,15 +145,17 @@ class CacheWriter:
                 f"the teacher's logits from row {self.rows % self.shape[1]} on do not fit float16: "
                 "they are not finite or above 65504; check the teacher"
             )
-        self.file.write(logits.contiguous().numpy().astype("<f2", copy=False).tobytes())
+        with with_path(self.part / LOGITS):
+            self.file.write(logits.contiguous().numpy().astype("<f2", copy=False).tobytes())
         self.rows += len(logits)
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
         """Sync all rows to disk, then record their number."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with with_path(self.part / LOGITS):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         write_json(self.part / PROGRESS, {"rows": self.rows, "fingerprint": self.fingerprint})
         self.saved_at = time.monotonic()
 

@@ -120,7 +120,9 @@ def to_pt2(trained: TrainedModel, folder: Path, *, uint8: bool) -> str:
             (make_input(noise_images(2)),),
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
-        torch.export.save(program, folder / "model.pt2")
+        content = io.BytesIO()  # torch's own writer hides a full disk
+        torch.export.save(program, content)
+        atomic_write(folder / "model.pt2", content.getvalue())
         loaded = torch.export.load(folder / "model.pt2").module()
     difference = compare(loaded, net, make_input)
     return f"loaded again with torch.export, its logits differ by at most {difference:.1e}"

@@ -18,11 +18,13 @@ from cifar_dist.utils.errors import UserError
 
 @contextmanager
 def with_path(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError that lacks a file name, as those of write and fsync do."""
+    """Add `path` to an OSError that lacks a file name, as those of write, fsync and pyarrow do."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     if _is_stream(path):
-        with path.open("wb") as file:
+        with with_path(path), path.open("wb") as file:
             file.write(data)
         return
     path = path.resolve() if path.is_symlink() else path  # keep the link, replace its target
@@ -160,6 +162,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` on a clean exit and is deleted otherwise.
 
     An existing `final` is renamed first and deleted last, so one complete folder always exists.
+    An OSError without a file name gets that of `final`.
     """
     make_folder(final.parent)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
@@ -168,7 +171,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     with report_uncreatable(final):
         temporary.mkdir()
     try:
-        yield temporary
+        with with_path(final):
+            yield temporary
         for path in temporary.rglob("*"):
             sync(path)
         sync(temporary)

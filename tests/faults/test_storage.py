@@ -9,15 +9,24 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_same_bits
 from launcher import Launch, train
+from small_data import small_data, write_pickles
 
+from cifar_dist.data.ingest.archive import FOLDER
+from cifar_dist.data.ingest.preparation import prepare
+from cifar_dist.distill.logit_cache import CacheWriter
+from cifar_dist.exporting.formats import export
+from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption, latest_valid
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.utils.files import (
@@ -80,6 +89,42 @@ def test_full_disk_keeps_the_last_checkpoint(
     assert "resuming from step" in train(*arguments, cwd=tmp_path, world_size=world_size)
     train(path, "name=straight", cwd=tmp_path, world_size=world_size)
     assert_same_bits(tmp_path / "runs/straight", run)
+
+
+def test_prepare_on_a_full_disk_names_the_path(tmp_path: Path, small_disk: Path) -> None:
+    """Both the download and the dataset; nothing but the part of the download is left."""
+    write_pickles(tmp_path, *small_data())
+    source = tmp_path / FOLDER
+    fill(small_disk, free=100_000)
+    message = "No space left on device; free space or choose another path"
+    output = small_disk / "data"
+    arguments = ["--source", source, "--output", output, "--allow-unofficial"]
+    ranks = Launch("cifar_dist.prepare", arguments, cwd=tmp_path)
+    assert ranks.wait() == [2], ranks.output
+    assert ranks.output == f"error: {output}: {message}\n"
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    handler = partial(SimpleHTTPRequestHandler, directory=str(source))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}/train"
+        with pytest.raises(OSError, match="No space left") as caught:
+            prepare(url, output, allow_unofficial=True)
+        server.shutdown()
+    assert Path(caught.value.filename).name.startswith("data.")
+
+
+def test_every_write_to_a_full_disk_names_the_file(
+    tmp_path: Path, small_disk: Path, run: Path
+) -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        atomic_write(Path("/dev/full"), "text")
+    model, pt2, logits = load_trained_model(run), small_disk / "pt2", small_disk / "logits"
+    fill(small_disk, free=50_000)
+    with pytest.raises(OSError, match=rf"No space left on device: '{small_disk}/.*model\.pt2"):
+        export(model, run, pt2, to="pt2", uint8=False)
+    writer = CacheWriter(logits, (1, 1000, 100), {}, force=False)
+    with pytest.raises(OSError, match=rf"No space left on device: '{logits}\.part/"):
+        writer.append(torch.zeros(1000, 100))
 
 
 @pytest.mark.fault

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cifar_dist.data.ingest.archive import MAX_ARCHIVE_BYTES
 from cifar_dist.distributed import signals
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.files import with_path
 from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 TIMEOUT_SECONDS = 5  # to connect, and between two reads
@@ -42,7 +43,8 @@ def download(
         total = offset
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise
+            with with_path(part):
+                raise
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{url} cannot be downloaded ({reason}); run the command again, or {remedy}"
