@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cifar_dist.recipe.schema import ADAPTER, Recipe
+from cifar_dist.recipe.schema import ADAPTER, DataConfig, Recipe
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.recipe_files import missing_recipe
 from cifar_dist.utils.strict_yaml import parse_yaml
@@ -56,11 +56,26 @@ ALIASES = {
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy."""
+    """Read a YAML recipe and apply `section.key=value` overrides; UserError with path and remedy.
+
+    An override of `data.path` alone removes `data.source`.
+    """
     raw = read_yaml(path)
-    for override in overrides or []:
+    overrides = overrides or []
+    path_in_file = data_path(raw)
+    for override in overrides:
         apply_override(raw, override)
+    if data_path(raw) != path_in_file and not any(
+        override.startswith(("data.source=", "data=")) for override in overrides
+    ):
+        raw["data"]["source"] = None  # a mistyped path must not be filled with new data
     return validate(raw, where=str(path))
+
+
+def data_path(raw: dict[str, Any]) -> Any:
+    """Return `data.path` of a recipe that has not been validated."""
+    data = raw.get("data")
+    return data.get("path", DataConfig.path) if isinstance(data, dict) else DataConfig.path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_pro
 from cifar_dist.utils.errors import UserError, is_main_rank
 from cifar_dist.utils.files import atomic_write, remove_folder, rename, try_read_json, write_json
 from cifar_dist.utils.log import log
+from cifar_dist.utils.suggest import closest
 
 REQUIRED_KEYS = {"top1", "epochs", "seconds"}  # of the summary of a finished run
 SYNTHETIC_NOTE = (
@@ -46,8 +47,12 @@ def ensure_data(recipe: Recipe) -> bool:
     has_data = (path / "digest.json").exists()
     if not has_data and is_main_rank():
         if source is None:
+            siblings = (file.parent.name for file in path.parent.glob("*/digest.json"))
+            near = closest(path.name, siblings)
+            hint = f"did you mean {path.parent / near}? If not, " if near else ""
             raise UserError(
-                f"{path} has no data; run `python -m cifar_dist.prepare --output {path}`"
+                f"{path} has no data; {hint}run `python -m cifar_dist.prepare --output {path}`, or "
+                "set data.source as well"
             )
         prepare(source, path)
     waited = 0

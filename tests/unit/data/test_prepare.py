@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from cifar_dist.data.ingest.pickles import RawSplit
 from cifar_dist.data.ingest.preparation import prepare
 from cifar_dist.data.ingest.synthetic import pickle_members
 from cifar_dist.distributed import signals
-from cifar_dist.recipe.load import validate
+from cifar_dist.recipe.load import load_recipe, validate
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training.start import ensure_data
 from cifar_dist.utils.errors import UserError
@@ -213,6 +214,18 @@ def test_errors_name_the_command_or_the_recipe_key_that_helps(
     ):
         with pytest.raises(UserError, match=re.escape(remedy)):
             ensure_data(recipe_with(path, data_source))
+
+
+def test_mistyped_data_path_is_refused_with_the_nearest_data(tmp_path: Path, data: Path) -> None:
+    shutil.copytree(data, tmp_path / "sample")
+    path, typo = tmp_path / "a.yaml", tmp_path / "sampel"
+    path.write_text(f"name: a\ndata: {{path: {tmp_path}/sample, source: sample}}")
+    assert ensure_data(load_recipe(path, [f"data.path={tmp_path}/sample"]))
+    with pytest.raises(UserError) as caught:
+        ensure_data(load_recipe(path, [f"data.path={typo}"]))
+    assert f"{typo} has no data; did you mean {tmp_path}/sample? If not, run `" in str(caught.value)
+    assert f"cifar_dist.prepare --output {typo}`" in str(caught.value)
+    assert not typo.exists()
 
 
 def test_output_that_is_a_file_is_refused(source: str, tmp_path: Path) -> None:

@@ -224,6 +224,18 @@ def test_overrides_change_and_open_sections(tmp_path: Path) -> None:
             load_recipe(path, [bad])
 
 
+def test_only_the_path_in_the_recipe_file_is_filled_with_data(tmp_path: Path) -> None:
+    for text in ("name: a\ndata: {path: data/sample, source: sample}", "name: a"):
+        path = write(tmp_path, text)
+        own = load_recipe(path).data
+        assert own.source is not None
+        for overrides in ([f"data.path={own.path}"], ["data.val_size=500"]):
+            assert load_recipe(path, overrides).data.source is not None
+        assert load_recipe(path, ["data.path=data/sampel"]).data.source is None
+        for both in (["data.source=x", "data.path=new"], ["data={path: new, source: x}"]):
+            assert load_recipe(path, both).data.source == "x"
+
+
 def test_placement_is_never_a_changed_recipe(tmp_path: Path) -> None:
     text = "name: a\nlosses: {dkd: {}}\nteachers: [{run: b}, {run: c}]"
     before = load_recipe(write(tmp_path, text), [f"run.output_dir={tmp_path}"])
