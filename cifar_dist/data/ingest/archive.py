@@ -8,7 +8,10 @@ import io
 import lzma
 import tarfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cifar_dist.data.ingest.pickles import MAX_BYTES
@@ -22,6 +25,28 @@ OFFICIAL_MD5 = {
 }
 MAX_ARCHIVE_BYTES = 2 * MAX_BYTES  # uncompressed; the official one has 186 million
 MAX_ARCHIVE_MEMBERS = 1_000
+REMEDY = f"give {FOLDER}.tar.gz, or the folder that contains its files train, test and meta"
+
+# What people have instead, by the beginning of a file and by the suffixes in a folder or an archive.
+FILE_KINDS = {
+    b"PK\x03\x04": "a zip archive, which has to be unpacked first",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x93NUMPY": "a NumPy file",
+    b"\x89HDF": "an HDF5 file",
+    b"\x89PNG": "an image file",
+    b"\xff\xd8\xff": "an image file",
+    b"BZh": "a bzip2 file",
+    b"\x80": "a single pickle file",
+}
+CONTENT_KINDS = {
+    ("png", "jpg", "jpeg", "bmp", "webp", "tif", "tiff"): "image files",
+    ("parquet",): "Parquet files",
+    ("arrow",): "Arrow files, as prepare writes them for data.path",
+    ("npy", "npz"): "NumPy files",
+    ("bin", "mat"): "binary or MATLAB files, not of the Python version of CIFAR-100",
+    ("gz", "xz", "tar", "zip"): "archives",
+}
 
 
 def read_members(source: Path) -> dict[str, bytes]:
@@ -32,6 +57,10 @@ def read_members(source: Path) -> dict[str, bytes]:
     try:
         if source.is_dir():
             folder = source / FOLDER if (source / FOLDER).is_dir() else source
+            if not any((folder / name).is_file() for name in OFFICIAL_MD5):
+                files = (path for path in source.rglob("*") if path.is_file())
+                names = (str(path.relative_to(source)) for path in islice(files, 1000))
+                _refuse_other_content(source, "a folder", names)
             members = {name: _read_file(folder / name) for name in OFFICIAL_MD5}
         else:
             members = _read_archive(source)
@@ -42,6 +71,7 @@ def read_members(source: Path) -> dict[str, bytes]:
         *(tarfile.TarError, lzma.LZMAError, zlib.error),
         RecursionError,  # tarfile recurses into a header that follows another one
     ) as error:
+        _refuse_other_file(source)
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{source} cannot be read ({reason}); download it again") from error
     if missing := sorted(OFFICIAL_MD5.keys() - members.keys()):
@@ -71,13 +101,16 @@ def _read_archive(path: Path) -> dict[str, bytes]:
         path, "rb"
     )
     members: dict[str, bytes] = {}
+    others: list[str] = []
     # In stream mode tarfile never seeks, so the limit holds for headers and padding as well.
     with opened, tarfile.open(fileobj=_Limited(opened), mode="r|", bufsize=1 << 20) as archive:  # type: ignore[call-overload]
         for count, member in enumerate(archive):
             if count == MAX_ARCHIVE_MEMBERS:
+                _refuse_other_content(path, "an archive", others)
                 raise UserError(f"{path} has too many members; download the official archive")
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             if folder != FOLDER or name not in OFFICIAL_MD5:
+                others.append(member.name)
                 continue
             regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
             if not regular or name in members or member.size > MAX_BYTES:
@@ -88,7 +121,31 @@ def _read_archive(path: Path) -> dict[str, bytes]:
             stream = archive.extractfile(member)
             assert stream is not None
             members[name] = stream.read()
+    if not members:
+        _refuse_other_content(path, "an archive", others)
     return members
+
+
+def _refuse_other_file(path: Path) -> None:
+    """Raise UserError if a file that is no tar archive is of another known kind."""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(64)
+        kind = next((kind for magic, kind in FILE_KINDS.items() if start.startswith(magic)), None)
+        if start.startswith(b"PK") and b".npy" in start:
+            kind = "a NumPy file"
+        if kind:
+            raise UserError(f"{path} is {kind}; {REMEDY}")
+
+
+def _refuse_other_content(source: Path, container: str, names: Iterable[str]) -> None:
+    """Raise UserError if the names in a folder or an archive show what it contains instead."""
+    paths = [PurePosixPath(name) for name in names]
+    if any(part.startswith(("cifar-10-", "data_batch_")) for path in paths for part in path.parts):
+        raise UserError(f"{source} is CIFAR-10, not CIFAR-100; {REMEDY}")
+    suffixes = {path.suffix.lower().removeprefix(".") for path in paths}
+    for kind_suffixes, kind in CONTENT_KINDS.items():
+        if suffixes.intersection(kind_suffixes):
+            raise UserError(f"{source} is {container} of {kind}; {REMEDY}")
 
 
 class _Limited:

@@ -12,10 +12,14 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from small_data import first_rows, small_data
 
@@ -499,6 +503,60 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
             read_members(tmp_path / "b")
     with pytest.raises(UserError, match="cannot be read"):
         read_members(tmp_path / "absent.tar")
+
+
+def write_tar(path: Path, *names: str) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            tar.addfile(entry(name))
+
+
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("train", MEMBERS["train"])
+
+
+def write_folder(path: Path, *names: str) -> None:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).touch()
+
+
+def write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), path)
+
+
+CIFAR_10 = [
+    f"cifar-10-batches-py/{name}" for name in ("data_batch_1", "test_batch", "batches.meta")
+]
+IMAGES = [f"cat/{n}.{kind}" for n in range(600) for kind in ("png", "JPEG")]
+OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a zip archive": (write_zip, "is a zip archive, which has to be unpacked first"),
+    "npz": (lambda path: np.savez(path.open("wb"), images=TINY.images), "is a NumPy file"),
+    "npy": (lambda path: np.save(path.open("wb"), TINY.images), "is a NumPy file"),
+    "Parquet": (write_parquet, "is a Parquet file"),
+    "one of the three": (lambda path: path.write_bytes(MEMBERS["train"]), "is a single pickle file"),
+    "CIFAR-10": (lambda path: write_tar(path, *CIFAR_10), "is CIFAR-10, not CIFAR-100"),
+    "a folder of CIFAR-10": (lambda path: write_folder(path, *CIFAR_10), "is CIFAR-10, not CIFAR-100"),
+    "the files of CIFAR-10": (lambda path: write_folder(path, "data_batch_1"), "is CIFAR-10, not"),
+    "images": (lambda path: write_folder(path, *IMAGES), "is a folder of image files"),
+    "an archive of images": (lambda path: write_tar(path, *IMAGES), "is an archive of image files"),
+    "the binary version": (lambda path: write_folder(path, "train.bin"), "not of the Python version"),
+    "Parquet files": (lambda path: write_folder(path, "data/a.parquet"), "is a folder of Parquet files"),
+    "the archive's folder": (lambda path: write_folder(path, "a.tar.gz"), "is a folder of archives"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_data_are_named_as_what_they_are(tmp_path: Path, name: str) -> None:
+    write, what = OTHERS[name]
+    write(tmp_path / "source")
+    with pytest.raises(UserError) as caught:
+        read_members(tmp_path / "source")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/source is ")
+    assert what in message
+    assert message.endswith("; " + archive.REMEDY)
 
 
 REAL = os.environ.get("CIFAR100_ARCHIVE")
