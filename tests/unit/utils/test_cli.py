@@ -58,6 +58,21 @@ def test_help_has_examples_and_describes_each_option(
         assert re.search(r"\S {2,}\S|\n {10,}\S", entry.strip()), f"no help: {entry}"
 
 
+def test_default_outputs_are_ignored_by_git() -> None:
+    if not (PACKAGE.parent / ".git").exists():
+        pytest.skip("not a git clone")
+    outputs = [
+        "data/cifar100/digest.json",
+        "ensemble/ensemble.json",
+        "exported/r18_224_timm/config.json",
+        "report.html",
+        "runs/r18_32/evaluation/evaluation.json",
+    ]
+    command = ["git", "-C", str(PACKAGE.parent), "check-ignore", *outputs]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == outputs
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
