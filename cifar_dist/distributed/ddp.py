@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -25,13 +26,17 @@ def wrap_ddp(
 ) -> nn.Module:
     """Return the model under DDP, or the model itself for a single process.
 
-    Call it again when other parameters become trainable: `free_memory` releases the hooks and
-    gradient buckets of the earlier wrapper. The graph is static only if each rank runs one
+    Replaces the accelerator's options of DDP, so that any Accelerator trains alike. Call it again
+    when other parameters become trainable: `free_memory` releases the hooks and gradient buckets of
+    the earlier wrapper. The graph is static only if each rank runs one
     micro-batch, since with `no_sync` a static graph crashes in the first backward or stops reducing.
     """
     accelerator.free_memory()
-    if accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.static_graph = micro_batches == accelerator.num_processes
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        broadcast_buffers=False,  # broadcast before each evaluation instead
+        gradient_as_bucket_view=True,
+        static_graph=micro_batches == accelerator.num_processes,
+    )
     with warnings.catch_warnings():  # Accelerate passes broadcast_buffers, which torch has renamed
         warnings.filterwarnings("ignore", category=FutureWarning)
         wrapped = accelerator.prepare_model(model)

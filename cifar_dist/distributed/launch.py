@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 from cifar_dist.distributed import slurm
 from cifar_dist.distributed.context import local_world_size
@@ -70,10 +70,6 @@ def init_distributed(
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 timeout=timedelta(seconds=timeout_seconds + COLLECTIVE_GRACE_SECONDS)
-            ),
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,  # broadcast before each evaluation instead
-                gradient_as_bucket_view=True,
             ),
         ],
     )

@@ -31,6 +31,17 @@ def test_one_and_two_processes_have_the_same_bits(
     assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
 
 
+def test_plain_accelerator_trains_like_the_command(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(run={"epochs": 1})
+    train(path, "name=command", cwd=tmp_path, world_size=2)
+    for world_size in (1, 2):
+        name = f"name=plain_{world_size}"
+        ranks = Launch("plain_accelerator", [path, name], cwd=tmp_path, world_size=world_size)
+        assert ranks.wait() == [0] * world_size, ranks.output
+        assert_same_bits(tmp_path / f"runs/plain_{world_size}", tmp_path / "runs/command")
+    assert ranks.output.count("static_graph=True broadcast_buffers=False") == 2, ranks.output
+
+
 def test_more_processes_agree_up_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
