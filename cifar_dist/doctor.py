@@ -1,4 +1,4 @@
-"""Check a launch: processes, code, recipe, data, storage and network, before a training starts."""
+"""Check a launch before a training starts: processes, code, recipe, data, model, storage, network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.session import format_precision, resolve_precision
 from cifar_dist.tracking.tracker import decide_mode
-from cifar_dist.training.start import check_world_size
+from cifar_dist.training.start import (
+    check_world_size,
+    describe_model,
+    describe_teachers,
+    describe_weights,
+)
 from cifar_dist.utils.cli import add_recipe, command_parser, parse_recipe
 from cifar_dist.utils.errors import UserError, first_line, is_main_rank, run_command, user_message
 from cifar_dist.utils.files import make_folder
@@ -203,9 +208,16 @@ def check_on_all(context: DistContext, name: str, function: Callable[[], str]) -
 def run_checks(recipe: Recipe, context: DistContext, device: torch.device) -> list[Check]:
     """Run all checks; every rank calls this and gets the same results."""
 
+    resolved = recipe  # a cache of logits depends on the resolved precision
+
     def precision() -> str:
-        precision = resolve_precision(recipe, context, device).run.precision
+        nonlocal resolved
+        resolved = resolve_precision(recipe, context, device)
+        precision = resolved.run.precision
         return f"{format_precision(recipe.run.precision, precision)} on {device.type}"
+
+    def teachers() -> str:
+        return context.run_on_main(lambda: describe_teachers(resolved))
 
     def micro_batches() -> str:
         count = recipe.run.micro_batches or context.world_size
@@ -225,6 +237,9 @@ def run_checks(recipe: Recipe, context: DistContext, device: torch.device) -> li
         check_data(recipe, context),
         check_on_all(context, "precision", precision),
         check_on_all(context, "micro_batches", micro_batches),
+        check_on_all(context, "model", lambda: describe_model(recipe)),
+        check_on_all(context, "weights", lambda: describe_weights(recipe)),
+        check_on_all(context, "teachers", teachers),
         check_shared_folder(context, Path(recipe.run.output_dir)),
         check_clocks(context),
         *check_bandwidth(context, device),

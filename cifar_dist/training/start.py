@@ -15,10 +15,14 @@ from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.models.backbones import pretrained_cfg
+from cifar_dist.models.classifier import num_parameters
+from cifar_dist.models.hub import find_weights
+from cifar_dist.models.weights import read_weights
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.diff import recipe_diff
+from cifar_dist.recipe.dry_run import meta_model
 from cifar_dist.recipe.schema import Recipe, to_yaml
-from cifar_dist.recipe.teachers import find_teacher
+from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_progress
 from cifar_dist.utils.errors import UserError, is_main_rank
@@ -39,6 +43,33 @@ def check_names(recipe: Recipe) -> None:
     build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
     if recipe.augment.albumentations:
         Pipeline(recipe.augment.albumentations)
+
+
+def describe_model(recipe: Recipe) -> str:
+    """Return the backbone and its size; UserError if a name is unknown or the model cannot be built."""
+    check_names(recipe)
+    parameters = num_parameters(meta_model(recipe.model))
+    return f"{recipe.model.backbone}, {parameters:,} parameters"
+
+
+def describe_weights(recipe: Recipe) -> str:
+    """Return where the first weights come from; UserError if they can be neither read nor downloaded."""
+    config = recipe.model
+    if saved := latest_valid(recipe.folder / "checkpoints"):
+        return str(saved)
+    if config.weights is not None:
+        read_weights(Path(config.weights))
+        return config.weights
+    if not config.pretrained:
+        return "initialized at random"
+    cached = find_weights(pretrained_cfg(config.backbone), config.backbone)
+    return str(cached or "not cached yet, can be downloaded")
+
+
+def describe_teachers(recipe: Recipe) -> str:
+    """Return the teachers' names; UserError if one, or its cache of logits, is missing or unfit."""
+    check_caches(recipe, [find_teacher(teacher) for teacher in recipe.all_teachers])
+    return ", ".join(teacher.run for teacher in recipe.all_teachers) or "none"
 
 
 def ensure_data(recipe: Recipe) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import Launch, free_port, start_rank
+from launcher import Launch, free_port, start_rank, train
 
 import cifar_dist.doctor as command
 from cifar_dist.distributed.context import DistContext
-from recipes import RecipeMaker
+from recipes import RecipeMaker, TeacherMaker, with_teachers
 
 
 def doctor(*arguments: object, cwd: Path, world_size: int = 2) -> tuple[int | None, dict[str, str]]:
@@ -67,6 +67,63 @@ def test_bad_data_or_output_is_a_line_of_the_table(
     assert table[line].startswith("BAD")
     assert message in table[line]
     assert table["micro_batches"].startswith("ok ")
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"model": {"backbone": "test_resnett"}}, "model"),
+        ({"optim": {"name": "adamv"}}, "model"),
+        ({"model": {"weights": "absent.pth"}}, "weights"),
+        (with_teachers("absent"), "teachers"),
+        (with_teachers("big", placement="cached") | {"augment": {"views": 2}}, "teachers"),
+    ],
+)
+def test_message_of_training_is_a_line_of_the_table(
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    teacher: TeacherMaker,
+    sections: dict[str, Any],
+    line: str,
+) -> None:
+    teacher("big")
+    path = recipe(**sections)
+    message = train(path, cwd=tmp_path, expect=2).partition("error: ")[2].strip()
+    code, table = doctor(path, cwd=tmp_path)
+    assert code == 2
+    assert table[line].startswith("BAD")
+    assert table[line].endswith(message)
+    assert sum(checked.startswith("BAD") for checked in table.values()) == 1
+
+
+def test_cached_teacher_and_saved_weights_pass(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    teacher("big")
+    path = recipe(
+        run={"precision": "auto", "epochs": 1},
+        augment={"views": 2},
+        **with_teachers("big", placement="cached"),
+    )
+    assert Launch("cache_logits", [path], cwd=tmp_path).wait() == [0]
+    train(path, cwd=tmp_path)
+    code, table = doctor(path, "run.epochs=2", cwd=tmp_path, world_size=1)
+    assert code == 0, table
+    assert table["teachers"].split() == ["ok", "teachers", "runs/big"]
+    assert "runs/tiny/checkpoints/step_" in table["weights"]
+
+
+def test_pretrained_weights_without_network_fail(
+    tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read by the import of a new interpreter
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    command = ["-m", "cifar_dist.doctor", recipe(model={"pretrained": True, "drop_rate": 0.0})]
+    process = start_rank(command, cwd=tmp_path, rank=0, world_size=1, port=free_port())
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "BAD  weights        model.pretrained: the weights of test_resnet are not in" in output
+    assert "set model.weights=PATH" in output
 
 
 def test_different_recipes_and_unshared_folders_fail(tmp_path: Path, recipe: RecipeMaker) -> None:

@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from cifar_dist.models.backbones import fetch_pretrained
+from cifar_dist.models.backbones import fetch_pretrained, pretrained_cfg
 from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
 from cifar_dist.models.heads import CosineHead, LinearHead
+from cifar_dist.models.hub import find_weights
 from cifar_dist.models.preprocess import CIFAR_MEAN, CIFAR_STD, Preprocess
 from cifar_dist.utils.errors import UserError
 
@@ -455,6 +456,7 @@ def test_pretrained_weights_are_read_from_the_cache_or_are_an_error(tmp_path, mo
     state = timm.create_model("test_resnet").state_dict()
     save(state, snapshot / "model.safetensors")
     assert fetch_pretrained(config) == snapshot / "model.safetensors"
+    assert find_weights(pretrained_cfg("test_resnet"), "test_resnet") == fetch_pretrained(config)
     result = build_model(config, 10).backbone.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in result.items())
     assert fetch_pretrained(ModelConfig()) is None
