@@ -265,7 +265,7 @@ def test_stop_signal_ends_the_wait_for_data(
 
 def test_concurrent_processes_write_the_data_once(source: str, output: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from cifar_dist.prepare import prepare;"
+        "import sys; from pathlib import Path; from cifar_dist.data.ingest.preparation import prepare;"
         "prepare(sys.argv[1], Path(sys.argv[2]), allow_unofficial=True)"
     )
     command = [sys.executable, "-c", code, source, str(output)]
