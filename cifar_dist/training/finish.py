@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cifar_dist.evaluation.evaluator import EvalResult
@@ -97,4 +101,21 @@ def log_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
         f"in {summary['seconds']:.0f} s; results in {recipe.folder}{early}"
     )
     if is_synthetic(recipe):
-        log.info(SYNTHETIC_NOTE)
+        log.info(next_steps())
+
+
+def next_steps() -> str:
+    """Return what to do after a run on synthetic data, with commands that work in this shell."""
+    rows = [
+        (
+            "cifar-dist train quick --processes auto",
+            "CIFAR-100 itself (169 MB), 10 minutes on two CPU cores",
+        ),
+        ("cifar-dist train r18_32", "78 %: 3 minutes on a large GPU, days on a CPU"),
+    ]
+    if shutil.which("cifar-dist") is None:
+        activate = os.path.relpath(Path(sys.prefix, "bin", "activate"))
+        rows.insert(0, (f". {activate}", "once in each shell"))
+    width = max(len(command) for command, _ in rows)
+    lines = [f"  {command:<{width}}  # {comment}" for command, comment in rows]
+    return "\n".join([f"{SYNTHETIC_NOTE} Next:", *lines])

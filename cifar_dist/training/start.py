@@ -31,10 +31,7 @@ from cifar_dist.utils.log import log
 from cifar_dist.utils.suggest import closest
 
 REQUIRED_KEYS = {"top1", "epochs", "seconds"}  # of the summary of a finished run
-SYNTHETIC_NOTE = (
-    "This is synthetic data, not CIFAR-100. For the real data: "
-    "accelerate launch -m cifar_dist.train recipes/r18_32.yaml"
-)
+SYNTHETIC_NOTE = "This is synthetic data, not CIFAR-100."
 
 
 def check_names(recipe: Recipe) -> None:

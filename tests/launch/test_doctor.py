@@ -10,7 +10,7 @@ import pytest
 import torch
 from launcher import Launch, free_port, start_rank, train
 
-import cifar_dist.doctor as command
+import cifar_dist.training.launch_check as command
 from cifar_dist.distributed.context import DistContext
 from recipes import RecipeMaker, TeacherMaker, with_teachers
 
