@@ -39,13 +39,17 @@ class TeacherConfig:
     """The run to learn from, its weight among several, and how its logits are computed."""
 
     run: str  # a run folder, like runs/r50_224, or a .safetensors file of a whole model
-    weight: Positive = 1.0
+    weight: Positive = 1.0  # weight of its logits in the mean over several teachers
+    # replicated: a copy per process; sharded: split with FSDP; cached: logits from cache_logits
     placement: Literal["replicated", "sharded", "cached"] = "replicated"
-    shard_over: ShardOver = "world"  # node: shard within a machine, replicate across machines
-    cache: str | None = None  # folder of the cached logits; None: RUN/logits, or FILE.logits
-    model: ModelConfig | None = None  # for a file: how to build it
-    logit_scale: Positive | None = None  # for a file with a cosine head: the scale of its loss
-    train_mode: bool = False  # batch statistics in BatchNorm, dropout on: as in the tutorial
+    # processes over which a sharded teacher is split: all, or those of each machine
+    shard_over: ShardOver = "world"
+    cache: str | None = None  # folder of the cached logits; null: RUN/logits, or FILE.logits
+    # the model of a file; null for a run folder, which has its own
+    model: ModelConfig | None = None
+    logit_scale: Positive | None = None  # scale of its loss; for a file with a cosine head only
+    # run it in training mode, with batch statistics in BatchNorm and dropout, as in the tutorial
+    train_mode: bool = False
 
     def __post_init__(self) -> None:
         if self.is_file and self.model is None:

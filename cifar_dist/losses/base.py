@@ -24,7 +24,7 @@ class Loss(ABC):
     # loss that compares samples by whether their labels agree.
     supports_mixup: ClassVar[bool] = True
 
-    weight: NonNegative = 1.0
+    weight: NonNegative = 1.0  # factor of this loss in the sum of all losses
 
     def __call__(
         self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None = None

@@ -15,7 +15,7 @@ from cifar_dist.utils.config import Share, config
 class CrossEntropy(Loss):
     """Softmax cross-entropy of the logits; label smoothing as in Szegedy et al. 2016."""
 
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = 0.0  # part of the target spread evenly over all classes
 
     def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         smoothing = self.label_smoothing
@@ -34,7 +34,7 @@ class BinaryCrossEntropy(Loss):
     The `loss` of an evaluation is still softmax cross-entropy.
     """
 
-    label_smoothing: Share = 0.0
+    label_smoothing: Share = 0.0  # part of the target spread evenly over all classes
 
     def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         logits = outputs.logits

@@ -33,7 +33,7 @@ class DistillationLoss(Loss):
     """
 
     needs_teacher: ClassVar[bool] = True
-    warmup_epochs: Index = 0
+    warmup_epochs: Index = 0  # epochs over which the weight rises linearly; 0: none
 
     def weight_at(self, epoch: int) -> float:
         if epoch >= self.warmup_epochs:
@@ -59,8 +59,8 @@ class Distill(DistillationLoss):
     code divides by C - 1 in the deviation, like a T that is 0.5 % larger at 100 classes.
     """
 
-    temperature: Positive = 4.0
-    standardize: bool = False
+    temperature: Positive = 4.0  # divisor of the logits
+    standardize: bool = False  # first give the logits of each sample mean 0 and deviation 1
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         if self.standardize:
@@ -81,10 +81,10 @@ class MarginDistill(DistillationLoss):
 
     head: ClassVar[HeadName | None] = "cosine"
     supports_mixup: ClassVar[bool] = False
-    temperature: Positive = 4.0
-    scale: Positive = 8.0
-    margin: Angle = 0.35  # radians
-    straight_through: bool = True
+    temperature: Positive = 4.0  # divisor of the logits
+    scale: Positive = 8.0  # factor on the cosines in the losses of teacher and student
+    margin: Angle = 0.35  # added to the angle of the true class, in radians
+    straight_through: bool = True  # ignore the margin in the gradient
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         arcface = ArcFace(
@@ -105,9 +105,9 @@ class DecoupledDistill(DistillationLoss):
     the true class (per sample) this would be `Distill`.
     """
 
-    temperature: Positive = 4.0
-    alpha: NonNegative = 1.0
-    beta: NonNegative = 8.0
+    temperature: Positive = 4.0  # divisor of the logits
+    alpha: NonNegative = 1.0  # weight of the true class against the rest
+    beta: NonNegative = 8.0  # weight of the other classes among themselves
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         classes = torch.arange(teacher.shape[1], device=labels.device)
@@ -135,9 +135,9 @@ class Dist(DistillationLoss):
     the latter over the classes. Huang et al. 2022, arXiv 2205.10536; T^2 as with `Distill`.
     """
 
-    temperature: Positive = 4.0
-    inter: NonNegative = 1.0
-    intra: NonNegative = 1.0
+    temperature: Positive = 4.0  # divisor of the logits
+    inter: NonNegative = 1.0  # weight of the correlation over the classes of a sample
+    intra: NonNegative = 1.0  # weight of the correlation over the samples of a class
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         student, teacher = ((x / self.temperature).softmax(1) for x in (student, teacher))

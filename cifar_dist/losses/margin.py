@@ -46,9 +46,9 @@ class ArcFace(MarginLoss):
     d cos(theta) = 1, as in code that edits the logits under no_grad.
     """
 
-    scale: Positive = 8.0
-    margin: Angle = 0.35  # radians
-    straight_through: bool = False
+    scale: Positive = 8.0  # factor on the cosines before the softmax
+    margin: Angle = 0.35  # added to the angle of the true class, in radians
+    straight_through: bool = False  # ignore the margin in the gradient
 
     def margin_logits(self, outputs: Outputs, labels: Tensor) -> Tensor:
         return self.add_margin(outputs.logits, labels)
@@ -75,8 +75,8 @@ class CosFace(MarginLoss):
     The paper uses 64, for faces of thousands of people.
     """
 
-    scale: Positive = 16.0
-    margin: NonNegative = 0.35
+    scale: Positive = 16.0  # factor on the cosines before the softmax
+    margin: NonNegative = 0.35  # subtracted from the cosine of the true class
 
     def margin_logits(self, outputs: Outputs, labels: Tensor) -> Tensor:
         true = outputs.logits.gather(1, labels[:, None])  # [B, 1]
@@ -116,9 +116,9 @@ class SphereFace(MarginLoss):
     softmax is nearly flat: the test loss means little, and a teacher needs `standardize`.
     """
 
-    margin: Count = 4
-    lambda_: NonNegative = 5.0
-    scale: Positive | None = None
+    margin: Count = 4  # factor on the angle of the true class
+    lambda_: NonNegative = 5.0  # weight of the logit without margin, relative to that with
+    scale: Positive | None = None  # length that all embeddings get; null: their own length
 
     def margin_logits(self, outputs: Outputs, labels: Tensor) -> Tensor:
         true = outputs.logits.gather(1, labels[:, None])  # [B, 1]
@@ -140,8 +140,8 @@ class LargeMarginSoftmax(MarginLoss):
     """
 
     head: ClassVar[HeadName | None] = "linear"
-    margin: Count = 2
-    lambda_: NonNegative = 5.0
+    margin: Count = 2  # factor on the angle of the true class
+    lambda_: NonNegative = 5.0  # weight of the logit without margin, relative to that with
 
     def margin_logits(self, outputs: Outputs, labels: Tensor) -> Tensor:
         logits, embedding, class_weight = outputs

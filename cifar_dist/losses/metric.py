@@ -78,8 +78,9 @@ class Triplet(PairLoss):
     head (Schroff et al. 2015, arXiv 1503.03832, whose margin is 0.2); the paper does not.
     """
 
+    # how much nearer the positive should be; null: the soft margin log(1 + exp(difference))
     margin: NonNegative | None = 0.2
-    normalize: bool = True
+    normalize: bool = True  # compare embeddings of length 1
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         if self.normalize:
@@ -109,8 +110,8 @@ class Contrastive(PairLoss):
     does not.
     """
 
-    margin: Positive = 1.0
-    normalize: bool = True
+    margin: Positive = 1.0  # distance beyond which a negative costs nothing
+    normalize: bool = True  # compare embeddings of length 1
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         if self.normalize:
@@ -133,7 +134,7 @@ class SupCon(PairLoss):
     anchor; here it has one view, so use large micro-batches.
     """
 
-    temperature: Positive = 0.1
+    temperature: Positive = 0.1  # divisor of the cosines before the softmax
 
     def per_anchor(self, embedding: Tensor, labels: Tensor) -> Tensor:
         embedding = l2_normalize(embedding)

@@ -38,8 +38,8 @@ from cifar_dist.utils.errors import UserError
 class ProgressiveResize:
     """Train on smaller images first: from `start` px up to image_size at epoch `epochs`."""
 
-    start: Count
-    epochs: Count
+    start: Count  # image size in the first epoch, in pixels; a multiple of `multiple`
+    epochs: Count  # epochs until image_size is reached
     multiple: Count = 32  # sizes are rounded to it, so image_size may be reached before `epochs`
 
     def size_in(self, epoch: int, image_size: int) -> int:
@@ -53,24 +53,28 @@ class ProgressiveResize:
 class ModelConfig:
     """The backbone, its input size and normalization, its head, and its initial weights."""
 
-    backbone: str = "resnet18"
+    backbone: str = "resnet18"  # a timm name, or resnet9, resnet8x4, wrn_40_2 and the like
+    # small: first convolution with stride 1, and no max-pool after it (ResNets, EfficientNets)
     stem: Literal["imagenet", "small"] = "imagenet"
-    image_size: Count = 32
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    normalize: bool = True
-    mean: RGB | None = None  # for pixels in 0 to 1; None: timm's for its weights, else CIFAR-100's
-    std: RGB | None = None
+    image_size: Count = 32  # side to which the images are resized, in pixels
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # method of resizing
+    normalize: bool = True  # subtract `mean` and divide by `std`
+    # mean per channel of pixels in [0, 1]; null: timm's with initial weights, else CIFAR-100's
+    mean: RGB | None = None
+    std: RGB | None = None  # standard deviation per channel, above 0; null: like `mean`
     whiten: bool = False  # fixed first layer that decorrelates 3x3 patches; from scratch only
+    # linear layer, or cosines between an embedding and the class weights
     head: Literal["linear", "cosine"] = "linear"
-    embedding_size: Count = 512  # of the cosine head
-    pretrained: bool = False
-    weights: str | None = None
-    drop_rate: Share = 0.0
-    drop_path_rate: Share = 0.0
-    freeze: tuple[FreezeConfig, ...] | None = None
+    embedding_size: Count = 512  # length of the embedding; cosine head only
+    pretrained: bool = False  # start from timm's weights for this backbone
+    weights: str | None = None  # file with the initial weights, instead of `pretrained`
+    drop_rate: Share = 0.0  # dropout probability before the head; in wrn_* inside the blocks
+    drop_path_rate: Share = 0.0  # highest probability of skipping a block (stochastic depth)
+    freeze: tuple[FreezeConfig, ...] | None = None  # parameters to freeze; null: none
     grad_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
-    progressive_resize: ProgressiveResize | None = None
-    mixed_resolution: Count | None = None  # size of a random half of each training micro-batch
+    progressive_resize: ProgressiveResize | None = None  # train on smaller images first; null: off
+    # image size in pixels of a random half of each training micro-batch; null: off
+    mixed_resolution: Count | None = None
 
     def __post_init__(self) -> None:
         if self.progressive_resize and self.mixed_resolution:

@@ -16,8 +16,8 @@ from cifar_dist.utils.errors import UserError
 class FreezeConfig:
     """Freeze the parameters whose names match `pattern`, a file-name pattern like `backbone.*`."""
 
-    pattern: str
-    until_epoch: Count | None = None  # frozen for this many epochs; None: for the whole run
+    pattern: str  # file-name pattern of parameter names, like backbone.*
+    until_epoch: Count | None = None  # number of epochs they are frozen for; null: the whole run
 
 
 def freeze(model: nn.Module, freezes: Sequence[FreezeConfig] | None, *, epoch: int | None) -> bool:

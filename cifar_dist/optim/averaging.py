@@ -14,16 +14,19 @@ from cifar_dist.utils.errors import UserError
 
 @config
 class AveragingConfig:
-    """`ema`: average <- decay * average + (1 - decay) * weights, after every `every_steps` updates.
+    """How the weights are averaged during training; the average is evaluated.
+
+    `ema`: average <- decay * average + (1 - decay) * weights, after every `every_steps` updates.
 
     `swa`: the mean of the weights at the end of each epoch from `start_epoch` on.
     """
 
-    kind: Literal["ema", "swa"] = "ema"
-    decay: Share = 0.999
-    every_steps: Count = 1
+    kind: Literal["ema", "swa"] = "ema"  # exponential moving average, or mean over epoch ends
+    decay: Share = 0.999  # factor of the old average in an EMA update
+    every_steps: Count = 1  # steps between EMA updates
     warmup: bool = True  # limit the decay to (1 + t) / (10 + t) at EMA update t = 1, 2, ...
-    start_epoch: Count | None = None  # of swa; epochs count from 1
+    # first epoch of the SWA mean, counted from 1; required for swa
+    start_epoch: Count | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == "swa") != (self.start_epoch is not None):

@@ -20,21 +20,26 @@ from cifar_dist.utils.suggest import closest
 class OptimConfig:
     """The optimizer, its parameter groups, and its schedule; times are in epochs."""
 
-    name: str = "adamw"  # timm's name; "sgd" has Nesterov momentum, "momentum" has plain momentum
-    lr: Positive = 0.001
-    weight_decay: NonNegative = 0.0
-    momentum: Share = 0.9  # used if the optimizer has one, as are betas and eps
-    betas: tuple[Share, Share] | None = None
-    eps: Positive | None = None
-    decay_norm_and_bias: bool = False
-    layer_decay: Factor | None = None  # factor on lr for each layer further from the head
+    # an optimizer of timm; sgd has Nesterov momentum, momentum is SGD with plain momentum
+    name: str = "adamw"
+    lr: Positive = 0.001  # peak learning rate
+    weight_decay: NonNegative = 0.0  # weight decay (norms and biases: see decay_norm_and_bias)
+    momentum: Share = 0.9  # momentum, if the optimizer has one
+    betas: tuple[Share, Share] | None = None  # betas of Adam and the like; null: the optimizer's
+    eps: Positive | None = None  # eps of Adam and the like; null: the optimizer's
+    decay_norm_and_bias: bool = False  # apply the weight decay to norms and biases, too
+    layer_decay: Factor | None = None  # factor on lr per layer away from the head; null: none
+    # norm to which the gradient is clipped; null: no clipping
     max_grad_norm: Positive | None = None
+    # learning rate after the warm-up; one_cycle includes its warm-up
     schedule: Literal["constant", "multistep", "cosine", "one_cycle"] = "cosine"
+    # epochs of linear warm-up; for one_cycle, epochs until the peak (0: 30 % of the run)
     warmup_epochs: NonNegative = 0.0
-    milestones: tuple[float, ...] = ()
-    gamma: Positive = 0.1
-    final_lr_fraction: Share = 0.0
-    sam: SamConfig | None = None  # two forward and backward passes per step
+    milestones: tuple[float, ...] = ()  # epochs after which multistep multiplies the rate by gamma
+    gamma: Positive = 0.1  # factor on the learning rate at each milestone
+    final_lr_fraction: Share = 0.0  # last learning rate of cosine and one_cycle as a fraction of lr
+    # sharpness-aware minimization, with two forward and backward passes per step; null: off
+    sam: SamConfig | None = None
 
     def __post_init__(self) -> None:
         if self.milestones and self.schedule != "multistep":

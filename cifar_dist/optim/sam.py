@@ -22,9 +22,9 @@ class SamConfig:
     for others, as in their code, whose rho is ten times as large.
     """
 
-    rho: Positive = 0.05
-    adaptive: bool = False
-    eta: Positive = 0.01  # of `adaptive`: weights near zero are perturbed, too
+    rho: Positive = 0.05  # length of the perturbation; about ten times as large with `adaptive`
+    adaptive: bool = False  # scale the perturbation by the size of each weight (ASAM)
+    eta: Positive = 0.01  # added to the size of each weight with `adaptive`, for weights near zero
 
     @contextmanager
     def perturbed_weights(

@@ -26,6 +26,7 @@ from cifar_dist.losses.registry import LOSSES
 from cifar_dist.models.classifier import ModelConfig
 from cifar_dist.optim.averaging import AveragingConfig
 from cifar_dist.optim.optimizer import OptimConfig
+from cifar_dist.recipe.key_docs import DescribedJsonSchema, first_paragraph
 from cifar_dist.tracking.tracker import TrackingConfig
 from cifar_dist.utils.config import Count, Index, Positive, config
 from cifar_dist.utils.precision import Precision
@@ -43,23 +44,28 @@ CudaGraphs = Literal["auto", "on", "off"]
 class RunConfig:
     """Length, batch, precision, and how a run is executed."""
 
-    epochs: Count = 200
-    batch_size: Count = 250  # of the global batch, for any number of processes
-    micro_batches: Count | None = None  # of the global batch; None: world size of the first start
-    precision: Precision = "auto"  # bf16 where the device has it, else fp32; kept on resume
-    seed: Index = 0
-    output_dir: str = "runs"
-    threads: Count | None = None  # CPU threads per process; None: those of the machine, divided
-    eval_every_epochs: Count = 1
-    early_stopping_patience: Count | None = None  # epochs without better validation top-1
-    save_every_minutes: Positive = 10.0
-    log_every_steps: Count = 50
-    keep_checkpoints: Count = 2
-    compile: bool = False
-    cuda_graphs: CudaGraphs = "auto"  # on: an error if the step cannot be captured
-    grad_reduce_dtype: GradReduceDtype = "fp32"  # of gradients in the all-reduce
-    timeout_seconds: Count = 600  # how long a rank may keep the others waiting
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is NaN or infinite
+    epochs: Count = 200  # length of the training
+    batch_size: Count = 250  # images in the global batch, for any number of processes
+    # parts of the global batch, each with its own BatchNorm statistics; null: one per process of the
+    # first start
+    micro_batches: Count | None = None
+    precision: Precision = "auto"  # auto: bf16 if the device supports it, else fp32; kept on resume
+    seed: Index = 0  # seed of initial weights, order of images and dropout
+    output_dir: str = "runs"  # parent of the run folder, which has the name of the recipe
+    threads: Count | None = None  # CPU threads per process; null: an equal part of the CPUs
+    eval_every_epochs: Count = 1  # epochs between evaluations
+    # epochs without a better validation top-1 after which training stops; needs data.val_size;
+    # null: never
+    early_stopping_patience: Count | None = None
+    save_every_minutes: Positive = 10.0  # minutes between checkpoints
+    log_every_steps: Count = 50  # steps between log lines
+    keep_checkpoints: Count = 2  # newest checkpoints to keep, besides the best by validation top-1
+    compile: bool = False  # compile the model with torch.compile
+    cuda_graphs: CudaGraphs = "auto"  # auto: if the step can be captured; on: an error if it cannot
+    grad_reduce_dtype: GradReduceDtype = "fp32"  # precision of the gradients in the all-reduce
+    timeout_seconds: Count = 600  # seconds to wait for a process without progress; at least 4
+    # stop the run at a loss or gradient that is NaN or infinite, or skip the step
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     deterministic: bool = False  # reproducible bits on a GPU, but slower
 
     def __post_init__(self) -> None:
@@ -84,28 +90,32 @@ class RunConfig:
 class DataConfig:
     """Where the Arrow data are, and what they are made from if they are missing."""
 
-    path: str = "data/cifar100"
+    path: str = "data/cifar100"  # folder of the prepared data
+    # archive, folder or URL from which missing data are prepared; sample: synthetic data; null: none
     source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    place: Place = "device"  # of the images; host: in the page cache, fetched for each step
-    shuffle: bool = True
-    val_size: Index = 0  # training rows for validation, stratified by class
+    # device: images in device memory; host: in the page cache of the host, copied for each step
+    place: Place = "device"
+    shuffle: bool = True  # a new order of the training images in each epoch
+    val_size: Index = 0  # training images to hold out for validation, stratified by class
 
 
 @config
 class Recipe:
     """One experiment."""
 
-    name: str
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    augment: AugmentConfig = AugmentConfig()
-    optim: OptimConfig = OptimConfig()
-    averaging: AveragingConfig | None = None
+    name: str  # name of the run and its folder: letters, digits, '.', '_' and '-'
+    run: RunConfig = RunConfig()  # length, batch size, precision, checkpoints
+    data: DataConfig = DataConfig()  # the data set and the validation split
+    model: ModelConfig = ModelConfig()  # backbone, image size, head and initial weights
+    augment: AugmentConfig = AugmentConfig()  # image augmentation
+    optim: OptimConfig = OptimConfig()  # optimizer and learning rate schedule
+    averaging: AveragingConfig | None = None  # average of the weights to evaluate; null: none
+    # losses by name, whose weighted sum is minimized; cross_entropy if left out
     losses: Losses = dataclasses.field(default_factory=lambda: {"cross_entropy": CrossEntropy()})
-    teacher: TeacherConfig | None = None  # short for a list of one
+    teacher: TeacherConfig | None = None  # teacher of the distillation losses; null: none
+    # several teachers instead of `teacher`, whose logits are averaged
     teachers: tuple[TeacherConfig, ...] | None = None
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = TrackingConfig()  # logging to Weights & Biases
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -204,5 +214,8 @@ def to_yaml(recipe: Recipe | dict[str, Any]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors: recipes/schema.json."""
-    schema = ADAPTER.json_schema()
+    schema = ADAPTER.json_schema(schema_generator=DescribedJsonSchema)
+    for name, kind in LOSSES.items():
+        description = first_paragraph(schema["$defs"][kind.__name__]["description"])
+        schema["$defs"]["Losses"]["properties"][name]["description"] = description
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

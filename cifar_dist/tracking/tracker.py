@@ -51,15 +51,17 @@ SUMMARY_AGGREGATES = {  # stored by W&B besides the last value
 
 @config
 class TrackingConfig:
-    """`auto`: online with an API key, offline if the server does not answer, off without a key."""
+    """Whether and under which names a run is logged to Weights & Biases."""
 
+    # auto: online with an API key, offline if the server does not answer, off without a key
     mode: Literal["auto", "online", "offline", "off"] = "auto"
-    project: str = "cifar_dist"
-    entity: str | None = None
-    tags: tuple[str, ...] = ()
-    group: str | None = None  # None: the run's name without its seed
-    job_type: str | None = None  # None: student for a recipe with a teacher, otherwise train
-    upload_weights: bool = False  # of the final checkpoint; otherwise only its path and digest
+    project: str = "cifar_dist"  # W&B project
+    entity: str | None = None  # W&B user or team; null: the default of the account
+    tags: tuple[str, ...] = ()  # W&B tags
+    group: str | None = None  # W&B group; null: the run's name without its seed
+    # W&B job type; null: student if there is a teacher, otherwise train
+    job_type: str | None = None
+    upload_weights: bool = False  # upload the final checkpoint, not only its path and digest
 
     @property
     def finish_seconds(self) -> int:

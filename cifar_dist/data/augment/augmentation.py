@@ -48,28 +48,36 @@ class AugmentConfig:
     (2 crop_padding + 1)^2 crops of an image, twice that with hflip.
     """
 
-    seed: Index = 0
+    seed: Index = 0  # seed of all random parameters of the augmentation
+    # number of different views of each image, to cycle through; all: the views are all crops and
+    # flips; null: a new view each epoch
     views: Count | Literal["all"] | None = None
+    # albumentations pipeline on the CPU, a list of {Name: {arguments}}; null: none
     albumentations: tuple[dict[str, dict[str, Any]], ...] | None = None
-    workers: Index = 2  # per process; 0: run the pipeline in the training process
-    crop_padding: Padding = 0  # pixels of black border before the random crop (He et al. 2015, 4.2)
-    # True: flip with probability 0.5. `alternate`: choose at random in the first epoch, then flip in
-    # every other epoch, so that two consecutive epochs use both sides (Jordan 2024, arXiv 2404.00498, 3.6).
+    # albumentations workers per process; 0: run the pipeline in the training process
+    workers: Index = 2
+    # pixels of black border before the random crop (He et al. 2015, 4.2)
+    crop_padding: Padding = 0
+    # horizontal flip with probability 0.5; alternate: at random in the first epoch, then in every
+    # other epoch, so that two consecutive epochs use both sides (Jordan 2024, arXiv 2404.00498, 3.6)
     hflip: bool | Literal["alternate"] = False
-    vflip: bool = False  # with probability 0.5
-    affine: Affine | None = None
-    color_jitter: ColorJitter | None = None
-    rand_augment: RandAugment | None = None
-    trivial_augment: TrivialAugment | None = None
-    one_of: OneOf | None = None
-    erasing: Erasing | None = None
-    cutout: Hole = (
-        0  # side of one square hole in pixels (DeVries and Taylor 2017, arXiv 1708.04552)
-    )
-    mixup: NonNegative = 0.0  # alpha of Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)
-    cutmix: NonNegative = 0.0  # same (Yun et al. 2019, arXiv 1905.04899); with both, one at random
-    mix_probability: Fraction = 1.0  # of mixing an image at all
-    repeated: Count = 1  # copies of each row in a batch (Hoffer et al. 2020, arXiv 1901.09335)
+    vflip: bool = False  # vertical flip with probability 0.5
+    affine: Affine | None = None  # rotation, translation and scaling; null: off
+    color_jitter: ColorJitter | None = None  # brightness, contrast, saturation and hue; null: off
+    rand_augment: RandAugment | None = None  # RandAugment; null: off
+    trivial_augment: TrivialAugment | None = None  # TrivialAugment Wide; null: off
+    one_of: OneOf | None = None  # one of several transforms, chosen at random; null: off
+    erasing: Erasing | None = None  # random erasing; null: off
+    # side of one square hole, in pixels; 0: off (DeVries and Taylor 2017, arXiv 1708.04552)
+    cutout: Hole = 0
+    # alpha of MixUp's Beta(alpha, alpha); 0: off (Zhang et al. 2018, arXiv 1710.09412)
+    mixup: NonNegative = 0.0
+    # alpha of CutMix's Beta(alpha, alpha); 0: off; with mixup, one of the two at random
+    # (Yun et al. 2019, arXiv 1905.04899)
+    cutmix: NonNegative = 0.0
+    mix_probability: Fraction = 1.0  # probability of mixing an image at all
+    # differently augmented copies of each image in a batch (Hoffer et al. 2020, arXiv 1901.09335)
+    repeated: Count = 1
 
     def __post_init__(self) -> None:
         if self.albumentations is not None:

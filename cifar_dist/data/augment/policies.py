@@ -94,9 +94,9 @@ class RandAugment:
     Cubuk et al. 2019, arXiv 1909.13719, with the ranges of AutoAugment.
     """
 
-    num_ops: Count = 2
-    magnitude: Magnitude = 9
-    p: Fraction = 1.0
+    num_ops: Count = 2  # operations per image
+    magnitude: Magnitude = 9  # strength of all operations
+    p: Fraction = 1.0  # probability; inside one_of a weight
 
     def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
         """Return f32 [N, num_ops, 10]."""
@@ -117,7 +117,7 @@ class TrivialAugment:
     Müller and Hutter 2021, arXiv 2103.10158.
     """
 
-    p: Fraction = 1.0
+    p: Fraction = 1.0  # probability; inside one_of a weight
 
     def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
         """Return f32 [N, 1, 10]."""

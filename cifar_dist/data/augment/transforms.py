@@ -55,10 +55,10 @@ class Affine:
     """Rotate, translate and scale about the center, like torchvision's RandomAffine."""
 
     degrees: Angle = 0.0  # the angle is uniform in [-degrees, degrees]
-    translate: Fraction = 0.0  # maximal shift as a fraction of the side, not rounded to pixels
-    scale: tuple[Positive, Positive] = (1.0, 1.0)  # above 1 enlarges
-    interpolation: Interpolation = "bilinear"
-    p: Fraction = 1.0
+    translate: Fraction = 0.0  # maximum shift as a fraction of the side, not rounded to pixels
+    scale: tuple[Positive, Positive] = (1.0, 1.0)  # range of the scale factor; above 1 enlarges
+    interpolation: Interpolation = "bilinear"  # method of resampling
+    p: Fraction = 1.0  # probability; inside one_of a weight
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale)
@@ -85,11 +85,11 @@ class ColorJitter:
     Factors are uniform in [max(0, 1 - x), 1 + x]; the hue shifts by up to x of the color wheel.
     """
 
-    brightness: NonNegative = 0.0
-    contrast: NonNegative = 0.0
-    saturation: NonNegative = 0.0
-    hue: HalfTurn = 0.0
-    p: Fraction = 1.0
+    brightness: NonNegative = 0.0  # the factor is uniform in 1 - x to 1 + x, at least 0
+    contrast: NonNegative = 0.0  # the factor is uniform in 1 - x to 1 + x, at least 0
+    saturation: NonNegative = 0.0  # the factor is uniform in 1 - x to 1 + x, at least 0
+    hue: HalfTurn = 0.0  # the shift is uniform in -x to x turns of the color wheel
+    p: Fraction = 1.0  # probability; inside one_of a weight
 
     def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
         """Return three factors and a hue shift, f32 [N, 4]."""
@@ -117,10 +117,10 @@ class Erasing:
     The ratio of height to width is uniform on a logarithmic scale, as in torchvision and timm.
     """
 
-    area: tuple[Area, Area] = (0.02, 0.4)  # as a fraction of the image
-    ratio: tuple[Positive, Positive] = (0.3, 1 / 0.3)
+    area: tuple[Area, Area] = (0.02, 0.4)  # range of the area, as a fraction of the image
+    ratio: tuple[Positive, Positive] = (0.3, 1 / 0.3)  # range of height / width
     fill: Literal["noise", "mean"] = "noise"  # uniform noise per pixel, or CIFAR-100's mean color
-    p: Fraction = 1.0  # 0.5 in the paper
+    p: Fraction = 1.0  # probability; inside one_of a weight; 0.5 in the paper
 
     def __post_init__(self) -> None:
         check_range("area", self.area)
@@ -161,12 +161,12 @@ class OneOf:
     The `p` of a member is its weight; members have equal weights by default.
     """
 
-    affine: Affine | None = None
-    color_jitter: ColorJitter | None = None
-    rand_augment: RandAugment | None = None
-    trivial_augment: TrivialAugment | None = None
-    erasing: Erasing | None = None
-    p: Fraction = 1.0
+    affine: Affine | None = None  # as augment.affine; null: not a choice
+    color_jitter: ColorJitter | None = None  # as augment.color_jitter; null: not a choice
+    rand_augment: RandAugment | None = None  # as augment.rand_augment; null: not a choice
+    trivial_augment: TrivialAugment | None = None  # as augment.trivial_augment; null: not a choice
+    erasing: Erasing | None = None  # as augment.erasing; null: not a choice
+    p: Fraction = 1.0  # probability of applying one of them
 
     def __post_init__(self) -> None:
         members = named_transforms(self)

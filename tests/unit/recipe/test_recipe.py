@@ -12,6 +12,7 @@ import pytest
 
 from cifar_dist.losses.registry import LOSSES
 from cifar_dist.recipe.diff import flatten, recipe_diff, seed_free_config
+from cifar_dist.recipe.key_docs import keys_page
 from cifar_dist.recipe.load import load_recipe, validate
 from cifar_dist.recipe.schema import Recipe, json_schema, to_dict, to_yaml
 from cifar_dist.utils.errors import UserError
@@ -37,6 +38,22 @@ def test_schema_on_disk_is_up_to_date() -> None:
     assert json.loads((ROOT / "recipes/schema.json").read_text()) == json_schema(), (
         "run `make schema`"
     )
+
+
+def test_every_key_has_a_description() -> None:
+    schema = json_schema()
+    for name, definition in {"Recipe": schema, **schema["$defs"]}.items():
+        for key, content in definition["properties"].items():
+            assert content["description"], f"{name}.{key}: write a comment after the field"
+    losses = schema["$defs"]
+    assert losses["CrossEntropy"]["properties"]["weight"] == losses["Dist"]["properties"]["weight"]
+
+
+def test_page_of_keys_is_up_to_date_and_complete() -> None:
+    page = (ROOT / "docs/recipe_keys.md").read_text()
+    assert page == keys_page(json_schema()), "run `make schema`"
+    for key in flatten(to_dict(Recipe(name="a"))):
+        assert f"| `{key}` |" in page
 
 
 def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
