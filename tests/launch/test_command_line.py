@@ -194,6 +194,7 @@ def test_recipes_are_listed_with_a_description(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipe_names()
     assert all(len(line.split(maxsplit=1)) == 2 for line in lines)
+    assert not any("$schema" in line for line in lines)  # the first line of each file
     assert {path.stem for path in RECIPES.rglob("*.yaml")} == {
         Path(name).name for name in recipe_names()
     }

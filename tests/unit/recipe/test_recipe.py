@@ -34,6 +34,13 @@ def test_shipped_recipes_load_and_fit_the_schema(path: Path) -> None:
     jsonschema.validate(parse_yaml(path.read_text(), where=str(path)), json_schema())
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_name_the_schema_for_editors(path: Path) -> None:
+    key, _, schema = path.read_text().partition("\n")[0].partition("=")
+    assert key == "# yaml-language-server: $schema"
+    assert (path.parent / schema).resolve() == ROOT / "recipes/schema.json"
+
+
 def test_schema_on_disk_is_up_to_date() -> None:
     assert json.loads((ROOT / "recipes/schema.json").read_text()) == json_schema(), (
         "run `make schema`"
