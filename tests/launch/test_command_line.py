@@ -64,7 +64,7 @@ def test_launcher_passes_on_success_errors_and_nothing_else(
     assert json.loads((tmp_path / "runs/tiny/summary.json").read_text())["world_size"] == 2
     assert "Warning" not in output
 
-    process = start("train", "--processes=2", path, "optim.lr=0.5", cwd=tmp_path)
+    process = start("train", "--processes=2", path, "run.epochs=2", "--jsn", cwd=tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]

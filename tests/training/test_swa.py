@@ -107,7 +107,7 @@ def take_view(split: Any, augment: Augment, rows: torch.Tensor, *, epoch: int) -
     return augment(gather_batch(split, rows, epoch=epoch, micro_batch=0)).images
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.fault)])
 def test_same_bits_for_any_world_size(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path, precision: str
 ) -> None:

@@ -154,6 +154,8 @@ def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError
 
+    import cifar_dist.reporting.page  # noqa: F401  it must not keep a patched function
+
     monkeypatch.setattr("cifar_dist.data.dataset.load_split", work)
     monkeypatch.setattr("cifar_dist.inference.trained_model.load_trained_model", work)
     monkeypatch.setattr("cifar_dist.inference.stored_run.read_run", work)
