@@ -30,7 +30,7 @@ from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.files import write_json
-from cifar_dist.utils.precision import make_scaler
+from cifar_dist.utils.precision import auto_precision, make_scaler
 
 PEER_START = Path(__file__).with_name("peer_start.py")
 HEAVY = ("albumentations", "cv2", "datasets", "pandas", "wandb", "pydantic")
@@ -146,7 +146,7 @@ def start_up(conditions: Conditions) -> Measurement:
                 "run": {
                     "epochs": 1,
                     "batch_size": 250,
-                    "precision": "bf16",
+                    "precision": "auto",
                     "threads": torch.get_num_threads(),
                     "log_every_steps": 1,
                     "output_dir": str(folder / "runs"),
@@ -220,15 +220,16 @@ def checkpoints(conditions: Conditions) -> Measurement:
         DistContext(0, 1, None),
     )
     split = load_split(conditions.data, "train", device)
+    precision = auto_precision(device)
     model = our_model(device, ModelConfig(backbone=conditions.backbone))
     optimizer = build_optimizer(OPTIM, model)
     objective = Objective(Augment(CROP_FLIP, split), {"cross_entropy": CrossEntropy()})
-    update = our_step(model, objective, optimizer, accelerator, precision="bf16")
+    update = our_step(model, objective, optimizer, accelerator, precision=precision)
     update(next(our_batches(split)), step=0)  # creates the moments of AdamW
     state = TrainState(
         model=model,
         optimizer=optimizer,
-        scaler=make_scaler("bf16", device),
+        scaler=make_scaler(precision, device),
         average=None,
         window=MetricWindow(objective.names, micro_batches=1, device=device),
     )

@@ -27,7 +27,7 @@ from cifar_dist.training.graphed_step import StepFn
 from cifar_dist.training.objective import Objective
 from cifar_dist.training.step import StepConfig, train_step
 from cifar_dist.utils.files import write_json
-from cifar_dist.utils.precision import make_scaler
+from cifar_dist.utils.precision import auto_precision, make_scaler
 
 PROCESSES, STEPS = 2, 4  # steps per turn
 DDP, INDEPENDENT = "DDP", "two independent runs"
@@ -60,6 +60,8 @@ def take_turns_in_each(
     context = DistContext.of(accelerator)
     assert context.world_size == PROCESSES, f"{context.world_size} processes, not {PROCESSES}"
 
+    precision = auto_precision(accelerator.device)
+
     def steps(name: str) -> Callable[[], None]:
         world_size, rank = (1, 0) if name == INDEPENDENT else (PROCESSES, context.rank)
         total = world_size * batch_size
@@ -73,7 +75,7 @@ def take_turns_in_each(
                 objective,
                 optimizer,
                 accelerator,
-                precision="bf16",
+                precision=precision,
                 batch_size=total,
                 micro_batches=PROCESSES,
                 grad_reduce_dtype="bf16" if name == DDP_BF16 else "fp32",
@@ -85,9 +87,9 @@ def take_turns_in_each(
                 model,
                 objective,
                 optimizer,
-                make_scaler("bf16", accelerator.device),
+                make_scaler(precision, accelerator.device),
                 StepConfig(
-                    precision="bf16", seed=0, batch_size=total, max_grad_norm=OPTIM.max_grad_norm
+                    precision=precision, seed=0, batch_size=total, max_grad_norm=OPTIM.max_grad_norm
                 ),
             )
         batches = our_batches(

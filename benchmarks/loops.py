@@ -37,14 +37,15 @@ from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import evaluate
 from cifar_dist.models.classifier import ModelConfig
+from cifar_dist.utils.precision import auto_precision
 
 BATCH_224 = {"cpu": 32, "cuda": BATCH_SIZE}
 CPU_EVAL_ROWS = 2_500
 
-OURS, CONSTANT = "ours: bf16, crop and flip", "ours, on one constant batch"
+OURS, CONSTANT = "ours, crop and flip", "ours, on one constant batch"
 EAGER = "ours, run.cuda_graphs=off"
 SMALL_STEM, RESNET50 = "ours, ResNet-18 with a 3x3 stem", "ours, ResNet-50"
-TIMM, TIMM_TUNED = "timm at its defaults", "timm, bf16 and channels_last"
+TIMM, TIMM_TUNED = "timm at its defaults", "timm, tuned"
 
 
 def input_pipelines(conditions: Conditions) -> Measurement:
@@ -87,7 +88,7 @@ def training_loops(conditions: Conditions, *, image_size: int, batch_size: int) 
             our_model(device, nets[name]),
             accelerator,
             augment=AugmentConfig() if constant else CROP_FLIP,
-            precision="bf16",
+            precision=auto_precision(device),
             batches=constant_batch(split, batch_size) if constant else None,
             batch_size=batch_size,
             cuda_graphs="off" if name == EAGER else "auto",
@@ -95,7 +96,7 @@ def training_loops(conditions: Conditions, *, image_size: int, batch_size: int) 
 
     makers = peer_makers(split, accelerator, config, batch_size)
     makers |= {name: partial(ours, name) for name in nets}
-    facts: dict[str, Any] = {"batch_size": batch_size}
+    facts: dict[str, Any] = {"batch_size": batch_size, "precision": auto_precision(device)}
     if device.type == "cuda":
         facts["steps"] = {
             name: profile_step(make, nets.get(name), batch_size) for name, make in makers.items()
@@ -132,8 +133,8 @@ def peer_makers(
         TUTORIAL: tutorial,
         TIMM: partial(timm, augment=True, tuned=False),
         TIMM_TUNED: partial(timm, augment=True, tuned=True),
-        "timm, bf16, channels_last, --no-aug": partial(timm, augment=False, tuned=True),
-        "Accelerate over tensors, bf16, channels_last, fused AdamW": over_tensors,
+        "timm, tuned, --no-aug": partial(timm, augment=False, tuned=True),
+        "Accelerate over tensors, tuned": over_tensors,
     }
     if size == 32:  # its transform does not resize
         makers["Accelerate, set_transform, crop and flip"] = over_datasets
@@ -158,7 +159,7 @@ def evaluations(conditions: Conditions) -> Measurement:
                 model,
                 split,
                 over,
-                precision="bf16",
+                precision=auto_precision(device),
                 logit_scale=1.0,
                 context=DistContext(0, 1, None),
             )
@@ -173,7 +174,7 @@ def evaluations(conditions: Conditions) -> Measurement:
                 "network, tutorial: DataLoader, fp32": torch_evaluation(
                     ordered_loader(part), timm_net(device, conditions.backbone)
                 ),
-                "network, DataLoader, bf16, channels_last": torch_evaluation(
+                "network, DataLoader, tuned": torch_evaluation(
                     ordered_loader(part), timm_net(device, conditions.backbone), tuned=True
                 ),
                 "network, ours": ours(our_model(device, config), few),

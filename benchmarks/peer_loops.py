@@ -11,7 +11,13 @@ from ours import FewPixels
 from peers import Batches
 from torch import Tensor, nn
 
+from cifar_dist.utils.precision import auto_precision, autocast
+
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def tuned_autocast(device: torch.device, tuned: bool) -> torch.autocast:
+    return autocast(auto_precision(device) if tuned else "fp32", device)
 
 
 def torch_loop(
@@ -25,7 +31,8 @@ def torch_loop(
 ) -> Work:
     """Return the core loop of the tutorial (through Lightning) and of timm's train.py.
 
-    `tuned` adds bf16 autocast and channels_last, as `--amp --amp-dtype bfloat16 --channels-last`.
+    `tuned` adds channels_last, and bf16 autocast where it is native, as timm's `--channels-last --amp
+    --amp-dtype bfloat16`.
     """
     device = next(model.parameters()).device
     model.train()
@@ -37,7 +44,7 @@ def torch_loop(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if tuned:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=tuned):
+        with tuned_autocast(device, tuned):
             value = loss(model(images), labels)
         optimizer.zero_grad()
         value.backward()
@@ -67,7 +74,7 @@ def timm_loop(batches: Batches, model: nn.Module, *, tuned: bool = False) -> Wor
 def accelerate_loop(
     accelerator: Accelerator, batches: Batches, model: nn.Module, *, tuned: bool = False
 ) -> Work:
-    """Return Accelerate's usual loop; `tuned` adds bf16, channels_last and fused AdamW."""
+    """Return Accelerate's usual loop; `tuned` adds channels_last, fused AdamW, and bf16 where it is native."""
     if tuned:
         model = model.to(memory_format=torch.channels_last)
     prepared, optimizer = accelerator.prepare(
@@ -82,7 +89,7 @@ def accelerate_loop(
         images, labels = images.to(accelerator.device), labels.to(accelerator.device)
         if tuned:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=tuned):
+        with tuned_autocast(accelerator.device, tuned):
             loss = cross_entropy(prepared(images), labels)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(prepared.parameters(), 5.0)
@@ -109,7 +116,7 @@ def torch_evaluation(
 ) -> Work:
     """Return an evaluation that reads one count per batch, as usual; the unit is an image.
 
-    `tuned` adds bf16 autocast and channels_last.
+    `tuned` adds channels_last, and bf16 autocast where it is native.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -123,7 +130,7 @@ def torch_evaluation(
             images, labels = images.to(device), labels.to(device)
             if tuned:
                 images = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=tuned):
+            with tuned_autocast(device, tuned):
                 logits = model(images)
             correct += int((logits.argmax(1) == labels).sum())
             total += len(labels)

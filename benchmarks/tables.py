@@ -119,7 +119,7 @@ TARGETS = [
         "ResNet-18@32: ours / timm at its defaults", "1.6", "2.2", ratio("loops_32", OURS, TIMM)
     ),
     Target(
-        "ResNet-18@32: ours / timm, bf16, channels_last",
+        "ResNet-18@32: ours / timm, tuned",
         "1.15",
         "1.5",
         ratio("loops_32", OURS, TIMM_TUNED),

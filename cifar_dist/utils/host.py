@@ -6,9 +6,12 @@ import os
 import platform
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from cifar_dist.utils.precision import is_native
 
 
 def host_id() -> str:
@@ -42,14 +45,15 @@ def pid_exists(pid: int) -> bool:
 
 
 def processor_name() -> str:
-    """Return the model name of the CPU."""
-    try:
+    """Return the model name of the CPU and its instruction set, like `AMD EPYC, AVX512 with bf16`."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+                break
+    suffix = " with bf16" if is_native("bf16", torch.device("cpu")) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{suffix}"
 
 
 def peak_reserved_bytes(device: torch.device) -> int:

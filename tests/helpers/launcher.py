@@ -5,6 +5,7 @@ The fork server has imported torch, so a rank starts in 0.1 s.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import itertools
 import multiprocessing
@@ -28,6 +29,7 @@ context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "t
 def _run_rank(
     command: str, arguments: list[str], environment: dict[str, str], cwd: str, output: str
 ) -> None:
+    gc.freeze()  # a collection would copy the pages shared with the fork server
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -52,7 +52,7 @@ def captured(path: Path, *arguments: str, cwd: Path, world_size: int = 1) -> Non
     assert ranks.wait() == [0] * world_size, ranks.output
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.fault)])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_graphed_run_matches_eager_run(
     tmp_path: Path, recipe: RecipeMaker, world_size: int, precision: str

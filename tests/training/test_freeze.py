@@ -114,7 +114,7 @@ def test_invalid_patterns_are_refused(pattern: str, sentence: str) -> None:
     ("optim", "precision"),
     [
         ({}, "fp32"),
-        ({"name": "sgd", "sam": {"rho": 0.1}}, "bf16"),
+        ({"name": "sgd", "sam": {"rho": 0.1}}, "fp32"),
         ({"name": "lamb"}, "fp16"),
         ({"name": "lookahead_sgd"}, "fp32"),
     ],

@@ -19,7 +19,7 @@ LAYERS = {"name": "adamw", "layer_decay": 0.7}
     ("optim", "precision"),
     [
         ({"name": "lamb"}, "fp32"),
-        ({"name": "muon"}, "bf16"),
+        ({"name": "muon"}, "fp32"),
         ({"name": "muon"}, "fp16"),
         (LAYERS, "fp32"),
     ],

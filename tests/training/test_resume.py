@@ -76,7 +76,7 @@ def stop_at(path: Path, cwd: Path, step: int, *, world_size: int, name: str) -> 
 
 
 def test_changing_world_size_keeps_the_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    path = recipe(run={"epochs": 60, "eval_every_epochs": 20})
+    path = recipe(run={"epochs": 30, "eval_every_epochs": 10})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
     stop_at(path, tmp_path, 2, world_size=2, name="moved")
     output = stop_at(path, tmp_path, 40, world_size=1, name="moved")
