@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -44,7 +45,8 @@ def background_threads_share(seconds: float = 10) -> float:
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     channel = ErrorChannel(0, 2)  # waits for a second rank that does not exist
-    with watchdog(DistContext(0, 2, None), SimpleNamespace(step=0), seconds=600, micro_batches=1):
+    context, state = DistContext(0, 2, None), SimpleNamespace(step=0, saved_step=0)
+    with watchdog(context, state, seconds=600, micro_batches=1, folder=Path("runs/a")):
         time.sleep(1)
         started = time.process_time()
         time.sleep(seconds)

@@ -34,15 +34,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load.load_recipe(Path(path), list(overrides))
 
 
-def train(recipe: Recipe, *, force: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, fork: str | Path | None = None) -> dict[str, Any]:
     """Train a recipe, or resume its run, and return the content of summary.json.
 
     A finished run is returned without training. In a plain script or notebook it uses one process;
-    under `accelerate launch` or `accelerate.notebook_launcher` all processes call it. `force` resumes
-    although the recipe has changed.
+    under `accelerate launch` or `accelerate.notebook_launcher` all processes call it. `fork` is the
+    folder of another run, from whose newest checkpoint a new run starts.
     """
     log_to_terminal()
-    summary = run_training(recipe, force=force)
+    summary = run_training(recipe, fork=Path(fork) if fork else None)
     if summary is None:
         raise UserError("stopped by a signal before the data were prepared")
     return summary

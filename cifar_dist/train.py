@@ -18,6 +18,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -45,28 +46,34 @@ from cifar_dist.utils.errors import is_main_rank, run_command
 from cifar_dist.utils.log import log, log_to_terminal
 
 
-def run_training(recipe: Recipe, *, force: bool = False) -> dict[str, Any] | None:
+def run_training(recipe: Recipe, *, fork: Path | None = None) -> dict[str, Any] | None:
     """Prepare the data, start the processes and train; return the summary, None if stopped before."""
     check_names(recipe)
     if not ensure_data(recipe):
         return None
-    summary = None if force else find_finished_run(keep_precision(recipe))
+    summary = find_finished_run(keep_precision(recipe))
     if summary is None:
         with distributed_session(recipe) as accelerator:
-            summary = train(recipe, accelerator, force=force)
+            summary = train(recipe, accelerator, fork=fork)
     log_summary(recipe, summary)
     return summary
 
 
-def train(recipe: Recipe, accelerator: Accelerator, *, force: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, accelerator: Accelerator, *, fork: Path | None = None) -> dict[str, Any]:
     """Train, evaluate, log and save a recipe, and return the content of summary.json.
 
-    Resumes from the newest checkpoint. `finished` is False if a signal stopped the run.
+    Resumes from the newest checkpoint; a new run may start from that of another run, whose folder is
+    `fork`. `finished` is False if a signal stopped the run.
     """
     with ExitStack() as stack:
-        run, state = setup(recipe, accelerator, stack, force=force)
-        seconds, micro_batches = recipe.run.timeout_seconds, run.micro_batches
-        with watchdog(run.context, state, seconds=seconds, micro_batches=micro_batches) as stop:
+        run, state = setup(recipe, accelerator, stack, fork=fork)
+        with watchdog(
+            run.context,
+            state,
+            seconds=recipe.run.timeout_seconds,
+            micro_batches=run.micro_batches,
+            folder=run.folder,
+        ) as stop:
             outcome = fit(run, state)
             stop()
             return finish(run, state, outcome)
@@ -148,7 +155,7 @@ def main(arguments: list[str]) -> int:
         if is_main_rank():
             print(json.dumps(asdict(plan)) if options.json else plan)
         return 0
-    summary = run_training(recipe, force=options.force)
+    summary = run_training(recipe, fork=options.fork)
     return 0 if summary and summary["finished"] else signals.STOPPED
 
 

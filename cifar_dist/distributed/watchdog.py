@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import _get_default_store
@@ -27,6 +28,7 @@ GRACE_SECONDS = 2  # the longest exit of an interpreter whose collectives failed
 
 class HasStep(Protocol):
     step: int  # optimizer steps done
+    saved_step: int  # of the newest checkpoint
 
 
 class HeartbeatTable:
@@ -103,13 +105,13 @@ def _key(rank: int) -> str:
 
 @contextmanager
 def watchdog(
-    context: DistContext, state: HasStep, *, seconds: int, micro_batches: int
+    context: DistContext, state: HasStep, *, seconds: int, micro_batches: int, folder: Path
 ) -> Iterator[Callable[[], None]]:
     """End this process after `seconds` without progress, and add rank and step to exceptions.
 
     A hung rank ends all ranks, since those that wait for it make no progress either. SIGUSR2 prints
     the stack of every thread and changes nothing: `scancel --signal=USR2 JOB`. Yields a function
-    that stops the check for progress.
+    that stops the check for progress. `folder` is the run folder, for messages.
     """
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)
@@ -147,7 +149,8 @@ def watchdog(
         if is_out_of_memory(error):
             raise UserError(
                 f"out of memory after step {state.step}; use smaller micro-batches: "
-                f"run.micro_batches={2 * micro_batches} --force"
+                f"run.micro_batches={2 * micro_batches}"
+                + (f" name=NEW --fork {folder}" if state.saved_step > 0 else "")
             ) from error
         if "more than 1 value per channel" in str(error):  # BatchNorm's
             raise UserError(

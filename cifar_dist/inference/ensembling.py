@@ -30,6 +30,7 @@ from cifar_dist.evaluation.scores import (
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER
 from cifar_dist.run_folder.results import read_predictions
+from cifar_dist.training.fork import describe_fork
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_write, write_json
 from cifar_dist.utils.log import log
@@ -150,8 +151,13 @@ def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tens
         if val is None
         else f"{len(val[1])} validation rows",
         "members": [
-            {"run": name, "weight": weight} | member
-            for name, weight, member in zip(names, weights, metrics, strict=True)
+            {
+                "run": str(run.folder),
+                **({"origin": describe_fork(run.origin)} if run.origin else {}),
+                "weight": weight,
+                **member,
+            }
+            for run, weight, member in zip(runs, weights, metrics, strict=True)
         ],
         "ensemble": classification_metrics(combined, labels)
         | {"top1_interval": [100 * low, 100 * high], "ece": reliability(combined, labels).ece},
@@ -169,7 +175,8 @@ def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tens
 def log_ensemble(report: dict[str, Any]) -> None:
     log.info(f"weights chosen on {report['weights_chosen_on']}")
     for member in report["members"]:
-        log.info(f"  {member['weight']:.4f}  {member['run']}: top1 {member['top1']:.2f} %")
+        origin = f" ({member['origin']})" if "origin" in member else ""
+        log.info(f"  {member['weight']:.4f}  {member['run']}{origin}: top1 {member['top1']:.2f} %")
     for pair in report["diversity"]:
         log.info(
             f"  {pair['first']} and {pair['second']}: disagree {pair['disagree']:.1f} %, both wrong "

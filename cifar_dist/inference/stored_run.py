@@ -33,6 +33,11 @@ class Run:
         return bool(self.summary.get("finished")) and "top1" in self.summary
 
     @property
+    def origin(self) -> dict[str, Any] | None:
+        """The fields of a Fork if this run was forked from another one."""
+        return self.environment.get("origin")
+
+    @property
     def device_hours(self) -> float:
         """Hours of training, restarts included, times the number of processes."""
         return self.summary.get("seconds", 0.0) * self.summary.get("world_size", 1) / 3600

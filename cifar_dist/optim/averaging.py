@@ -99,9 +99,8 @@ class Swa:
     `model` is all its state. Before `start_epoch` it is the trained model at the last epoch's end.
     """
 
-    def __init__(self, config: AveragingConfig, model: nn.Module, *, steps_per_epoch: int) -> None:
-        assert config.start_epoch is not None, "AveragingConfig refuses this"
-        self.start_epoch, self.steps_per_epoch = config.start_epoch, steps_per_epoch
+    def __init__(self, model: nn.Module, *, start_epoch: int, steps_per_epoch: int) -> None:
+        self.start_epoch, self.steps_per_epoch = start_epoch, steps_per_epoch
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.pairs = TensorPairs(self.model, model)
 
@@ -126,9 +125,17 @@ WeightAverage = Ema | Swa
 
 
 def build_average(
-    config: AveragingConfig | None, model: nn.Module, *, steps_per_epoch: int, total_steps: int
+    config: AveragingConfig | None,
+    model: nn.Module,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+    first_step: int = 0,
 ) -> WeightAverage | None:
-    """Return the configured average; raise UserError if the run ends before its first update."""
+    """Return the configured average, which starts after `first_step` updates.
+
+    UserError if the run ends before its first update.
+    """
     if config is None:
         return None
     if config.every_steps > total_steps:
@@ -137,5 +144,7 @@ def build_average(
             "average would stay at the initial weights; lower it, or remove averaging"
         )
     if config.kind == "swa":
-        return Swa(config, model, steps_per_epoch=steps_per_epoch)
+        assert config.start_epoch is not None, "AveragingConfig refuses this"
+        start_epoch = max(config.start_epoch, -(-first_step // steps_per_epoch))
+        return Swa(model, start_epoch=start_epoch, steps_per_epoch=steps_per_epoch)
     return Ema(config, model)

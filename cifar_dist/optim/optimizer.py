@@ -177,22 +177,19 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 HYPERPARAMS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "lr_scale")
 
 
-def load_portable_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_portable_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> bool:
     """Load a `portable_state_dict`, but keep this optimizer's HYPERPARAMS.
 
-    Raise UserError for the state of another optimizer.
+    Return False, without loading anything, if its groups have other numbers of parameters.
     """
-    groups = optimizer.param_groups
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+        return False
     settings = [{name: group[name] for name in HYPERPARAMS if name in group} for group in groups]
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, LookupError) as error:
-        raise UserError(
-            f"the saved optimizer is another ({error}), so this change cannot resume from its state; "
-            "give the run a new name (name=...)"
-        ) from None
+    optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group |= kept
+    return True
 
 
 def portable_state_dict(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

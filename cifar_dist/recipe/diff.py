@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cifar_dist.recipe.load import read_yaml, validate
@@ -49,9 +50,12 @@ def non_semantic_keys(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name in NON_SEMANTIC_KEYS if name != semantic)
 
 
-def recipe_diff(recipe: Recipe) -> list[str]:
-    """Return the differences from the recipe in the run folder, like `run.epochs: 200 -> 300`."""
-    path = recipe.folder / "recipe.yaml"
+def recipe_diff(recipe: Recipe, folder: Path | None = None) -> list[str]:
+    """Return the differences from the recipe in a run folder, like `run.epochs: 200 -> 300`.
+
+    The default folder is the recipe's own.
+    """
+    path = (folder or recipe.folder) / "recipe.yaml"
     if not path.exists():
         return []
     raw = read_yaml(path)

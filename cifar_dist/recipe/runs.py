@@ -46,8 +46,8 @@ def eval_weights_file(recipe: Recipe, saved: Path) -> str:
     name = "average.safetensors" if recipe.averaging else "model.safetensors"
     if not (saved / name).exists():  # the checkpoint is valid, so it was written without an average
         raise UserError(
-            f"{saved} has no average: `averaging` was added later with --force; train until the "
-            "next checkpoint"
+            f"{saved} has no average, but the recipe of its run has `averaging`; restore the run's "
+            "recipe.yaml"
         )
     return name
 

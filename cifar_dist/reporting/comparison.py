@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.tracking.tracker import name_without_seed
+from cifar_dist.training.fork import describe_fork
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,13 +58,23 @@ class Group:
         )
 
 
-def experiment_key(recipe: Recipe, micro_batches: int | None, data: str | None) -> str:
-    """Return what is equal in runs that differ only in their seeds; `data` is a digest."""
-    return json.dumps([seed_free_config(recipe), micro_batches, data], sort_keys=True)
+def experiment_key(
+    recipe: Recipe,
+    micro_batches: int | None,
+    data: str | None,
+    origin: Mapping[str, Any] | None = None,
+) -> str:
+    """Return what is equal in runs that differ only in their seeds.
+
+    `data` is a digest, `origin` that of a fork, which is never equal to a run from scratch.
+    """
+    forked = [origin["experiment"], origin["start_step"]] if origin else None
+    return json.dumps([seed_free_config(recipe), micro_batches, data, forked], sort_keys=True)
 
 
 def key_of(run: Run) -> str:
-    return experiment_key(run.recipe, run.summary.get("micro_batches"), run.environment.get("data"))
+    micro_batches, data = run.summary.get("micro_batches"), run.environment.get("data")
+    return experiment_key(run.recipe, micro_batches, data, run.origin)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -78,6 +90,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         label = members[0].recipe.name
         if len(members) > 1:
             label = name_without_seed(label, members[0].recipe.run.seed)
+        if origin := members[0].origin:
+            label += f" ({describe_fork(origin)})"
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:
             label = f"{label} #{labels[label]}"
@@ -93,6 +107,7 @@ def differences(first: Run, other: Run) -> tuple[str, ...]:
         | {
             "micro_batches": run.summary.get("micro_batches"),
             "data": str(run.environment.get("data"))[:12],
+            "start": describe_fork(run.origin) if run.origin else "from scratch",
         }
         for run in (first, other)
     )

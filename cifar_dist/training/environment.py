@@ -25,9 +25,14 @@ def package_version(name: str) -> str | None:
 
 
 def describe_environment(
-    *, world_size: int, device: torch.device, data: str, teachers: list[str]
+    *,
+    world_size: int,
+    device: torch.device,
+    data: str,
+    teachers: list[str],
+    origin: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return versions, hardware, commit, and the digests of data and teachers."""
+    """Return versions, hardware, commit, the digests of data and teachers, and a fork's origin."""
     packages = (
         "torch",
         "timm",
@@ -51,6 +56,7 @@ def describe_environment(
         "threads": torch.get_num_threads(),
         "data": data,
         "teachers": teachers,
+        **({"origin": origin} if origin else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -88,11 +88,11 @@ class MetricWindow:
         """Continue the window of a checkpoint.
 
         Each rank takes the sums of its own micro-batches, so that later sums are rounded exactly as
-        without the restart. With other terms or micro-batches (--force) the window starts empty.
+        without the restart.
         """
+        assert names == self.names, "a changed recipe is refused"
+        assert len(sums) == len(self.sums)
         self.clear()
-        if names != self.names or len(sums) != len(self.sums):
-            return
         local = slice(context.rank, None, context.world_size)
         self.sums[local] = torch.tensor(sums, device=self.sums.device)[local]
         if nonfinite is not None:  # not in older checkpoints

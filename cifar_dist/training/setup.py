@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from cifar_dist.optim.schedule import learning_rate
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.session import resolve_precision
 from cifar_dist.recipe.teachers import check_caches, find_teacher
-from cifar_dist.run_folder.checkpoint import load_progress, load_tensors
+from cifar_dist.run_folder.checkpoint import load_tensors
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker
 from cifar_dist.training.albumentations_workers import AlbumentationsWorkers, albumentations_workers
@@ -49,7 +49,7 @@ from cifar_dist.training.environment import describe_environment
 from cifar_dist.training.lock import run_lock
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.objective import Objective
-from cifar_dist.training.start import check_world_size, claim_folder, find_start, log_session
+from cifar_dist.training.start import Start, check_world_size, claim_folder, find_start, log_session
 from cifar_dist.training.state import TrainState
 from cifar_dist.utils.log import log, progress_bar
 from cifar_dist.utils.precision import make_scaler
@@ -119,26 +119,26 @@ class Origin:
 
     data_digest: str
     teachers: list[TeacherWeights]
-    checkpoint: Path | None  # None for a new run
-    step: int  # its completed updates
+    start: Start
     micro_batches: int
     num_classes: int
     environment: dict[str, Any]
 
 
 def setup(
-    recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, force: bool
+    recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, fork: Path | None = None
 ) -> tuple[Run, TrainState]:
     """Build the run and its state. Resources to close are entered into `stack`.
 
-    UserError on all ranks if the run cannot start.
+    `fork` is the folder of a run to start from. UserError on all ranks if the run cannot start.
     """
     context, device = DistContext.of(accelerator), accelerator.device
     recipe = resolve_precision(recipe, context, device)
     log_session(recipe, context, device)
     is_new_folder = not recipe.folder.exists()
     context.run_on_main(stack.enter_context, run_lock(recipe.folder))
-    origin = find_origin(recipe, context, device, force=force)
+    origin = find_origin(recipe, context, device, fork)
+    start = origin.start
 
     data = recipe.data
     train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
@@ -167,15 +167,24 @@ def setup(
         optimizer=build_optimizer(recipe.optim, model, unfreeze_epochs),
         scaler=make_scaler(recipe.run.precision, device),
         average=build_average(
-            recipe.averaging, model, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+            recipe.averaging,
+            model,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            first_step=0
+            if start.fork is None or start.fork.keeps_average
+            else start.fork.start_step,
         ),
         window=MetricWindow(objective.names, micro_batches=origin.micro_batches, device=device),
     )
     stack.callback(state.writer.shutdown)  # after an error: finish writing
-    if origin.checkpoint is not None:
-        state.restore(origin.checkpoint, context, total_steps=total_steps)
+    if start.is_resumed:
+        assert start.checkpoint
+        state.restore(start.checkpoint, context)
+    elif start.fork:
+        state.start_fork(start.fork)
     signals.save_on_interrupt()
-    context.run_on_main(claim_folder, recipe, origin.environment, origin.checkpoint)
+    context.run_on_main(claim_folder, recipe, origin.environment, start)
     if recipe.run.compile:
         model.compile()
     metrics_file = MetricsFile(recipe.folder / "metrics.jsonl")
@@ -205,20 +214,21 @@ def setup(
             "data": origin.data_digest,
             "teachers": [teacher.digest for teacher in origin.teachers],
             "world_size": context.world_size,
+            "origin": asdict(start.fork) if start.fork else None,
         },
     )
     log.info(
         f"{recipe.name}: {recipe.model.backbone}, {len(rows):,} rows, {recipe.run.epochs} epochs of "
         f"{steps_per_epoch} steps, batch size {recipe.run.batch_size} in {origin.micro_batches} "
         "micro-batch(es)"
-        + (f"; resuming from step {state.step} of {total_steps}" if origin.checkpoint else "")
+        + (f"; resuming from step {state.step} of {total_steps}" if start.is_resumed else "")
     )
     check_data()  # digests were computed by threads meanwhile
     return run, state
 
 
 def find_origin(
-    recipe: Recipe, context: DistContext, device: torch.device, *, force: bool
+    recipe: Recipe, context: DistContext, device: torch.device, fork: Path | None
 ) -> Origin:
     """Agree on recipe, data, teachers and checkpoint; UserError if ranks disagree."""
     digest = data_digest(Path(recipe.data.path))
@@ -227,20 +237,21 @@ def find_origin(
     teachers = context.run_on_main(find_teacher_weights, recipe)
     context.run_on_main(check_caches, recipe, teachers)
     digests = [teacher.digest for teacher in teachers]
-    checkpoint, micro_batches = context.run_on_main(
-        find_start, recipe, data=digest, teachers=digests, force=force
-    )
-    micro_batches = micro_batches or recipe.run.micro_batches or context.world_size
+    start = context.run_on_main(find_start, recipe, data=digest, teachers=digests, fork=fork)
+    micro_batches = start.micro_batches or recipe.run.micro_batches or context.world_size
     check_world_size(recipe, micro_batches=micro_batches, world_size=context.world_size)
     return Origin(
         data_digest=digest,
         teachers=teachers,
-        checkpoint=checkpoint,
-        step=load_progress(checkpoint)["step"] if checkpoint else 0,
+        start=start,
         micro_batches=micro_batches,
         num_classes=len(class_names(Path(recipe.data.path))),
         environment=describe_environment(
-            world_size=context.world_size, device=device, data=digest, teachers=digests
+            world_size=context.world_size,
+            device=device,
+            data=digest,
+            teachers=digests,
+            origin=asdict(start.fork) if start.fork else None,
         ),
     )
 
@@ -253,7 +264,7 @@ def build_initial_model(
     recipe: Recipe, origin: Origin, context: DistContext, images: Tensor, rows: Tensor
 ) -> Any:
     """Return the model on the CPU, with initial, pretrained or saved weights."""
-    saved = origin.checkpoint
+    saved = origin.start.checkpoint
     if saved is None:
         context.run_on_main(fetch_pretrained, recipe.model)
     torch.manual_seed(derive_seed("weights", recipe.run.seed))
@@ -304,7 +315,7 @@ def rank_batches(
             world_size=context.world_size,
             repeated=recipe.augment.repeated,
         ),
-        start_step=origin.step,
+        start_step=origin.start.step,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_progress
+from cifar_dist.training.fork import Fork, plan_fork
 from cifar_dist.utils.errors import UserError, is_main_rank
 from cifar_dist.utils.files import atomic_write, remove_folder, rename, try_read_json, write_json
 from cifar_dist.utils.log import log
@@ -127,53 +129,87 @@ def log_session(recipe: Recipe, context: DistContext, device: torch.device) -> N
         log.info(SYNTHETIC_NOTE)
 
 
-def find_start(
-    recipe: Recipe, *, data: str, teachers: list[str], force: bool
-) -> tuple[Path | None, int | None]:
-    """Return the checkpoint to resume from and its number of micro-batches, both None for a new run.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a training starts: its own newest checkpoint, that of another run, or step 0."""
 
-    `data` and `teachers` are digests. UserError if recipe, data or teachers differ from those of the
-    run folder, unless `force`. A run folder without a completed step is started over.
+    checkpoint: Path | None = None
+    step: int = 0  # completed updates
+    micro_batches: int | None = None  # of the checkpoint
+    fork: Fork | None = None  # also when a fork resumes
+    is_resumed: bool = False
+
+
+def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | None) -> Start:
+    """Return where to start; `data` and `teachers` are digests, `fork` is the folder of another run.
+
+    UserError if recipe, data or teachers differ from those of the run folder. A run folder without a
+    completed step is started over.
     """
     folder = recipe.folder
     saved = latest_valid(folder / "checkpoints")
-    metadata = load_progress(saved) if saved else {}
-    if saved and not force:
-        differences = recipe_diff(recipe)
-        if metadata["data"] != data:
-            differences.append(f"data set: {metadata['data'][:12]} -> {data[:12]}")
-        pairs = zip(recipe.all_teachers, metadata.get("teachers", []), teachers, strict=False)
-        differences += [
-            f"weights of teacher {teacher.run}: {before[:12]} -> {after[:12]}"
-            for teacher, before, after in pairs  # another number of teachers is in the recipe
-            if before != after
-        ]
-        if differences and metadata["step"] == 0:
-            remove_folder(saved)
-            saved, metadata = None, {}
-        elif differences:
-            raise UserError(
-                f"{folder} was trained with another recipe ({'; '.join(differences)}); "
-                "choose another name (name=...), or resume with --force"
-            )
-    keeps_own = force and recipe.run.micro_batches
-    return saved, None if keeps_own else metadata.get("micro_batches")
+    if saved is None:
+        stored = (try_read_json(folder / "environment.json") or {}).get("origin")
+        fork = fork or (Path(stored["run"]) if stored else None)  # killed before its first save
+        return start_fork(recipe, fork, data=data) if fork else Start()
+    metadata = load_progress(saved)
+    differences = recipe_diff(recipe)
+    if metadata["data"] != data:
+        differences.append(f"data set: {metadata['data'][:12]} -> {data[:12]}")
+    pairs = zip(recipe.all_teachers, metadata.get("teachers", []), teachers, strict=False)
+    differences += [
+        f"weights of teacher {teacher.run}: {before[:12]} -> {after[:12]}"
+        for teacher, before, after in pairs  # another number of teachers is in the recipe
+        if before != after
+    ]
+    if differences and metadata["step"] == 0:
+        remove_folder(saved)
+        return start_fork(recipe, fork, data=data) if fork else Start()
+    if differences:
+        raise UserError(
+            f"{folder} was trained with another recipe ({'; '.join(differences)}); choose another "
+            f"name (name=...), and to continue from these weights add --fork {folder}"
+        )
+    origin = Fork(**metadata["origin"]) if metadata.get("origin") else None
+    if fork and (origin is None or Path(origin.run).resolve() != fork.resolve()):
+        raise UserError(
+            f"{folder} was not forked from {fork}; choose another name (name=...), or resume it "
+            "without --fork"
+        )
+    return Start(
+        checkpoint=saved,
+        step=metadata["step"],
+        micro_batches=metadata["micro_batches"],
+        fork=origin,
+        is_resumed=True,
+    )
 
 
-def claim_folder(recipe: Recipe, environment: dict[str, Any], saved: Path | None) -> None:
+def start_fork(recipe: Recipe, folder: Path, *, data: str) -> Start:
+    fork = plan_fork(recipe, folder, data=data)
+    metadata = load_progress(fork.checkpoint)
+    return Start(
+        checkpoint=fork.checkpoint,
+        step=fork.start_step,
+        micro_batches=recipe.run.micro_batches or metadata["micro_batches"],
+        fork=fork,
+    )
+
+
+def claim_folder(recipe: Recipe, environment: dict[str, Any], start: Start) -> None:
     """Write this recipe into the run folder, and remove what does not belong to it.
 
-    Damaged checkpoints newer than `saved` are renamed: they would count as the newest ones.
+    Damaged checkpoints newer than that of `start` are renamed: they would count as the newest ones.
     """
     folder = recipe.folder
     for newer in checkpoints(folder / "checkpoints"):
-        if newer == saved:
+        if newer == start.checkpoint:
             break
         damaged = newer.with_name(f"damaged_{newer.name}")
         remove_folder(damaged)
         rename(newer, damaged)
     summary = results.read_summary(folder)
-    if summary and summary.get("finished"):  # a forced run is not finished yet
+    if summary and summary.get("finished"):  # of other data or teachers
         (folder / "summary.json").unlink()
     (folder / "stopped").unlink(missing_ok=True)
     atomic_write(folder / "recipe.yaml", to_yaml(recipe))

@@ -21,6 +21,7 @@ from cifar_dist.optim.averaging import WeightAverage
 from cifar_dist.optim.optimizer import load_portable_state_dict, portable_state_dict
 from cifar_dist.recipe.schema import RunConfig
 from cifar_dist.run_folder import checkpoint
+from cifar_dist.training.fork import Fork
 from cifar_dist.training.graphed_step import StepFn
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.training.pace import Pace
@@ -140,33 +141,37 @@ class TrainState:
         writing = self.writing
         return bool(writing and writing.done() and writing.exception())
 
-    def restore(self, saved: Path, context: DistContext, *, total_steps: int) -> None:
-        """Load a checkpoint that was verified before.
-
-        UserError if the recipe of a forced run cannot continue from it.
-        """
+    def restore(self, saved: Path, context: DistContext) -> None:
+        """Load a checkpoint of this run that was verified before."""
         progress = checkpoint.load_progress(saved)
-        if progress["step"] > total_steps:
-            raise UserError(
-                f"the run has completed {progress['step']} steps but this recipe has only "
-                f"{total_steps}; raise run.epochs, or choose another name (name=...)"
-            )
-        before, now = progress.get("optimizer"), type(self.optimizer).__name__
-        if before and before != now:
-            raise UserError(
-                f"{now} cannot continue from the state of {before}; choose another name (name=...)"
-            )
         self.model.load_state_dict(checkpoint.load_tensors(saved, "model"))
-        load_portable_state_dict(self.optimizer, checkpoint.load_optimizer(saved))
+        fits = load_portable_state_dict(self.optimizer, checkpoint.load_optimizer(saved))
+        assert fits, "a changed recipe is refused"
         if progress["scaler"]:  # empty for bf16 and fp32
             self.scaler.load_state_dict(progress["scaler"])
         if self.average:
-            average = checkpoint.load_tensors(saved, "average")  # none if forced on only now
-            self.average.model.load_state_dict(average or self.model.state_dict())
-        self.window.restore(**{"names": self.window.names} | progress["window"], context=context)
+            self.average.model.load_state_dict(checkpoint.load_tensors(saved, "average"))
+        self.window.restore(**progress["window"], context=context)
         self.step = self.saved_step = progress["step"]
         self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
         self.seconds_before = progress["seconds"]
+
+    def start_fork(self, fork: Fork) -> None:
+        """Take from the origin's checkpoint what fits this run, whose model has its weights already."""
+        saved = fork.checkpoint
+        progress, fits = checkpoint.load_progress(saved), False
+        if progress["optimizer"] == type(self.optimizer).__name__:
+            fits = load_portable_state_dict(self.optimizer, checkpoint.load_optimizer(saved))
+        if fits and self.scaler.is_enabled() and progress["scaler"]:
+            self.scaler.load_state_dict(progress["scaler"])
+        if self.average and fork.keeps_average:
+            self.average.model.load_state_dict(checkpoint.load_tensors(saved, "average"))
+        self.step = self.evaluated_step = fork.start_step
+        log.info(
+            f"forked from {fork.run} at step {fork.step}, starting at step {fork.start_step}"
+            + ("" if fits else " with a new optimizer state")
+            + f"; differences: {'; '.join(fork.differences) or 'none'}"
+        )
 
 
 def write_checkpoint(

@@ -30,7 +30,7 @@ def time_training(recipe: Recipe) -> float:
     ):
         run_config = replace(recipe.run, output_dir=folder)
         recipe = replace(recipe, run=run_config, tracking=TrackingConfig(mode="off"))
-        run, state = setup(recipe, accelerator, stack, force=False)
+        run, state = setup(recipe, accelerator, stack)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # there is nothing to save
         speed = None
         while speed is None and state.step < run.total_steps:

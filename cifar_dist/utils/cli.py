@@ -22,6 +22,7 @@ RENAMED = {
     "--dataset": "--rows",
     "--any-content": "--allow-unofficial",
     "--equal": "--uniform",
+    "--force": "--fork",
 }
 
 
@@ -112,7 +113,12 @@ def train_parser() -> argparse.ArgumentParser:
         "--time", action="store_true", help="with --dry-run: train a few steps to estimate the time"
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: print JSON")
-    parser.add_argument("--force", action="store_true", help="resume although the recipe changed")
+    parser.add_argument(
+        "--fork",
+        type=Path,
+        metavar="RUN",
+        help="start a new run (name=...) from the newest checkpoint of another run",
+    )
     parser.add_argument("--version", action="version", version=f"cifar_dist {__version__}")
     return parser
 

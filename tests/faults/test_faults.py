@@ -151,7 +151,7 @@ def test_out_of_memory_is_one_sentence_of_that_rank(
     last = world_size - 1
     ranks = faulty(path, f"short of memory:{last}:2", cwd=tmp_path, world_size=world_size)
     assert wait_for_end(ranks, 0) < 15
-    message = "out of memory after step 2; use smaller micro-batches: run.micro_batches=4 --force"
+    message = "out of memory after step 2; use smaller micro-batches: run.micro_batches=4"
     assert ranks.output.count(message) == ranks.output.count("error:") == 1
     assert world_size == 1 or f"error: rank {last} (" in ranks.output
     assert ranks.processes[last].exitcode == 2

@@ -229,7 +229,7 @@ def test_recipe_by_name_or_path_and_words_in_any_order(name: str) -> None:
         ("auto", ["r18_32"], 8, 4),  # run.micro_batches
         ("auto", ["run.micro_batches=2", "r18_32"], 8, 2),
         ("auto", ["r18_32"], 2, 2),
-        ("auto", ["r18_32", "run.micro_batches=1", "--force"], 0, 1),
+        ("auto", ["r18_32", "run.micro_batches=1", "--json"], 0, 1),
         ("auto", [], 3, 3),
         ("3", ["r18_32"], 0, 3),
     ],

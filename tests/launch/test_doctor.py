@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import Launch, free_port, start_rank, train
+from launcher import Launch, free_port, rank_variables, start_rank, train
 
 import cifar_dist.training.launch_check as command
 from cifar_dist.distributed.context import DistContext
@@ -129,16 +129,14 @@ def test_pretrained_weights_without_network_fail(
 def test_different_recipes_and_unshared_folders_fail(tmp_path: Path, recipe: RecipeMaker) -> None:
     """Two machines without a shared folder: each rank has a different run.output_dir."""
     port, path = free_port(), recipe()
-    processes = []
+    launches = []
     for rank in range(2):
         cwd = tmp_path / f"machine{rank}"
         cwd.mkdir()
-        shutil.copy(path, cwd / "recipe.yaml")
-        command = ["-m", "cifar_dist.doctor", "recipe.yaml", f"run.seed={rank}"]
-        processes.append(start_rank(command, cwd=cwd, rank=rank, world_size=2, port=port))
-    output, _ = processes[0].communicate(timeout=120)
-    processes[1].communicate(timeout=120)
-    assert [process.returncode for process in processes] == [2, 2], output
+        words, environment = [path, f"run.seed={rank}"], rank_variables(rank, 2, port)
+        launches.append(Launch("doctor", words, cwd=cwd, environment=environment))
+    codes, output = [launch.wait() for launch in launches], launches[0].output
+    assert codes == [[2], [2]], output
     assert "BAD  recipe" in output
     assert "BAD  run.output_dir" in output
     assert "does not see the files of other ranks; choose a shared run.output_dir" in output

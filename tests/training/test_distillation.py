@@ -270,7 +270,7 @@ def test_resuming_with_another_teacher_is_an_error(
     output = train(path, cwd=tmp_path, world_size=2, expect=2)
     assert output.count("error:") == 1
     assert "weights of teacher runs/big:" in output
-    assert "--force" in output
+    assert "--fork runs/tiny" in output
 
 
 def test_teacher_whose_weights_do_not_fit_is_an_error(

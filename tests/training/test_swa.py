@@ -20,7 +20,7 @@ from cifar_dist.data.dataset import load_split
 from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.evaluation.evaluator import update_bn
 from cifar_dist.models.classifier import ModelConfig, build_model
-from cifar_dist.optim.averaging import AveragingConfig, Swa
+from cifar_dist.optim.averaging import Swa
 from cifar_dist.recipe.load import validate
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker
@@ -30,7 +30,7 @@ SWA = {"kind": "swa", "decay": 0.999, "start_epoch": 2}  # the tests' recipe has
 
 def test_swa_averages_epoch_ends_equally() -> None:
     model = scalar_model(0.0)
-    swa: Any = Swa(AveragingConfig(kind="swa", start_epoch=2), model, steps_per_epoch=3)
+    swa: Any = Swa(model, start_epoch=2, steps_per_epoch=3)
     seen = []
     for step in range(1, 13):
         fill(model, float(step))
