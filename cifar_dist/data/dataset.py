@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +141,11 @@ def data_digest(root: Path) -> str:
 def class_names(root: Path) -> tuple[str, ...]:
     """Return the names of the 100 fine classes, ordered by label."""
     return tuple(_read_meta(root, "train").fine_label_names)
+
+
+def classes_digest(names: Sequence[str]) -> str:
+    """Return the SHA-256 of class names in their order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -86,6 +86,11 @@ class TeacherWeights:
     weights: Path  # a safetensors file with the whole state dict
     digest: str  # its SHA-256
     logit_scale: float  # the factor of its own losses on cosines; 1 for a linear head
+    data: str | None = None  # digest of the data it was trained on; None: unknown, as below
+    classes: str | None = None  # digest of its class names in their order
+    step: int | None = None
+    top1: float | None = None  # of its finished training, in percent
+    is_finished: bool | None = None
 
 
 class Teacher(Protocol):

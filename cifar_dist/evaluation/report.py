@@ -174,7 +174,8 @@ def write_evaluation(
     """
     if val is not None:
         tensors = {"logits": val.logits.contiguous(), "labels": val.labels}
-        atomic_write(folder / VAL_PREDICTIONS, save(tensors))
+        metadata = {"weights": report["weights"]}
+        atomic_write(folder / VAL_PREDICTIONS, save(tensors, metadata=metadata))
     table = confusion(evaluation.labels, evaluation.logits.argmax(1), evaluation.logits.shape[1])
     coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     classes = report["classes"]

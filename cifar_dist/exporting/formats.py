@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cifar_dist.data.dataset import classes_digest
 from cifar_dist.exporting.model_card import model_card
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.models.classifier import build_model
@@ -30,6 +31,7 @@ from cifar_dist.models.timm_folder import (
 )
 from cifar_dist.recipe.schema import to_dict
 from cifar_dist.recipe.teachers import TEACHER_EXPORT
+from cifar_dist.run_folder.checkpoint import load_progress
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_folder, atomic_write, write_json
 from cifar_dist.utils.random import generator
@@ -195,7 +197,12 @@ def to_timm(trained: TrainedModel, folder: Path) -> str:
 def to_teacher(trained: TrainedModel, folder: Path) -> str:
     state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
     atomic_write(folder / "model.safetensors", save(state))
-    config = {"model": to_dict(trained.recipe)["model"], "logit_scale": trained.logit_scale}
+    config = {
+        "model": to_dict(trained.recipe)["model"],
+        "logit_scale": trained.logit_scale,
+        "data": load_progress(trained.checkpoint).get("data"),
+        "classes": classes_digest(trained.fine),
+    }
     write_json(folder / TEACHER_EXPORT, config)
     weights = load_file(folder / "model.safetensors")
     reloaded = build_model(trained.recipe.model, len(trained.fine), weights).eval()

@@ -117,7 +117,10 @@ def validation_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
                 "--uniform"
             )
         stored = (
-            read_predictions(run.folder / EVALUATION_FOLDER / VAL_PREDICTIONS)
+            read_predictions(
+                run.folder / EVALUATION_FOLDER / VAL_PREDICTIONS,
+                weights=run.summary.get("weights"),
+            )
             if run.evaluation
             else None
         )

@@ -16,7 +16,7 @@ from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
 from cifar_dist.evaluation.report import build_report, log_report, write_evaluation
 from cifar_dist.losses.registry import logit_scale
-from cifar_dist.recipe.runs import load_model, load_run
+from cifar_dist.recipe.runs import load_model, load_run, weights_digest
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER, same_data
 from cifar_dist.run_folder.results import (
@@ -184,13 +184,15 @@ def log_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
 
 def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
     """Compare the default evaluation with the run's own predictions, and write all to `job.output`."""
+    weights = weights_digest(job.recipe, job.checkpoint)
     if job.is_default and job.is_same_data:
-        check_predictions(job.run, evaluation.result, repair=job.can_repair)
+        check_predictions(job.run, evaluation.result, weights, repair=job.can_repair)
     if job.output is None:
         return
     header = {
         "run": job.recipe.name,
         "checkpoint": job.checkpoint.name,
+        "weights": weights,
         "split": job.split,
         "tta": "flip" if job.tta_flip else "none",
         "data": data_digest(job.data),
@@ -210,16 +212,16 @@ def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
         )
 
 
-def check_predictions(run: Path, result: EvalResult, *, repair: bool) -> None:
+def check_predictions(run: Path, result: EvalResult, weights: str, *, repair: bool) -> None:
     """Log whether the stored predictions have the same bits; replace lost ones if `repair`."""
     path = run / "predictions.safetensors"
     try:
-        stored = read_predictions(path)
+        stored = read_predictions(path, weights=weights if repair else None)
     except UserError:
         stored = None
     if stored is not None:
         same = torch.equal(stored[0], result.logits)
         log.info(f"logits {'have the same bits as' if same else 'differ from'} {path}")
     elif repair:
-        write_predictions(run, result)
-        log.info(f"{path} was missing or damaged; rewritten")
+        write_predictions(path, result, weights=weights)
+        log.info(f"{path} was missing, damaged or of other weights; rewritten")

@@ -39,8 +39,9 @@ class Run:
 
     @property
     def device_hours(self) -> float:
-        """Hours of training, restarts included, times the number of processes."""
-        return self.summary.get("seconds", 0.0) * self.summary.get("world_size", 1) / 3600
+        """Hours of training times processes, summed over all starts."""
+        seconds = self.summary.get("seconds", 0.0) * self.summary.get("world_size", 1)
+        return self.summary.get("device_seconds", seconds) / 3600
 
     @property
     def correct(self) -> Tensor | None:
@@ -58,15 +59,15 @@ def read_run(folder: Path) -> Run:
             f"{folder} is not a run folder (no recipe.yaml in it); give one, like runs/debug"
         )
     summary = read_metadata(folder, "summary.json")
-    checkpoint = last_checkpoint(summary)
+    checkpoint, weights = last_checkpoint(summary), summary.get("weights")
     return Run(
         folder=folder,
         recipe=load_recipe(folder / "recipe.yaml"),
         summary=summary,
         records=MetricsFile(folder / "metrics.jsonl").read(),
         environment=read_metadata(folder, "environment.json"),
-        evaluation=read_matching_evaluation(folder, checkpoint)
+        evaluation=read_matching_evaluation(folder, checkpoint, weights=weights)
         if summary.get("finished")
         else None,
-        predictions=read_predictions(folder / "predictions.safetensors"),
+        predictions=read_predictions(folder / "predictions.safetensors", weights=weights),
     )

@@ -14,7 +14,7 @@ from cifar_dist.evaluation.evaluator import block_size
 from cifar_dist.evaluation.report import class_name, describe_temperature
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.classifier import Classifier
-from cifar_dist.recipe.runs import CIFAR_100, load_model, load_run, training_data
+from cifar_dist.recipe.runs import CIFAR_100, load_model, load_run, training_data, weights_digest
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
 from cifar_dist.run_folder.results import read_metadata
@@ -76,7 +76,8 @@ def load_trained_model(
     fine, superclass = class_names(run, data)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
-    evaluation = read_matching_evaluation(run, checkpoint_path.name)
+    weights = weights_digest(recipe, checkpoint_path)
+    evaluation = read_matching_evaluation(run, checkpoint_path.name, weights=weights)
     temperature = (evaluation or {}).get("temperature")
     return TrainedModel(
         recipe=recipe,

@@ -40,6 +40,22 @@ def learning_rate(
             return cosine_interpolate(config.lr, config.lr * config.final_lr_fraction, fraction)
 
 
+def schedule_problem(config: OptimConfig, epochs: int) -> str | None:
+    """Return why a run of `epochs` never reaches a part of its schedule, or None."""
+    if config.warmup_epochs >= epochs:
+        return (
+            f"optim.warmup_epochs={config.warmup_epochs:g} is not less than run.epochs={epochs}, so the "
+            "run ends within its warm-up; lower it"
+        )
+    if late := [milestone for milestone in config.milestones if milestone >= epochs]:
+        listed = ", ".join(f"{milestone:g}" for milestone in late)
+        return (
+            f"optim.milestones: {listed} are not before the end (run.epochs={epochs}), so the learning "
+            "rate does not fall there; lower them"
+        )
+    return None
+
+
 def cosine_interpolate(start: float, end: float, fraction: float) -> float:
     """Return half a cosine from `start` at fraction 0 to `end` at fraction 1 and above."""
     return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1))) / 2

@@ -12,6 +12,7 @@ from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.checkpoint import (
     checkpoints,
+    digest_of,
     find_corruption,
     latest_valid,
     load_tensors,
@@ -67,6 +68,11 @@ def training_data(recipe: Recipe, environment: dict[str, Any], data: Path) -> st
     if content == SYNTHETIC:
         return "synthetic data, not CIFAR-100"
     return "other data in the layout of CIFAR-100"
+
+
+def weights_digest(recipe: Recipe, saved: Path) -> str:
+    """Return the SHA-256 of the evaluated weights of an intact checkpoint."""
+    return digest_of(saved, eval_weights_file(recipe, saved))
 
 
 def load_model(recipe: Recipe, saved: Path, num_classes: int) -> Classifier:

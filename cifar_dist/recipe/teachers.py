@@ -8,18 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.dataset import class_names, data_digest, read_digest
+from cifar_dist.data.dataset import class_names, classes_digest, data_digest, read_digest
 from cifar_dist.distill.logit_cache import check_cache
 from cifar_dist.distill.teacher import TeacherConfig, TeacherWeights
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.recipe.load import validate
 from cifar_dist.recipe.runs import eval_weights_file, load_run
 from cifar_dist.recipe.schema import Recipe
-from cifar_dist.run_folder.checkpoint import (
-    digest_of,
-)
+from cifar_dist.run_folder.checkpoint import digest_of, load_progress
+from cifar_dist.run_folder.results import read_summary
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import read_json, sha256
+from cifar_dist.utils.log import log
 
 TEACHER_EXPORT = "cifar_dist.json"  # in a folder of `export --to teacher`: how to build the model
 
@@ -30,7 +30,7 @@ def exported_teacher(folder: Path) -> TeacherWeights:
     content = read_json(folder / TEACHER_EXPORT, "export the teacher again")
     if (
         content is None
-        or content.keys() != {"model", "logit_scale"}
+        or content.keys() != {"model", "logit_scale", "data", "classes"}
         or not isinstance(content["logit_scale"], int | float)
         or not weights.is_file()
     ):
@@ -43,6 +43,8 @@ def exported_teacher(folder: Path) -> TeacherWeights:
         weights=weights,
         digest=sha256(weights),
         logit_scale=float(content["logit_scale"]),
+        data=content["data"],
+        classes=content["classes"],
     )
 
 
@@ -60,12 +62,42 @@ def find_teacher(config: TeacherConfig) -> TeacherWeights:
         return exported_teacher(path)
     recipe, saved = load_run(path)
     name = eval_weights_file(recipe, saved)
+    progress, summary = load_progress(saved), read_summary(path) or {}
+    is_finished = bool(summary.get("finished")) and summary.get("steps") == progress["step"]
     return TeacherWeights(
         model=recipe.model,
         weights=saved / name,
         digest=digest_of(saved, name),
         logit_scale=logit_scale(recipe.losses.values()),
+        data=progress.get("data"),
+        classes=progress.get("classes"),
+        step=progress["step"],
+        top1=summary.get("top1") if is_finished else None,
+        is_finished=is_finished,
     )
+
+
+def check_teachers(recipe: Recipe, teachers: Sequence[TeacherWeights]) -> None:
+    """Log what the teachers are; warn of other data and unfinished trainings.
+
+    UserError if the classes of one are not those of the recipe's data, in the same order.
+    """
+    data = Path(recipe.data.path)
+    for config, teacher in zip(recipe.all_teachers, teachers, strict=True):
+        if teacher.classes not in (None, classes_digest(class_names(data))):
+            raise UserError(
+                f"teacher.run={config.run}: was trained on other classes than those of {data}, or in "
+                "another order, so it would teach wrong labels; train a teacher on this data"
+            )
+        if teacher.data not in (None, data_digest(data)):
+            log.warning(
+                f"teacher {config.run} was trained on other images of these classes than {data}"
+            )
+        accuracy = "" if teacher.top1 is None else f", top1 {teacher.top1:.2f} %"
+        step = "" if teacher.step is None else f" at step {teacher.step}"
+        log.info(f"teacher {config.run}: {teacher.weights.name}{step}{accuracy}")
+        if teacher.is_finished is False:
+            log.warning(f"teacher {config.run} has not finished its training")
 
 
 def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def rebuild(folder: Path) -> Path:
 
 def stored(folder: Path, recipe: Recipe, digest: str | None) -> EvalResult | None:
     """Return the final predictions; None before the end, or if the data are not available."""
-    predictions = results.read_predictions(folder / "predictions.safetensors")
+    weights = results.read_metadata(folder, "summary.json").get("weights")
+    predictions = results.read_predictions(folder / "predictions.safetensors", weights=weights)
     data = Path(recipe.data.path)
     if predictions is None or not (data / "digest.json").exists() or data_digest(data) != digest:
         return None

@@ -49,10 +49,13 @@ def _is_temperature(temperature: Any) -> bool:
     )
 
 
-def read_matching_evaluation(run: Path, checkpoint: str) -> dict[str, Any] | None:
+def read_matching_evaluation(
+    run: Path, checkpoint: str, *, weights: str | None
+) -> dict[str, Any] | None:
     """Return the stored evaluation of `checkpoint` on the test split, or None.
 
-    An evaluation of another checkpoint, split or data set is ignored with a warning.
+    An evaluation of another checkpoint, other weights (a digest), split or data set is ignored with
+    a warning.
     """
     evaluation = read_evaluation(run)
     if evaluation is None:
@@ -60,6 +63,8 @@ def read_matching_evaluation(run: Path, checkpoint: str) -> dict[str, Any] | Non
     folder, command = run / EVALUATION_FOLDER, f"`python -m cifar_dist.evaluate {run}`"
     data = read_metadata(run, "environment.json").get("data")
     expected = {"checkpoint": checkpoint, "split": "test", "tta": "none", "data": data}
+    if weights is not None:
+        expected["weights"] = weights
     differences = [
         f"{name} is {evaluation.get(name)}, not {value}"
         for name, value in expected.items()

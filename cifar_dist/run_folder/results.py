@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -15,19 +15,32 @@ from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.run_folder.records import Record
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_write, read_json, try_read_json, write_json
+from cifar_dist.utils.log import log
 
 
-def write_predictions(folder: Path, evaluation: EvalResult) -> None:
-    """Write logits f32 [N_test, C] and labels int64 [N_test], in the order of the test split."""
+def write_predictions(path: Path, evaluation: EvalResult, *, weights: str) -> None:
+    """Write logits f32 [N, C] and labels int64 [N], with the SHA-256 of the weights that made them."""
     tensors = {"logits": evaluation.logits.contiguous(), "labels": evaluation.labels}
-    atomic_write(folder / "predictions.safetensors", save(tensors))
+    atomic_write(path, save(tensors, metadata={"weights": weights}))
 
 
-def read_predictions(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Return stored logits f32 [N, C] and labels int64 [N], or None if there is no such file."""
+def read_predictions(path: Path, *, weights: str | None) -> tuple[Tensor, Tensor] | None:
+    """Return stored logits f32 [N, C] and labels int64 [N], or None if there is no such file.
+
+    Predictions of weights with another digest are ignored with a warning; `weights` is None if the
+    run has not recorded it.
+    """
     if not path.exists():
         return None
     try:
+        with safe_open(path, "pt") as file:
+            made_by = (file.metadata() or {}).get("weights")
+        if weights is not None and made_by != weights:
+            log.warning(
+                f"ignoring {path}: other weights than the run's made it; "
+                "`python -m cifar_dist.evaluate RUN` rewrites it"
+            )
+            return None
         tensors = load_file(path)
         logits, labels = tensors["logits"], tensors["labels"]
         if logits.ndim != 2 or labels.dtype != torch.int64 or labels.shape != logits.shape[:1]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.models.classifier import num_parameters
+from cifar_dist.recipe.runs import weights_digest
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder import results
 from cifar_dist.training.setup import Run
@@ -57,6 +58,7 @@ def finish(run: Run, state: TrainState, outcome: Outcome) -> dict[str, Any]:
         "epochs": state.step / run.steps_per_epoch,
         "steps": state.step,
         "seconds": state.seconds,
+        "device_seconds": state.device_seconds(run.context.world_size),
         "finished": outcome.finished,
         **({"ended_early": outcome.early_stop} if outcome.early_stop else {}),
         **({"stopped_by": outcome.signal_name} if outcome.stop_signal else {}),
@@ -73,8 +75,11 @@ def write_results(
     """Write the files on rank 0, and return the summary with the accuracies of the last evaluation."""
     run.metrics_file.sync()
     summary = results.summarize(summary, run.metrics_file.read())
+    saved = run.folder / "checkpoints" / results.last_checkpoint(summary)
+    summary["weights"] = weights_digest(run.recipe, saved)
     if result is not None and outcome.finished:
-        results.write_predictions(run.folder, result)
+        path = run.folder / "predictions.safetensors"
+        results.write_predictions(path, result, weights=summary["weights"])
     results.write_summary(run.folder, summary)
     if outcome.stop_signal:  # slurm/train.sh reads it to decide whether to requeue the job
         atomic_write(run.folder / "stopped", f"{outcome.signal_name}\n")

@@ -24,7 +24,7 @@ from cifar_dist.data.batches import (
     split_train_val,
     train_batches,
 )
-from cifar_dist.data.dataset import Split, class_names, data_digest, open_splits
+from cifar_dist.data.dataset import Split, class_names, classes_digest, data_digest, open_splits
 from cifar_dist.data.streaming import stream_images
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
 from cifar_dist.distributed import signals
@@ -40,7 +40,7 @@ from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import learning_rate
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.session import resolve_precision
-from cifar_dist.recipe.teachers import check_caches, find_teacher
+from cifar_dist.recipe.teachers import check_caches, check_teachers, find_teacher
 from cifar_dist.run_folder.checkpoint import load_tensors
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker
@@ -122,6 +122,7 @@ class Origin:
     start: Start
     micro_batches: int
     num_classes: int
+    classes: str  # digest of the class names
     environment: dict[str, Any]
 
 
@@ -212,6 +213,7 @@ def setup(
         metadata={
             "micro_batches": origin.micro_batches,
             "data": origin.data_digest,
+            "classes": origin.classes,
             "teachers": [teacher.digest for teacher in origin.teachers],
             "world_size": context.world_size,
             "origin": asdict(start.fork) if start.fork else None,
@@ -237,6 +239,7 @@ def find_origin(
     teachers = context.run_on_main(find_teacher_weights, recipe)
     context.run_on_main(check_caches, recipe, teachers)
     digests = [teacher.digest for teacher in teachers]
+    names = class_names(Path(recipe.data.path))
     start = context.run_on_main(find_start, recipe, data=digest, teachers=digests, fork=fork)
     micro_batches = start.micro_batches or recipe.run.micro_batches or context.world_size
     check_world_size(recipe, micro_batches=micro_batches, world_size=context.world_size)
@@ -245,7 +248,8 @@ def find_origin(
         teachers=teachers,
         start=start,
         micro_batches=micro_batches,
-        num_classes=len(class_names(Path(recipe.data.path))),
+        num_classes=len(names),
+        classes=classes_digest(names),
         environment=describe_environment(
             world_size=context.world_size,
             device=device,
@@ -257,7 +261,9 @@ def find_origin(
 
 
 def find_teacher_weights(recipe: Recipe) -> list[TeacherWeights]:
-    return [find_teacher(teacher) for teacher in recipe.all_teachers]
+    teachers = [find_teacher(teacher) for teacher in recipe.all_teachers]
+    check_teachers(recipe, teachers)
+    return teachers
 
 
 def build_initial_model(

@@ -20,15 +20,24 @@ from cifar_dist.models.classifier import num_parameters
 from cifar_dist.models.hub import find_weights
 from cifar_dist.models.weights import read_weights
 from cifar_dist.optim.optimizer import build_optimizer
+from cifar_dist.optim.schedule import schedule_problem
 from cifar_dist.recipe.diff import recipe_diff
 from cifar_dist.recipe.dry_run import meta_model
 from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_progress
+from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER
 from cifar_dist.training.fork import Fork, plan_fork
 from cifar_dist.utils.errors import UserError, is_main_rank
-from cifar_dist.utils.files import atomic_write, remove_folder, rename, try_read_json, write_json
+from cifar_dist.utils.files import (
+    atomic_write,
+    make_folder,
+    remove_folder,
+    rename,
+    try_read_json,
+    write_json,
+)
 from cifar_dist.utils.log import log
 from cifar_dist.utils.suggest import closest
 
@@ -127,6 +136,8 @@ def log_session(recipe: Recipe, context: DistContext, device: torch.device) -> N
     )
     if is_synthetic(recipe):
         log.info(SYNTHETIC_NOTE)
+    if context.is_main and (problem := schedule_problem(recipe.optim, recipe.run.epochs)):
+        log.warning(problem)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,18 +213,34 @@ def claim_folder(recipe: Recipe, environment: dict[str, Any], start: Start) -> N
     Damaged checkpoints newer than that of `start` are renamed: they would count as the newest ones.
     """
     folder = recipe.folder
+    if not start.is_resumed:
+        set_results_aside(folder)
     for newer in checkpoints(folder / "checkpoints"):
         if newer == start.checkpoint:
             break
         damaged = newer.with_name(f"damaged_{newer.name}")
         remove_folder(damaged)
         rename(newer, damaged)
-    summary = results.read_summary(folder)
-    if summary and summary.get("finished"):  # of other data or teachers
+    if (results.read_summary(folder) or {}).get("finished"):
         (folder / "summary.json").unlink()
     (folder / "stopped").unlink(missing_ok=True)
     atomic_write(folder / "recipe.yaml", to_yaml(recipe))
     write_json(folder / "environment.json", environment)
+
+
+def set_results_aside(folder: Path) -> None:
+    """Move the results of an earlier run out of a folder that starts at step 0."""
+    names = ("summary.json", "predictions.safetensors", EVALUATION_FOLDER, "metrics.jsonl")
+    found = [name for name in names if (folder / name).exists()]
+    if not found or found == ["metrics.jsonl"]:  # of a run that was killed before its first save
+        return
+    number = 1
+    while (aside := folder / f"previous_{number}").exists():
+        number += 1
+    make_folder(aside)
+    for name in found:
+        rename(folder / name, aside / name)
+    log.warning(f"{folder} starts at step 0; the results of an earlier run are now in {aside}")
 
 
 def check_world_size(recipe: Recipe, *, micro_batches: int, world_size: int) -> None:

@@ -46,6 +46,7 @@ class TrainState:
     evaluated_step: int = 0
     best: dict[str, Any] | None = None  # {"val_top1", "checkpoint", "step"}
     seconds_before: float = 0.0  # of earlier starts
+    device_seconds_before: float = 0.0  # of earlier starts, each times its number of processes
     started: float = field(default_factory=time.perf_counter)
     last_save: float = field(default_factory=time.perf_counter)
     writer: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
@@ -55,6 +56,10 @@ class TrainState:
     def seconds(self) -> float:
         """Wall-clock time of the run over all starts."""
         return self.seconds_before + time.perf_counter() - self.started
+
+    def device_seconds(self, world_size: int) -> float:
+        """Return the time of all starts, each times its number of processes."""
+        return self.device_seconds_before + world_size * (time.perf_counter() - self.started)
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -105,6 +110,7 @@ class TrainState:
         progress = {
             **metadata,
             "seconds": self.seconds,
+            "device_seconds": self.device_seconds(context.world_size),
             "evaluated_step": self.evaluated_step,
             "best": self.best,
             "optimizer": type(self.optimizer).__name__,
@@ -155,6 +161,7 @@ class TrainState:
         self.step = self.saved_step = progress["step"]
         self.evaluated_step, self.best = progress["evaluated_step"], progress["best"]
         self.seconds_before = progress["seconds"]
+        self.device_seconds_before = progress["device_seconds"]
 
     def start_fork(self, fork: Fork) -> None:
         """Take from the origin's checkpoint what fits this run, whose model has its weights already."""
