@@ -23,7 +23,7 @@ from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.distributed.ddp import gather_blocks
 from cifar_dist.evaluation.evaluator import BLOCK_SIZE
 from cifar_dist.recipe.schema import Recipe
-from cifar_dist.recipe.teachers import cache_fingerprint, find_teacher
+from cifar_dist.recipe.teachers import cache_fingerprint, check_teacher, find_teacher
 from cifar_dist.tracking.jobs import track_cache
 from cifar_dist.training.lock import run_lock
 from cifar_dist.utils.log import log, progress_bar
@@ -80,6 +80,7 @@ def cache_teacher(
         lock = run_lock(folder, folder.with_name(f"{folder.name}.lock"), remedy="teacher.cache=...")
         context.run_on_main(lambda: stack.enter_context(lock))
         weights = context.run_on_main(find_teacher, teacher)
+        context.run_on_main(check_teacher, teacher, weights, Path(recipe.data.path))
         fingerprint = context.run_on_main(cache_fingerprint, recipe, weights)
         views, rows, num_classes = fingerprint["shape"]
         total = views * rows

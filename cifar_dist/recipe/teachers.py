@@ -77,27 +77,25 @@ def find_teacher(config: TeacherConfig) -> TeacherWeights:
     )
 
 
-def check_teachers(recipe: Recipe, teachers: Sequence[TeacherWeights]) -> None:
-    """Log what the teachers are; warn of other data and unfinished trainings.
+def check_teacher(config: TeacherConfig, teacher: TeacherWeights, data: Path) -> None:
+    """Log what a teacher is; warn of other data and an unfinished training.
 
-    UserError if the classes of one are not those of the recipe's data, in the same order.
+    UserError if its classes are not those of `data`, in the same order.
     """
-    data = Path(recipe.data.path)
-    for config, teacher in zip(recipe.all_teachers, teachers, strict=True):
-        if teacher.classes not in (None, classes_digest(class_names(data))):
-            raise UserError(
-                f"teacher.run={config.run}: was trained on other classes than those of {data}, or in "
-                "another order, so it would teach wrong labels; train a teacher on this data"
-            )
-        if teacher.data not in (None, data_digest(data)):
-            log.warning(
-                f"teacher {config.run} was trained on other images of these classes than {data}"
-            )
-        accuracy = "" if teacher.top1 is None else f", top1 {teacher.top1:.2f} %"
-        step = "" if teacher.step is None else f" at step {teacher.step}"
-        log.info(f"teacher {config.run}: {teacher.weights.name}{step}{accuracy}")
-        if teacher.is_finished is False:
-            log.warning(f"teacher {config.run} has not finished its training")
+    if teacher.classes not in (None, classes_digest(class_names(data))):
+        raise UserError(
+            f"teacher.run={config.run}: was trained on other classes than those of {data}, or in "
+            "another order, so it would teach wrong labels; train a teacher on this data"
+        )
+    accuracy = "" if teacher.top1 is None else f", top1 {teacher.top1:.2f} %"
+    step = "" if teacher.step is None else f" at step {teacher.step}"
+    log.info(f"teacher {config.run}: {teacher.weights.name}{step}{accuracy}")
+    if teacher.data not in (None, data_digest(data)):
+        log.warning(
+            f"teacher {config.run} was trained on other images of these classes than {data}"
+        )
+    if teacher.is_finished is False:
+        log.warning(f"teacher {config.run} has not finished its training")
 
 
 def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import learning_rate
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.session import resolve_precision
-from cifar_dist.recipe.teachers import check_caches, check_teachers, find_teacher
+from cifar_dist.recipe.teachers import check_caches, check_teacher, find_teacher
 from cifar_dist.run_folder.checkpoint import load_tensors
 from cifar_dist.run_folder.records import MetricsFile
 from cifar_dist.tracking.tracker import Tracker
@@ -262,7 +262,8 @@ def find_origin(
 
 def find_teacher_weights(recipe: Recipe) -> list[TeacherWeights]:
     teachers = [find_teacher(teacher) for teacher in recipe.all_teachers]
-    check_teachers(recipe, teachers)
+    for config, teacher in zip(recipe.all_teachers, teachers, strict=True):
+        check_teacher(config, teacher, Path(recipe.data.path))
     return teachers
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 from launcher import Launch, train
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy import optimize
 from small_data import quick_recipe
+from stored_runs import replace_predictions
 from torch import Tensor
 
 from cifar_dist.data.augment.augmentation import AugmentedBatch
@@ -103,10 +104,8 @@ def test_ensemble_is_the_weighted_mean_and_works_as_a_teacher(
         torch.stack([tensors["logits"] for tensors in val]), val[0]["labels"]
     )
     # The test split does not affect the weights.
-    save_file(
-        {"logits": stored[0]["logits"].flip(1).contiguous(), "labels": stored[0]["labels"]},
-        "runs/s0/predictions.safetensors",
-    )
+    flipped = {"logits": stored[0]["logits"].flip(1).contiguous(), "labels": stored[0]["labels"]}
+    replace_predictions(Path("runs/s0"), flipped)
     assert main(["runs/s0", "runs/s1", "--output", "again"]) == 0
     again = json.loads(Path("again/ensemble.json").read_text())
     assert [member["weight"] for member in again["members"]] == weights
@@ -204,10 +203,8 @@ def test_unusable_runs_are_refused_with_a_remedy(
     report = json.loads(Path("ensemble/ensemble.json").read_text())
     assert report["weights_chosen_on"] == "nothing: uniform"
     stored = load_file("runs/s1/predictions.safetensors")
-    save_file(
-        {name: tensor[:-1].contiguous() for name, tensor in stored.items()},
-        "runs/s1/predictions.safetensors",
-    )
+    fewer = {name: tensor[:-1].contiguous() for name, tensor in stored.items()}
+    replace_predictions(Path("runs/s1"), fewer)
     with pytest.raises(UserError, match="other test rows"):
         main(["runs/s0", "runs/s1", "--uniform", "--force"])
     Path("runs/s1/predictions.safetensors").unlink()

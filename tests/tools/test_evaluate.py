@@ -148,7 +148,7 @@ def test_lost_predictions_of_a_finished_run_are_rewritten(run: Path, harm: str) 
     assert (path.read_bytes() if path.exists() else None) == lost
     summary.write_text(finished)
     output = evaluate("runs/tiny", cwd=run.parents[1])
-    assert "missing or damaged; rewritten" in output
+    assert "was missing, damaged or of other weights; rewritten" in output
     assert path.read_bytes() == before
 
 

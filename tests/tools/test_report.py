@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from launcher import Launch, train
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_data import quick_recipe
+from stored_runs import replace_predictions
 
 from cifar_dist.data.dataset import OFFICIAL_DIGEST, write_dataset
 from cifar_dist.data.ingest.pickles import RawMeta
@@ -122,7 +123,7 @@ def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data
     assert second.std("top1") is None
     assert second.config_diff == ("optim.lr: 0.003 → 0.01",)
     assert [run.device_hours for run in second.runs] == [
-        pytest.approx(json.loads((runs / "other/summary.json").read_text())["seconds"] / 3600)
+        json.loads((runs / "other/summary.json").read_text())["device_seconds"] / 3600
     ]
     (test,) = paired_tests([first, second])  # the common seed
     assert test.seed == 0
@@ -252,7 +253,7 @@ def test_damaged_runs_are_refused(runs: Path) -> None:
         (torch.zeros(4, 3), torch.zeros(4, dtype=torch.int8)),
         (torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.int64)),
     ):
-        save_file({"logits": logits, "labels": labels}, runs / "other/predictions.safetensors")
+        replace_predictions(runs / "other", {"logits": logits, "labels": labels})
         with pytest.raises(UserError, match=r"predictions\.safetensors is damaged"):
             main([str(runs / "other")])
     (runs / "other/predictions.safetensors").unlink()
@@ -263,9 +264,9 @@ def test_damaged_runs_are_refused(runs: Path) -> None:
 
 
 def test_runs_with_different_labels_are_not_compared(runs: Path) -> None:
-    path = runs / "other/predictions.safetensors"
-    tensors = load_file(path)
-    save_file(tensors | {"labels": tensors["labels"].flip(0).contiguous()}, path)
+    tensors = load_file(runs / "other/predictions.safetensors")
+    flipped = {"labels": tensors["labels"].flip(0).contiguous()}
+    replace_predictions(runs / "other", tensors | flipped)
     groups = group_runs([read_run(runs / name) for name in ("tiny_s0", "other")])
     assert paired_tests(groups) == []
 
