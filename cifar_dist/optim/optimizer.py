@@ -189,6 +189,11 @@ def load_portable_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, 
     optimizer.load_state_dict(state)
     for group, kept in zip(optimizer.param_groups, settings, strict=True):
         group |= kept
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # Files store contiguous tensors; fused steps need the strides of the parameter.
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return True
 
 

@@ -9,7 +9,6 @@ code.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -26,6 +25,16 @@ from cifar_dist.utils.files import atomic_folder, remove_folder, sha256, with_pa
 from cifar_dist.utils.log import log
 
 Progress = dict[str, Any]
+TENSOR, DTYPE = (
+    "tensor",
+    "dtype",
+)  # the keys of {"tensor": PATH} and {"dtype": NAME} in optimizer.json
+REQUIRED_FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "optimizer.json",
+    "progress.json",
+)
 
 
 def save_checkpoint(
@@ -50,11 +59,11 @@ def save_checkpoint(
                 (temporary / name).write_bytes(content)
             digests[name] = hashlib.sha256(content).hexdigest()
 
-        for name, state in tensors.items():
+        moments: dict[str, Tensor] = {}
+        settings = split_tensors(dict(optimizer), "", moments)
+        for name, state in {**tensors, "optimizer": moments}.items():
             write(f"{name}.safetensors", save({key: v.contiguous() for key, v in state.items()}))
-        optimizer_file = io.BytesIO()
-        torch.save(dict(optimizer), optimizer_file)
-        write("optimizer.pt", optimizer_file.getvalue())
+        write("optimizer.json", json.dumps(settings, indent=2).encode())
         write("progress.json", json.dumps({"step": step, **progress}, indent=2).encode())
         write("manifest.json", json.dumps({"sha256": digests}, indent=2).encode())
     return final
@@ -83,7 +92,7 @@ def find_corruption(checkpoint: Path) -> str | None:
         return "manifest.json is missing"
     except (ValueError, KeyError, TypeError):
         return "manifest.json is damaged"
-    for required in ("model.safetensors", "optimizer.pt", "progress.json"):
+    for required in REQUIRED_FILES:
         if required not in digests:
             return f"manifest.json does not list {required}"
     for name, digest in digests.items():
@@ -135,9 +144,51 @@ def load_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     return load_file(path) if path.exists() else {}
 
 
+def split_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a nested value as JSON data; its tensors move to `tensors` under their paths."""
+    match value:
+        case Tensor():
+            tensors[path] = value
+            return {TENSOR: path}
+        case torch.dtype():
+            return {DTYPE: str(value).removeprefix("torch.")}
+        case dict():
+            return {
+                str(key): split_tensors(inner, f"{path}.{key}", tensors)
+                for key, inner in value.items()
+            }
+        case list() | tuple():
+            return [
+                split_tensors(inner, f"{path}.{index}", tensors)
+                for index, inner in enumerate(value)
+            ]
+        case _:
+            return value
+
+
+def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo `split_tensors`; keys that were numbers are strings."""
+    match value:
+        case dict() if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]]
+        case dict() if value.keys() == {DTYPE}:
+            dtype = getattr(torch, value[DTYPE])
+            assert isinstance(dtype, torch.dtype)
+            return dtype
+        case dict():
+            return {key: join_tensors(inner, tensors) for key, inner in value.items()}
+        case list():
+            return [join_tensors(inner, tensors) for inner in value]
+        case _:
+            return value
+
+
 def load_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """Return the optimizer state, on the CPU."""
-    return torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Return the optimizer's state dict, on the CPU."""
+    content = json.loads((checkpoint / "optimizer.json").read_text())
+    joined = join_tensors(content, load_file(checkpoint / "optimizer.safetensors"))
+    joined["state"] = {int(index): values for index, values in joined.get("state", {}).items()}
+    return joined
 
 
 def load_progress(checkpoint: Path) -> Progress:

@@ -313,9 +313,3 @@ def test_removed_folder_leaves_at_most_a_hidden_one(
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
     remove_folder(tmp_path / "step_00000002")
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-
-
-def test_torch_loads_a_saved_optimizer(tmp_path: Path, recipe: RecipeMaker) -> None:
-    train(recipe(run={"epochs": 1}), cwd=tmp_path)
-    newest = checkpoints(tmp_path / "runs/tiny/checkpoints")[0]
-    assert "state" in torch.load(newest / "optimizer.pt", weights_only=True)

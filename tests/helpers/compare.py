@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption
+from cifar_dist.run_folder.checkpoint import checkpoints, find_corruption, load_optimizer
 
 MEASURED = ("images_per_second", "memory_bytes", "seconds")
 
@@ -26,11 +26,11 @@ def tensors(run: Path) -> dict[str, Tensor]:
     newest = checkpoints(run / "checkpoints")[0]
     assert find_corruption(newest) is None
     loaded: dict[str, Tensor] = {}
-    for path in sorted(newest.glob("*.safetensors")):
+    for path in sorted(set(newest.glob("*.safetensors")) - {newest / "optimizer.safetensors"}):
         loaded |= {f"{path.stem}.{name}": tensor for name, tensor in load_file(path).items()}
     if (run / "predictions.safetensors").exists():
         loaded |= load_file(run / "predictions.safetensors")
-    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
+    optimizer = load_optimizer(newest)
     for index, state in optimizer["state"].items():
         loaded |= {
             f"optimizer.{index}.{name}": torch.as_tensor(value)

@@ -148,7 +148,9 @@ def test_changed_data_are_refused(tmp_path: Path, recipe: RecipeMaker, middle_da
     assert "data set: " in output
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json"]
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove"])
 def test_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, name: str, harm: str) -> None:
     for step in (22, 23):
