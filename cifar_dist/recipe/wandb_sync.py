@@ -90,7 +90,10 @@ def sync(folder: Path) -> None:
         offline = rebuild(folder)
         uploaded -= {offline.name}  # its name may be that of a replaced one
         log.info(f"{offline}: all of {metrics}")
-    others = set(folder.glob("wandb/offline-run-*")) - {offline}  # evaluations, caches
+    others = set(offline_folders(folder, f"{wandb_run_id(folder)}-evaluation"))
+    others |= set(
+        folder.glob("wandb/offline-run-*-logits-*")
+    )  # not those of a run it was copied from
     pending = [path for path in (offline, *sorted(others)) if path.name not in uploaded]
     if not pending:
         log.info(f"{folder}: nothing new since the last upload")

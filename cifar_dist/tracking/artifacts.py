@@ -55,7 +55,7 @@ def model_artifact(folder: Path) -> Any | None:
     recipe = parse_yaml((folder / "recipe.yaml").read_text(), where=str(folder / "recipe.yaml"))
     environment = json.loads((folder / "environment.json").read_text())
     metadata = {name: environment[name] for name in ("data", "teachers")} | {"step": saved.name}
-    name = f"model-{run_id.read_text().strip()}"
+    name = f"model-{run_id.read_text().splitlines()[0]}"
     model = file_artifact(name, "model", metadata, saved / "manifest.json")
     for path in sorted(saved.glob("*.safetensors")):
         if recipe["tracking"]["upload_weights"]:

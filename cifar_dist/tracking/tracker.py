@@ -6,6 +6,7 @@ without an API key.
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import netrc
 import os
@@ -33,6 +34,7 @@ from cifar_dist.utils.log import log
 from cifar_dist.utils.network import RESPONSE_SECONDS, responds
 
 Mode = Literal["online", "offline", "off"]
+WANDB_MODES: dict[str, Mode] = {"dryrun": "offline", "offline": "offline", "disabled": "off"}
 
 INIT_SECONDS = 4  # the server answered a moment ago
 FINISH_SECONDS, WEIGHTS_SECONDS = 60, 600  # for uploads at the end, without and with weights
@@ -70,17 +72,22 @@ class TrackingConfig:
 
 def decide_mode(requested: str) -> tuple[Mode, str]:
     """Return the mode and its reason, within 3 seconds."""
-    forced = os.environ.get("WANDB_MODE")
-    if requested == "off" or forced == "disabled":
+    own = wandb_setting("mode") or "online"  # of `wandb offline`, `wandb disabled` or WANDB_MODE
+    limit = WANDB_MODES.get(own, "online")
+    if requested == "off":
         return "off", "switched off"
+    if limit == "off":
+        return "off", f"W&B's own mode is {own}"
     if importlib.util.find_spec("wandb") is None:
         return "off", "wandb is not installed"
-    if requested == "offline" or forced == "offline":
+    if requested == "offline":
         return "offline", "as configured"
+    if limit == "offline":
+        return "offline", f"W&B's own mode is {own}"
     try:
         host = urlsplit(server_address()).hostname or ""
     except ValueError as error:
-        return "offline", f"WANDB_BASE_URL is not a valid address ({error})"
+        return "offline", f"W&B's base_url is not a valid address ({error})"
     if not has_api_key(host):
         if requested == "online":
             return "offline", "no API key; run `wandb login`"
@@ -97,8 +104,26 @@ def resolve_mode(config: TrackingConfig) -> Mode:
     return mode
 
 
+def wandb_setting(name: str) -> str | None:
+    """Return a setting as wandb does: from the environment, ./wandb/settings or ~/.config/wandb/settings.
+
+    The files are read here because importing wandb takes half a second, even if tracking is off.
+    """
+    if value := os.environ.get(f"WANDB_{name.upper()}"):
+        return value
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    local = Path(".wandb" if Path(".wandb").exists() else "wandb")
+    values: dict[str, str] = {}
+    for file in (folder / "settings", local / "settings"):
+        parser = configparser.ConfigParser()
+        with suppress(OSError, ValueError, configparser.Error):  # wandb ignores a damaged file, too
+            parser.read(file)
+            values |= dict(parser.items("default"))
+    return values.get(name)
+
+
 def server_address() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return wandb_setting("base_url") or "https://api.wandb.ai"
 
 
 def is_reachable() -> bool:
@@ -130,11 +155,45 @@ def name_without_seed(name: str, seed: int) -> str:
 
 
 def wandb_run_id(folder: Path) -> str:
-    """Return the W&B id of a run folder; the first call creates it, or takes that of a sweep's agent."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        atomic_write(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    return checked_id(path.read_text().strip(), path)
+    """Return the W&B id of a run folder; the first call creates it, or takes that of a sweep's agent.
+
+    The file has the id and the folder it was created for. A copy of the folder gets a new id, while a
+    moved folder keeps its own.
+    """
+    path, here = folder / "wandb_id", str(folder.resolve())
+    run_id, origin = read_id(path)
+    if path.exists():
+        checked_id(run_id, path)
+        if origin == here:
+            return run_id
+        if read_id(Path(origin, path.name))[0] == run_id:
+            log.info(f"W&B: {folder} is a copy of {origin}, so it gets another id")
+            run_id = ""
+    run_id = run_id or sweep_run_id(folder) or secrets.token_hex(4)
+    atomic_write(path, f"{run_id}\n{here}\n")
+    return run_id
+
+
+def read_id(path: Path) -> tuple[str, str]:
+    """Return the W&B id in a file and the folder it was created for; the id is "" without a file."""
+    lines: list[str] = []
+    with suppress(OSError, UnicodeDecodeError):
+        lines = path.read_text().splitlines()
+    run_id, origin = (*lines, "", "")[:2]
+    return run_id.strip(), origin or str(path.parent.resolve())
+
+
+def sweep_run_id(folder: Path) -> str | None:
+    """Return the id that a sweep's agent passes, or None if there is none or another run has it."""
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if run_id is None:
+        return None
+    taken = any(read_id(path)[0] == run_id for path in folder.parent.glob("*/wandb_id"))
+    if "WANDB_SWEEP_ID" in os.environ and not taken:
+        return checked_id(run_id, folder)
+    reason = "another run has it" if taken else "only a sweep sets the id of a run"
+    log.info(f"W&B: WANDB_RUN_ID={run_id} is ignored: {reason}")
+    return None
 
 
 def checked_id(run_id: str, path: Path) -> str:

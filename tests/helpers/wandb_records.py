@@ -10,6 +10,8 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+from cifar_dist.tracking.tracker import wandb_run_id
+
 
 def records(run: Path) -> list[dict[str, Any]]:
     """Return the rows copied from metrics.jsonl."""
@@ -18,7 +20,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def all_records(run: Path) -> list[Any]:
     """Return all records of the run's own offline file."""
-    (path,) = run.glob(f"wandb/offline-run-*-{(run / 'wandb_id').read_text()}/*.wandb")
+    (path,) = run.glob(f"wandb/offline-run-*-{wandb_run_id(run)}/*.wandb")
     return records_of(path)
 
 

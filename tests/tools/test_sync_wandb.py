@@ -26,6 +26,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -61,7 +62,7 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     assert [row["step"] for row in rows] == [line["step"] for line in logged]
     for row, line in zip(rows, logged, strict=True):
         assert row[f"{line['kind']}/loss"] == pytest.approx(line["loss"])
-    identity = (run / "wandb_id").read_text()
+    identity = tracker.wandb_run_id(run)
     (offline_run,) = run.glob(f"wandb/offline-run-*-{identity}")
     before = content(run)
     assert sync_wandb.main(["runs/tiny"]) == 0
@@ -79,13 +80,14 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     }  # of continued training
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(more) + "\n")
-    (run / "wandb/offline-run-20260101_000000-x-evaluation").mkdir()
+    (run / f"wandb/offline-run-20260101_000000-{identity}-evaluation").mkdir()
+    (run / "wandb/offline-run-20260101_000000-x-evaluation").mkdir()  # of a run it was copied from
     capsys.readouterr()
     assert sync_wandb.main(["runs/tiny"]) == 0
     assert [row["step"] for row in records(run)] == [line["step"] for line in lines(run)]
-    assert (run / "wandb_id").read_text() == identity
+    assert tracker.wandb_run_id(run) == identity
     (offline_run,) = run.glob(f"wandb/offline-run-*-{identity}")  # created within the same second
-    other = offline_run.with_name("offline-run-20260101_000000-x-evaluation")
+    other = offline_run.with_name(f"offline-run-20260101_000000-{identity}-evaluation")
     waiting = " ".join(str(path.relative_to(tmp_path)) for path in (offline_run, other))
     message = f"not uploaded: no API key; run `wandb login`; run this again later, or `wandb sync {waiting}`"
     assert message in capsys.readouterr().out
@@ -100,9 +102,10 @@ def test_restarts_become_one_run_and_syncing_is_idempotent(
     for _ in range(2):
         assert sync_wandb.main(["runs/tiny"]) == 0
         assert taken == [offline_run.name, other.name]
-    other.with_name("offline-run-20260102_000000-x-evaluation").mkdir()  # evaluated again
+    again = other.with_name(f"offline-run-20260102_000000-{identity}-evaluation")
+    again.mkdir()  # evaluated again
     assert sync_wandb.main(["runs/tiny"]) == 0
-    assert taken[2:] == ["offline-run-20260102_000000-x-evaluation"]
+    assert taken[2:] == [again.name]
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:

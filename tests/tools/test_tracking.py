@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,13 @@ from wandb_records import all_records, records, records_of, rows_of
 from wandb_server import wandb_server
 
 from cifar_dist.data.dataset import data_digest, load_split, read_hierarchy
-from cifar_dist.tracking.tracker import SUMMARY_AGGREGATES, Tracker, TrackingConfig, decide_mode
+from cifar_dist.tracking.tracker import (
+    SUMMARY_AGGREGATES,
+    Tracker,
+    TrackingConfig,
+    decide_mode,
+    wandb_run_id,
+)
 from recipes import RecipeMaker, with_teachers, write_recipe
 
 
@@ -33,6 +40,7 @@ def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
             patch.delenv(name, raising=False)
+        patch.setenv("WANDB_CONFIG_DIR", str(folder / "config"))
         patch.setenv("NETRC", str(folder / "no-netrc"))
         patch.setenv("WANDB_DATA_DIR", str(folder / "staging"))
         yield
@@ -76,6 +84,84 @@ def test_mode_depends_on_key_and_server(monkeypatch: pytest.MonkeyPatch) -> None
         assert decide_mode("auto")[0] == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert decide_mode("online")[0] == "off"
+
+
+def test_wandb_commands_are_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write ./wandb/settings. A recipe's own mode can only send less."""
+    monkeypatch.chdir(tmp_path)
+    with wandb_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for command, mode in ("offline", "offline"), ("disabled", "off"), ("online", "online"):
+            program = [sys.executable, "-m", "wandb", command]
+            subprocess.run(program, check=True, capture_output=True)
+            assert decide_mode("auto")[0] == decide_mode("online")[0] == mode
+            assert decide_mode("offline")[0] == ("off" if mode == "off" else "offline")
+            assert decide_mode("off")[0] == "off"
+
+
+SETTINGS = {  # modes: of the user, of the working directory, of the environment; the result
+    "user": ("offline", None, None, "offline"),
+    "working directory first": ("online", "disabled", None, "off"),
+    "environment first": ("offline", "disabled", "online", "online"),
+    "dryrun": (None, None, "dryrun", "offline"),
+    "dryrun in a file": ("dryrun", None, None, "offline"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_files_are_read_as_wandb_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    user, local, variable, expected = SETTINGS[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_CONFIG_DIR")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    with wandb_server() as server:
+        url = server.environment["WANDB_BASE_URL"]
+        monkeypatch.setenv("no_proxy", server.environment["no_proxy"])
+        for name, mode in (".config/wandb/settings", user), ("wandb/settings", local):
+            if mode:
+                (tmp_path / name).parent.mkdir(parents=True)
+                (tmp_path / name).write_text(f"[default]\nmode = {mode}\nbase_url = {url}\n")
+        assert decide_mode("auto")[0] == expected
+    program = (
+        "from wandb.sdk.wandb_setup import singleton; s = singleton().settings; "
+        "print('off' if s._noop else 'offline' if s._offline else 'online')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == expected, done.stderr
+
+
+def test_each_run_has_its_own_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copied run folder gets another id, a moved one keeps it, and only a sweep sets one."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr("cifar_dist.tracking.tracker.log.propagate", True)
+    monkeypatch.setenv("WANDB_RUN_ID", "exported")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first = wandb_run_id(tmp_path / "a")
+    assert "exported" not in (first, wandb_run_id(tmp_path / "b"))
+    assert "WANDB_RUN_ID=exported is ignored" in caplog.text
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    copied = wandb_run_id(tmp_path / "copy")
+    assert copied != first
+    assert wandb_run_id(tmp_path / "a") == first
+    (tmp_path / "a").rename(tmp_path / "moved")
+    shutil.rmtree(tmp_path / "b")
+    for _ in range(2):
+        assert wandb_run_id(tmp_path / "moved") == first
+        assert wandb_run_id(tmp_path / "copy") == copied
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep001")
+    for name in ("trial", "second"):
+        (tmp_path / name).mkdir()
+    assert wandb_run_id(tmp_path / "trial") == "exported"
+    assert wandb_run_id(tmp_path / "second") != "exported"
 
 
 def test_offline_files_match_metrics_jsonl(tracked: Path) -> None:
@@ -186,7 +272,7 @@ def artifacts_of(found: list[Any]) -> dict[str, Any]:
 
 def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, data: Path) -> None:
     """Four W&B runs in one group, linked by the digests of their inputs."""
-    names = {run: (tracked / run / "wandb_id").read_text() for run in ("wise", "student")}
+    names = {run: wandb_run_id(tracked / run) for run in ("wise", "student")}
     manifest = json.loads((tracked / "wise/logits/manifest.json").read_text())
     cache = f"logits-{manifest['sha256'][:12]}"
     found = {}
@@ -267,7 +353,7 @@ def test_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) -> N
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs/sweep_abcd1234"
-    assert (run / "wandb_id").read_text() == "abcd1234"  # also for a start without the agent
+    assert wandb_run_id(run) == "abcd1234"  # also for a start without the agent
     found = all_records(run)
     described = next(one.run for one in found if one.WhichOneof("record_type") == "run")
     assert (described.run_id, described.sweep_id) == ("abcd1234", "sweep001")
