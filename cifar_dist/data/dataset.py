@@ -117,6 +117,11 @@ def read_digest(root: Path) -> dict[str, Any]:
     """Return `digest.json`: {"content": ..., "train": {"rows": ..., "sha256": ...}, "test": {...}}."""
     if not (root / DIGEST).exists() and not (root / DATASET).exists():
         raise no_data_error(root)
+    if not (root / DIGEST).exists():
+        raise UserError(
+            f"{root / DIGEST}: is missing, so this dataset was not written by cifar_dist; prepare the "
+            "data in another folder with `python -m cifar_dist.prepare --output FOLDER`"
+        )
     digest = _read_json(root, root / DIGEST)
     try:
         for name in SPLITS:

@@ -40,6 +40,9 @@ from cifar_dist.utils.files import folder_lock
 OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
 SYNTHETIC = "sample"
+CLUTTER = re.compile(  # of file managers, of the caches of `datasets`, and of NFS
+    r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini|cache-.*\.arrow|\.nfs.*", re.IGNORECASE
+)
 REMEDY = "choose another folder (--output of prepare, data.path of a recipe)"  # train prepares too
 
 Content = Literal["official", "sample", "other"]
@@ -138,7 +141,7 @@ def _parse(members: dict[str, bytes], source: str) -> tuple[RawSplit, RawSplit, 
 
 def _read_existing(output: Path) -> dict[str, Any] | None:
     """Verify the dataset at `output` and return its digest, or None if there is none."""
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not _contained_files(output):
         return None
     for name in SPLITS:
         read_split(output, name)
@@ -158,15 +161,22 @@ def _refuse_foreign_files(output: Path) -> None:
     """Raise UserError if `output` contains files that `prepare` does not write."""
     if not output.exists():
         return
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if names and DATASET not in names:
+    names = _contained_files(output) if output.is_dir() else {output.name}
+    if names and not {DATASET, DIGEST} <= names:  # another program's dataset has no digest
         raise UserError(f"{output} was not written by cifar_dist; {REMEDY}")
     known = {DATASET, DIGEST}
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
         if read_digest(output)["content"] == SYNTHETIC:
             known |= {f"{FOLDER}/{name}" for name in OFFICIAL_MD5}
-    for path in output.rglob("*"):
-        name = path.relative_to(output).as_posix()
-        if name not in known and (path.is_symlink() or not path.is_dir()):
-            raise UserError(f"{output} contains {name}, which is not part of a dataset; {REMEDY}")
+    if foreign := sorted(names - known):
+        raise UserError(f"{output} contains {foreign[0]}, which is not part of a dataset; {REMEDY}")
+
+
+def _contained_files(folder: Path) -> set[str]:
+    """Return the relative paths of all files and links in a folder, without those in CLUTTER."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if (path.is_symlink() or not path.is_dir()) and not CLUTTER.fullmatch(path.name)
+    }

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from small_data import first_rows, small_data, write_pickles
@@ -162,6 +163,36 @@ def test_folder_with_pickles_is_never_touched(output: Path) -> None:
     with pytest.raises(UserError, match="not written by cifar_dist"):
         prepare("sample", output, force=True)
     assert tree(output) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_dataset_of_another_program_is_never_touched(
+    source: str, output: Path, tmp_path: Path, force: bool
+) -> None:
+    """`save_to_disk` writes the same files, except the digest."""
+    prepare(source, tmp_path / "ours", allow_unofficial=True)
+    datasets.load_from_disk(str(tmp_path / "ours")).save_to_disk(str(output))
+    before = tree(output)
+    with pytest.raises(UserError, match="not written by cifar_dist"):
+        prepare(source, output, allow_unofficial=True, force=force)
+    assert tree(output) == before
+    with pytest.raises(UserError, match="not written by cifar_dist"):
+        load_split(output, "test")
+
+
+def test_caches_and_clutter_of_other_programs_are_ignored(source: str, output: Path) -> None:
+    output.mkdir(parents=True)
+    (output / ".DS_Store").touch()
+    prepare(source, output, allow_unofficial=True)
+    for name in (".DS_Store", "train/Thumbs.db", "test/._state.json"):
+        (output / name).touch()
+    test = datasets.load_from_disk(str(output))["test"]
+    test.map(lambda row: {"double": 2 * row["fine_label"]})
+    assert list(output.glob("test/cache-*.arrow"))
+    prepare(source, output, allow_unofficial=True)
+    assert len(load_split(output, "test").labels) == 23
+    prepare(source, output, allow_unofficial=True, force=True)
+    assert not list(output.glob("test/cache-*.arrow"))
 
 
 def assert_refused(source: str | None, output: Path, match: str, **options: bool) -> None:
