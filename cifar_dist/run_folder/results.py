@@ -93,7 +93,8 @@ def read_metadata(folder: Path, name: str) -> dict[str, Any]:
     """Return summary.json or environment.json, empty if absent; UserError if damaged."""
     remedy = "start the training again to rewrite it"
     metadata = read_json(folder / name, remedy) or {}
-    for key in ("steps", "world_size", "seconds", "epochs", "top1", "top5", "parameters"):
+    numbers = ("steps", "world_size", "seconds", "device_seconds", "epochs", "parameters")
+    for key in (*numbers, "top1", "top5"):
         if not isinstance(metadata.get(key, 0), int | float):
             raise UserError(f"{folder / name} is damaged ({key} is not a number); {remedy}")
     return metadata

@@ -96,6 +96,21 @@ def runs(tmp_path: Path, trained: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
+def test_device_hours_count_the_processes_of_each_start(run: Path) -> None:
+    """One hour on eight processes and one on two, of which the summary has only the last number."""
+    path = run / "summary.json"
+    summary = json.loads(path.read_text()) | {"seconds": 7200.0, "world_size": 2}
+    for device_seconds, hours in ((36000.0, 10.0), (None, 4.0)):
+        stored = {"device_seconds": device_seconds} if device_seconds else {}
+        path.write_text(
+            json.dumps({k: v for k, v in summary.items() if k != "device_seconds"} | stored)
+        )
+        assert read_run(run).device_hours == hours
+    path.write_text(json.dumps(summary | {"device_seconds": "10"}))
+    with pytest.raises(UserError, match=r"summary\.json is damaged \(device_seconds"):
+        read_run(run)
+
+
 def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data: Path) -> None:
     output, latex = runs / "page.html", runs / "table.tex"
     folders = [str(runs / name) for name in ("tiny_s0", "tiny_s1", "other", "unfinished")]
