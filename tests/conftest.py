@@ -18,7 +18,7 @@ from small_data import quick_recipe, small_data
 from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.synthetic import draw_synthetic
 from cifar_dist.models.classifier import ModelConfig, build_model
-from cifar_dist.run_folder.checkpoint import save_checkpoint
+from cifar_dist.run_folder.checkpoint import save_checkpoint, to_cpu
 from recipes import RecipeMaker, TeacherMaker, write_recipe
 
 
@@ -75,7 +75,7 @@ def teacher(tmp_path: Path) -> TeacherMaker:
         save_checkpoint(
             folder / "checkpoints",
             step=1,
-            tensors={"model": build_model(config, 100).state_dict()},
+            tensors={"model": to_cpu(build_model(config, 100).state_dict())},
             optimizer={},
             progress={},
         )

@@ -8,6 +8,7 @@ run's state: a checkpoint only has its digest, and neither DDP nor the optimizer
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -262,15 +263,17 @@ def shard_frozen(model: nn.Module, mesh: DeviceMesh) -> None:
     A block is a member of a Sequential or ModuleList that has submodules of its own. Its parameters
     are gathered for its forward pass only; those of the root stay sharded between forward passes.
     """
-    # FSDP2 cannot shard scalars, so every rank keeps them.
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    # FSDP2 can shard neither scalars nor parameters of several blocks, so every rank keeps them.
+    named = model.named_parameters(remove_duplicate=False)
+    uses = Counter(parameter for _, parameter in named)
+    replicated = {p for p, count in uses.items() if p.ndim == 0 or count > 1}
     chains = [m for m in model.modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
     for chain in reversed(chains):  # inner ones first
         for block in chain:
             is_chain = isinstance(block, nn.Sequential | nn.ModuleList)
             if not is_chain and any(block.children()) and any(True for _ in block.parameters()):
-                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
 
 
 def local_shard(file: Any, name: str, target: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -29,6 +29,7 @@ from cifar_dist.models.timm_folder import (
     timm_config,
     timm_state,
 )
+from cifar_dist.models.weights import unshared
 from cifar_dist.recipe.schema import to_dict
 from cifar_dist.recipe.teachers import TEACHER_EXPORT
 from cifar_dist.run_folder.checkpoint import load_progress
@@ -195,8 +196,7 @@ def to_timm(trained: TrainedModel, folder: Path) -> str:
 
 @torch.no_grad()
 def to_teacher(trained: TrainedModel, folder: Path) -> str:
-    state = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
-    atomic_write(folder / "model.safetensors", save(state))
+    atomic_write(folder / "model.safetensors", save(unshared(trained.model.state_dict())))
     config = {
         "model": to_dict(trained.recipe)["model"],
         "logit_scale": trained.logit_scale,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from cifar_dist.models.backbones import pretrained_cfg
 from cifar_dist.models.classifier import Classifier, ModelConfig
 from cifar_dist.models.heads import CosineHead, LinearHead
+from cifar_dist.models.weights import unshared
 
 
 def timm_blocker(config: ModelConfig) -> str | None:
@@ -56,7 +57,7 @@ def timm_state(model: Classifier, config: ModelConfig) -> dict[str, Tensor]:
     weight = weight.reshape(whole.get_parameter(f"{layer}.weight").shape)
     state = dict(model.backbone.state_dict())
     state |= {f"{layer}.weight": weight, f"{layer}.bias": bias}
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return unshared(state)
 
 
 def pixel_statistics(model: Classifier) -> tuple[list[float], list[float]]:

@@ -155,5 +155,13 @@ def affects_output(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
+def unshared(state: StateDict) -> dict[str, Tensor]:
+    """Return contiguous copies on the CPU; safetensors refuses names that share a tensor."""
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+
+
 def shapes(state: StateDict) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,8 +34,12 @@ def main(arguments: list[str]) -> int:
             for _ in range(2):  # again after all blocks were gathered and freed
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     equal.append(torch.equal(replicated(images).logits, sharded(images).logits))
+        names = Counter(p for _, p in replicated.named_parameters(remove_duplicate=False))
+        tied = {name for name, p in replicated.named_parameters() if names[p] > 1}  # on all ranks
         shapes = {}
         for name, parameter in sharded.named_parameters():
+            if name in tied:
+                continue
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             storage = local.untyped_storage().nbytes() // local.element_size()
             shapes[name] = [list(parameter.shape), list(local.shape), storage]

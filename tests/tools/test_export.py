@@ -28,7 +28,7 @@ from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.timm_folder import timm_state
 from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.recipe.teachers import find_teacher
-from cifar_dist.run_folder.checkpoint import save_checkpoint
+from cifar_dist.run_folder.checkpoint import save_checkpoint, to_cpu
 from cifar_dist.utils.errors import UserError
 from recipes import RecipeMaker
 
@@ -58,7 +58,7 @@ def make_run(tmp_path: Path, data: Path) -> RunMaker:
                         if kind != "num_batches_tracked":
                             nn.init.uniform_(buffer, 0.5, 2)
                     nn.init.uniform_(module.bias, -0.5, 0.5)
-            tensors[part] = net.state_dict()
+            tensors[part] = to_cpu(net.state_dict())
         save_checkpoint(folder / "checkpoints", step=1, tensors=tensors, optimizer={}, progress={})
         return folder
 
@@ -76,7 +76,15 @@ def export(run: Path, to: str, *options: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("model", [{}, {"backbone": "test_vit", "image_size": 64}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {},
+        {"backbone": "test_vit", "image_size": 64},
+        {"backbone": "coat_lite_tiny"},
+    ],  # tied tensors
+    ids=["test_resnet", "test_vit", "coat"],
+)
 def test_timm_loads_the_folder_with_equal_logits(make_run: RunMaker, model: dict[str, Any]) -> None:
     run = make_run("plain", ema=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.25), **model)
     folder = export(run, "timm")
@@ -200,6 +208,14 @@ def test_exported_teacher_trains_a_student(
     (folder / "cifar_dist.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         find_teacher(TeacherConfig(run=str(folder)))
+
+
+def test_tied_tensors_are_exported_as_a_teacher(make_run: RunMaker) -> None:
+    run = make_run("coat", backbone="coat_lite_tiny")
+    by_run, by_folder = (
+        find_teacher(TeacherConfig(run=str(path))) for path in (run, export(run, "teacher"))
+    )
+    assert by_folder.digest == by_run.digest
 
 
 def test_unsupported_export_is_refused_with_alternatives(make_run: RunMaker) -> None:

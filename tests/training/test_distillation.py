@@ -178,6 +178,8 @@ def test_sharded_teachers_match_replicated_ones_and_keep_only_their_rows(
     if world_size == 2:  # 28 million parameters, and masks on the device of the parameters
         swin = "swin_tiny_patch4_window7_224"
         folders.append(teacher(swin, backbone=swin, image_size=64))
+        coat = "coat_lite_tiny"  # blocks share parameters
+        folders.append(teacher(coat, backbone=coat, image_size=32))
     sharing = world_size if over == "world" else 2
     processes = Launch(
         "sharded_teacher",
