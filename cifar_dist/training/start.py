@@ -84,15 +84,16 @@ def ensure_data(recipe: Recipe) -> bool:
     """Prepare missing data on rank 0 while the others wait; False if a stop signal arrives."""
     path, source = Path(recipe.data.path), recipe.data.source
     has_data = (path / "digest.json").exists()
+    if not has_data and source is None:  # on all ranks: there is nothing to wait for
+        siblings = (file.parent.name for file in path.parent.glob("*/digest.json"))
+        near = closest(path.name, siblings)
+        hint = f"did you mean {path.parent / near}? If not, " if near else ""
+        raise UserError(
+            f"{path} has no data; {hint}run `python -m cifar_dist.prepare --output {path}`, or "
+            "set data.source as well"
+        )
     if not has_data and is_main_rank():
-        if source is None:
-            siblings = (file.parent.name for file in path.parent.glob("*/digest.json"))
-            near = closest(path.name, siblings)
-            hint = f"did you mean {path.parent / near}? If not, " if near else ""
-            raise UserError(
-                f"{path} has no data; {hint}run `python -m cifar_dist.prepare --output {path}`, or "
-                "set data.source as well"
-            )
+        assert source is not None
         prepare(source, path)
     waited = 0
     while not (path / "digest.json").exists():
