@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TextIO
 
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130  # exit code that shells report for a process that Ctrl-C ended
@@ -50,7 +51,49 @@ def first_line(error: BaseException) -> str:
 
 
 def print_error(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_to_stderr(f"error: {message}")
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line to stderr, unless its reader has exited."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        discard_output(sys.stderr)
+
+
+def discard_output(stream: TextIO) -> None:
+    """Send what a stream has buffered and all that follows to the null device.
+
+    Otherwise a stream whose reader has exited raises an error again when Python exits.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def flush_stdout() -> None:
+    """Flush stdout before Python exits, which would change the exit code if its reader has exited."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        discard_output(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def open_closed_streams() -> None:
+    """Open the null device as each standard stream that is closed, as after `>&-` in a shell.
+
+    Otherwise Python has None instead of the stream, and the next file to be opened would receive what
+    libraries print.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # the new descriptor is the lowest free one, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  until the process ends
 
 
 def exit_on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -67,6 +110,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     code is 2 then. With --traceback these errors are raised instead.
     """
     arguments = sys.argv[1:]
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may not fit the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -80,9 +124,12 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, exit_on_interrupt):
         signal.signal(signal.SIGINT, interrupt)
     try:
-        return main(arguments)
+        try:
+            return main(arguments)
+        finally:
+            flush_stdout()
     except BrokenPipeError:  # the reader of our output has exited, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout)
         return 0
     except (UserError, OSError) as error:
         message = user_message(error)
@@ -96,5 +143,5 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise
         if is_main_rank():
-            print("interrupted; all written files are complete", file=sys.stderr, flush=True)
+            print_to_stderr("interrupted; all written files are complete")
         return INTERRUPTED

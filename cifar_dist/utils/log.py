@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from tqdm import tqdm
 
-from cifar_dist.utils.errors import is_main_rank
+from cifar_dist.utils.errors import discard_output, is_main_rank
 
 log = logging.getLogger("cifar_dist")
 
@@ -21,7 +20,7 @@ class _TqdmHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has exited, as `head` does; keep working
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output(sys.stdout)
 
 
 def log_to_terminal() -> None:

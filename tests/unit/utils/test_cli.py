@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,6 +205,60 @@ def test_closed_pipe_does_not_end_the_command() -> None:
     command = f"{sys.executable} -c {shlex.quote(script)} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("line 0\n", "done\n")
+
+
+def test_help_without_a_reader_succeeds() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "cifar_dist.train", "--help"]
+    done = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+STREAMS = {  # what a shell or a launcher does with the standard streams
+    "closed stdout": ">&-",
+    "closed stderr": "2>&-",
+    "closed stdout and stderr": ">&- 2>&-",
+    "closed stdin": "<&-",
+    "stdout without a reader": "> >(exit)",
+    "stderr without a reader": "2> >(exit)",
+}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("streams", STREAMS.values(), ids=STREAMS)
+def test_missing_streams_change_no_exit_code(tmp_path: Path, streams: str) -> None:
+    """Log lines, prints, progress bars, --help and errors; the next file is not standard output."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from cifar_dist.utils.errors import UserError, run_command\n"
+        "from cifar_dist.utils.log import log, log_to_terminal, progress_bar\n"
+        "def main(arguments):\n"
+        "    time.sleep(0.1)  # until the readers have exited\n"
+        "    log_to_terminal()\n"
+        "    log.info('line')\n"
+        "    progress_bar(0, 1, enabled=True).update()\n"
+        "    with open('file', 'w'):\n"
+        "        os.system('echo from another program')\n"
+        "        print('printed')\n"
+        "    if 'error' in arguments:\n"
+        "        raise UserError('message')\n"
+        "    return 75\n"
+        "sys.exit(run_command(main))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(PACKAGE.parent)}
+    for arguments, code in ("", 75), ("error", 2):
+        command = f"{sys.executable} {script} {arguments} {streams}"
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stderr in ("", "error: message\n")
+        assert (tmp_path / "file").read_text() == ""
 
 
 def test_traceback_option_raises_user_errors(
