@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -82,7 +83,9 @@ def find_images(paths: Sequence[Path]) -> dict[str, Tensor]:
         if not path.is_dir():
             images[str(path)] = read_image(path)
             continue
-        for file in sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES):
+        for file in sorted(files_in(path)):
+            if file.suffix.lower() not in SUFFIXES:
+                continue
             try:
                 images[str(file)] = read_image(file)
             except UserError as error:
@@ -90,6 +93,19 @@ def find_images(paths: Sequence[Path]) -> dict[str, Tensor]:
     if not images:
         raise UserError("no readable image in these folders; give other folders, or files")
     return images
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, linked ones included, each folder once."""
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:  # a link to a parent would never end
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (Path(parent, name) for name in names)
 
 
 def read_rows(rows: str, data: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:

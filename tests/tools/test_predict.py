@@ -160,6 +160,20 @@ def test_suffixes_of_images_in_folders_are_documented(tmp_path: Path) -> None:
     assert f"files with the suffix {', '.join(sorted(SUFFIXES))}." in page
 
 
+def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
+    """Also with links to a parent, to a folder that was searched before, and to nothing."""
+    for name in ("images", "other/inner"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "one.png")
+    links = {"a_link": "other", "b_same": "other/inner", "up": ".", "c_absent": "absent"}
+    for name, target in links.items():
+        (tmp_path / "images" / name).symlink_to(tmp_path / target)
+    found = [
+        Path(name).relative_to(tmp_path / "images") for name in find_images([tmp_path / "images"])
+    ]
+    assert [str(path) for path in found] == ["a_link/inner/one.png", "one.png"]
+
+
 def test_unreadable_image_in_a_folder_is_skipped_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
