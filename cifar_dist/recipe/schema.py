@@ -144,6 +144,13 @@ class Recipe:
                 "its accuracy would be meaningless; add cross_entropy: {weight: 1.0}, or arcface "
                 "with model.head=cosine"
             )
+        scaled = (loss.head == "cosine" and loss.weight for loss in self.losses.values())
+        if self.model.head == "cosine" and not any(scaled):
+            raise ValueError(
+                f"losses ({', '.join(self.losses)}): model.head=cosine gives logits from -1 to 1, too "
+                "small for a softmax; set model.head=linear, or add a loss that scales them: "
+                "arcface or cosface"
+            )
 
     def _check_teachers(self) -> None:
         if self.teacher and self.teachers:

@@ -35,8 +35,12 @@ def exported_teacher(folder: Path) -> TeacherWeights:
         or not weights.is_file()
     ):
         raise UserError(f"{folder} is damaged; export the teacher again")
+    model = content["model"]
+    is_cosine = isinstance(model, dict) and model.get("head") == "cosine"
+    loss = "arcface" if is_cosine else "cross_entropy"  # one that fits the head
     recipe = validate(
-        {"name": "teacher", "model": content["model"]}, where=str(folder / TEACHER_EXPORT)
+        {"name": "teacher", "model": model, "losses": {loss: {}}},
+        where=str(folder / TEACHER_EXPORT),
     )
     return TeacherWeights(
         model=recipe.model,

@@ -112,6 +112,11 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nrun: {batch_size: 2, micro_batches: 3}", ["micro_batches=3", "batch_size=2"]),
         ("name: a\nlosses: {arcface: {}}", ["losses.arcface", "model.head=cosine"]),
         ("name: a\nlosses: {sphereface: {}}", ["losses.sphereface", "model.head=cosine"]),
+        ("name: a\nmodel: {head: cosine}", ["(cross_entropy)", "model.head=linear", "arcface"]),
+        (
+            "name: a\nmodel: {head: cosine}\nlosses: {bce: {}, supcon: {}, cosface: {weight: 0}}",
+            ["too small for a softmax", "model.head=linear"],
+        ),
         (
             "name: a\nmodel: {head: cosine}\nlosses: {l_softmax: {}}",
             ["losses.l_softmax", "model.head=linear"],
