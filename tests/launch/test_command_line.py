@@ -92,6 +92,7 @@ def test_ctrl_c_saves_and_says_so_once(tmp_path: Path, recipe: RecipeMaker) -> N
     assert find_corruption(saved) is None
 
 
+@pytest.mark.fault
 @needs_proc
 def test_ranks_stop_if_the_launcher_is_killed(tmp_path: Path, recipe: RecipeMaker) -> None:
     process = start("train", recipe(run={"epochs": 2000}), "--processes", "2", cwd=tmp_path)
@@ -104,6 +105,7 @@ def test_ranks_stop_if_the_launcher_is_killed(tmp_path: Path, recipe: RecipeMake
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in ranks)
 
 
+@pytest.mark.fault
 @needs_proc
 def test_killed_rank_ends_the_launch_with_its_signal(tmp_path: Path, recipe: RecipeMaker) -> None:
     process = start("train", recipe(run={"epochs": 2000}), "--processes", "2", cwd=tmp_path)

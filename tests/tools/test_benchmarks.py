@@ -315,6 +315,7 @@ def run_script(script: str, *words: str | Path) -> tuple[str, Any]:
     return process.stdout, json.loads(Path("results.json").read_text())
 
 
+@pytest.mark.fault  # slow: every loader of the other libraries
 def test_input_reports_every_row(middle_data: Path) -> None:
     quick = ["--rounds", "1", "--seconds", "0.05"]
     printed, numbers = run_script("input.py", "--data", middle_data, *quick)
