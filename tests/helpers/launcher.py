@@ -19,11 +19,19 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from cifar_dist.distributed.local_launch import rank_environment
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # ranks share the cores
 context = multiprocessing.get_context("forkserver")
 PORTS = itertools.count(os.getpid())  # concurrent test sessions start at different ports
 COMMANDS = ("train", "evaluate", "cache_logits", "doctor")
-context.set_forkserver_preload([*(f"cifar_dist.{name}" for name in COMMANDS), "torch._dynamo"])
+context.set_forkserver_preload(  # commands import these after parsing
+    [
+        *("cifar_dist.train", "cifar_dist.inference.evaluate_run"),
+        *("cifar_dist.inference.logit_caching", "cifar_dist.training.launch_check"),
+        "torch._dynamo",
+    ]
+)
 
 
 def _run_rank(
@@ -69,17 +77,9 @@ def start_rank(
 
 
 def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """Return the environment variables that a launcher sets, with all ranks on this machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_WAIT_POLICY": "passive",
-    }
+    """Return the environment variables of a rank on this machine's CPU."""
+    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive"}
+    return rank_environment(rank, world_size, port) | cpu
 
 
 class Launch:
