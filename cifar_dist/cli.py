@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from cifar_dist import __version__
 from cifar_dist.distributed.local_launch import count_gpus, launch
@@ -82,16 +83,20 @@ def choose_processes(asked: str, arguments: list[str], gpus: int) -> int:
 
 
 def micro_batches(arguments: list[str]) -> int | None:
-    """Return `run.micro_batches` of the recipe in a command line, if there is one."""
-    key, value = "run.micro_batches=", None
+    """Return `run.micro_batches` of the recipe in a command line, or None; the command checks both."""
+    for word in reversed(arguments):
+        if word.startswith("run.micro_batches="):
+            value = word.partition("=")[2]
+            return int(value) if value.isdigit() else None
     for word in arguments:
-        if word.startswith(key):
-            return int(word.removeprefix(key))
-        if "=" not in word and not word.startswith("-"):
+        with suppress(
+            UserError, LookupError, TypeError, OSError
+        ):  # not a recipe, or without the key
             path = find_recipe(word)
             content = parse_yaml(path.read_text(), where=str(path))
-            value = content["run"].get("micro_batches") if content.get("run") else None
-    return value
+            value = content["run"]["micro_batches"]
+            return value if isinstance(value, int) else None
+    return None
 
 
 def run(arguments: list[str]) -> int:
