@@ -95,7 +95,7 @@ def micro_batches(arguments: list[str]) -> int | None:
             path = find_recipe(word)
             content = parse_yaml(path.read_text(), where=str(path))
             value = content["run"]["micro_batches"]
-            return value if isinstance(value, int) else None
+            return value if isinstance(value, int) and value > 0 else None
     return None
 
 
