@@ -49,7 +49,7 @@ class RunConfig:
     # parts of the global batch, each with its own BatchNorm statistics; null: one per process of the
     # first start
     micro_batches: Count | None = None
-    precision: Precision = "auto"  # auto: bf16 if the device supports it, else fp32; kept on resume
+    precision: Precision = "auto"  # auto: bf16 where it is native, else fp32; kept on resume
     seed: Index = 0  # seed of initial weights, order of images and dropout
     output_dir: str = "runs"  # parent of the run folder, which has the name of the recipe
     threads: Count | None = None  # CPU threads per process; null: an equal part of the CPUs
