@@ -42,6 +42,7 @@ def propagate_errors(accelerator: Accelerator) -> Iterator[None]:
     try:
         with translate_oom():
             yield
+        channel.close()  # while rank 0 still serves the store
         destroy_distributed(accelerator)
     except (UserError, OSError) as error:
         message = user_message(error)
@@ -60,7 +61,7 @@ def propagate_errors(accelerator: Accelerator) -> Iterator[None]:
         channel.exit_if_reported()
         raise
     finally:
-        channel.closed.set()
+        channel.close()
 
 
 @contextmanager
@@ -93,7 +94,10 @@ class ErrorChannel:
         self.closed = threading.Event()
         self.store = _get_default_store().clone()  # each thread needs its own connection
         store = _get_default_store().clone()
-        threading.Thread(target=self._listen, args=(store,), daemon=True, name="errors").start()
+        self.thread = threading.Thread(
+            target=self._listen, args=(store,), daemon=True, name="errors"
+        )
+        self.thread.start()
 
     def _listen(self, store: dist.Store) -> None:
         with suppress(RuntimeError):  # the store has closed because the run has ended
@@ -101,6 +105,11 @@ class ErrorChannel:
                 if store.check([REPORTED]):
                     self._leave(store)
                     os._exit(USER_ERROR)
+
+    def close(self) -> None:
+        """Stop listening. A thread inside the store's C++ code would abort the interpreter's exit."""
+        self.closed.set()
+        self.thread.join(EXIT_SECONDS)
 
     def exit_if_reported(self) -> None:
         """Exit if another rank has reported an error that the listening thread has not seen yet."""

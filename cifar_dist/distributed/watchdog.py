@@ -47,7 +47,14 @@ class HeartbeatTable:
             # is stopped.
             self.write_store = _get_default_store().clone()
             self.read_store = _get_default_store().clone()
-            threading.Thread(target=self._write, daemon=True, name="heartbeat").start()
+            self.thread = threading.Thread(target=self._write, daemon=True, name="heartbeat")
+            self.thread.start()
+
+    def close(self) -> None:
+        """Stop writing. A thread inside the store's C++ code would abort the interpreter's exit."""
+        self.stop.set()
+        if self.context.world_size > 1:
+            self.thread.join(CHECK_SECONDS)
 
     def _write(self) -> None:
         tick = 0
@@ -167,4 +174,4 @@ def watchdog(
         raise
     finally:
         over.set()
-        table.stop.set()
+        table.close()

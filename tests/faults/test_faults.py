@@ -17,6 +17,8 @@ from launcher import Launch, free_port, start_rank, train
 from cifar_dist.run_folder.checkpoint import checkpoints
 from recipes import RecipeMaker
 
+ROOT = Path(__file__).parents[2]
+
 ENDLESS = {"epochs": 100_000, "eval_every_epochs": 100_000, "log_every_steps": 100_000}
 TIMEOUT = 4  # run.timeout_seconds
 
@@ -211,3 +213,31 @@ def test_nonfinite_step_is_skipped_on_all_ranks(
     assert [line["skipped"] for line in skipped if line["kind"] == "train"] == [0, 0, 1, 0, 0]
     assert all(line["loss"] is not None for line in skipped)
     assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
+
+
+def test_no_thread_is_in_the_store_when_the_interpreter_exits() -> None:
+    """Such a thread ends in `terminate called without an active exception`."""
+    script = """
+import threading
+from types import SimpleNamespace
+from pathlib import Path
+import torch.distributed as dist
+from cifar_dist.distributed.context import DistContext
+from cifar_dist.distributed.error_propagation import ErrorChannel
+from cifar_dist.distributed.watchdog import watchdog
+store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+channel, context = ErrorChannel(0, 2), DistContext(0, 2, None)
+state = SimpleNamespace(step=0, saved_step=0)
+with watchdog(context, state, seconds=600, micro_batches=1, folder=Path("a")) as stop:
+    print(sorted(thread.name for thread in threading.enumerate()))
+    stop()
+channel.close()
+print(sorted(thread.name for thread in threading.enumerate() if thread.name != "watchdog"))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    during, after = result.stdout.splitlines()
+    assert during == "['MainThread', 'errors', 'heartbeat', 'watchdog']"
+    assert after == "['MainThread']"
