@@ -13,8 +13,13 @@ from contextlib import suppress
 from cifar_dist import __version__
 from cifar_dist.distributed.local_launch import count_gpus, launch
 from cifar_dist.utils.errors import UserError, run_command
-from cifar_dist.utils.recipe_files import RECIPES, find_recipe, recipe_names
-from cifar_dist.utils.strict_yaml import parse_yaml
+from cifar_dist.utils.recipe_files import (
+    RECIPES,
+    apply_override,
+    find_recipe,
+    read_yaml,
+    recipe_names,
+)
 from cifar_dist.utils.suggest import closest
 
 COMMANDS = {
@@ -84,17 +89,13 @@ def choose_processes(asked: str, arguments: list[str], gpus: int) -> int:
 
 def micro_batches(arguments: list[str]) -> int | None:
     """Return `run.micro_batches` of the recipe in a command line, or None; the command checks both."""
-    for word in reversed(arguments):
-        if word.startswith("run.micro_batches="):
-            value = word.partition("=")[2]
-            return int(value) if value.isdigit() else None
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     for word in arguments:
-        with suppress(
-            UserError, LookupError, TypeError, OSError
-        ):  # not a recipe, or without the key
-            path = find_recipe(word)
-            content = parse_yaml(path.read_text(), where=str(path))
-            value = content["run"]["micro_batches"]
+        with suppress(UserError, LookupError, TypeError):  # not a recipe, or without the key
+            raw = read_yaml(find_recipe(word))
+            for override in overrides:
+                apply_override(raw, override)
+            value = raw["run"]["micro_batches"]
             return value if isinstance(value, int) and value > 0 else None
     return None
 

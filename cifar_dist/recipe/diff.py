@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.recipe.load import read_yaml, validate
+from cifar_dist.recipe.load import validate
 from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.recipe_files import read_yaml
 
 # They do not change the results, so a run may be resumed with other values.
 NON_SEMANTIC_KEYS = (

@@ -12,11 +12,8 @@ from pydantic import ValidationError
 
 from cifar_dist.recipe.schema import ADAPTER, DataConfig, Recipe
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.recipe_files import missing_recipe
-from cifar_dist.utils.strict_yaml import parse_yaml
+from cifar_dist.utils.recipe_files import apply_override, read_yaml
 from cifar_dist.utils.suggest import refuse_unknown_keys
-
-MAX_BYTES = 1 << 16
 
 # Keys of other trainers and of earlier versions -> the key here.
 ALIASES = {
@@ -78,22 +75,6 @@ def data_path(raw: dict[str, Any]) -> Any:
     return data.get("path", DataConfig.path) if isinstance(data, dict) else DataConfig.path
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file as plain data, not validated."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES} bytes: not a recipe")
-        text = path.read_text()
-    except FileNotFoundError:
-        raise missing_recipe(path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    raw = parse_yaml(text, where=str(path))
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with a `name`")
-    return raw
-
-
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """Build a recipe from plain data; types are strict and unknown keys are an error."""
     refuse_unknown_keys(raw, Recipe, where=where, aliases=ALIASES)
@@ -138,20 +119,3 @@ def dotted_key(error: Mapping[str, Any], raw: dict[str, Any]) -> str:
     if error["type"] == "missing":
         keys.append(str(error["loc"][-1]))
     return ".".join(keys) or "recipe"
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in plain data, creating missing sections."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(
-            f"{override!r}: overrides have the form section.key=value, like run.epochs=2"
-        )
-    *sections, last = dotted.split(".")
-    node = raw
-    for section in sections:
-        child = node.get(section)
-        if child is not None and not isinstance(child, dict):
-            raise UserError(f"{override!r}: {section} is not a section")
-        node[section] = node = child or {}
-    node[last] = parse_yaml(text, where=override)

@@ -29,6 +29,10 @@ TENSOR, DTYPE = (
     "tensor",
     "dtype",
 )  # the keys of {"tensor": PATH} and {"dtype": NAME} in optimizer.json
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+}
 REQUIRED_FILES = (
     "model.safetensors",
     "optimizer.safetensors",
@@ -172,9 +176,7 @@ def join_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         case dict() if value.keys() == {TENSOR}:
             return tensors[value[TENSOR]]
         case dict() if value.keys() == {DTYPE}:
-            dtype = getattr(torch, value[DTYPE])
-            assert isinstance(dtype, torch.dtype)
-            return dtype
+            return DTYPES[value[DTYPE]]
         case dict():
             return {key: join_tensors(inner, tensors) for key, inner in value.items()}
         case list():

@@ -18,7 +18,8 @@ X86 = ("x86_64", "AMD64")
 def is_native(precision: Precision, device: torch.device) -> bool:
     """Return whether the device has instructions for a precision, instead of emulating it.
 
-    Without them a CPU trains about 5 times slower in bf16 than in fp32.
+    Without them a ResNet-18 at 32 px trains 5 to 9 times slower in bf16 than in fp32: 38 against 200
+    images/s on two AVX2 cores, 40 against 344 on one core of an AMD EPYC limited to AVX2.
     """
     if precision == "fp32":
         return True
@@ -50,8 +51,8 @@ def check_precision(precision: Precision, device: torch.device) -> None:
 
 def emulation_warning(precision: Precision) -> str:
     return (
-        f"this CPU has no {precision} instructions and emulates them: expect about a fifth of the "
-        "speed of fp32; set run.precision=fp32"
+        f"this CPU has no {precision} instructions and emulates them: expect a fifth of the speed of "
+        "fp32 or less; set run.precision=fp32"
     )
 
 

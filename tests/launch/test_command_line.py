@@ -235,6 +235,7 @@ def test_recipe_by_name_or_path_and_words_in_any_order(name: str) -> None:
         ("auto", [], 3, 3),
         ("auto", ["--fork", "runs/r18_32", "name=new", "r18_32"], 8, 4),
         ("auto", ["runs/a"], 3, 3),
+        ("auto", ["runs/a", "--cifair", sys.executable], 3, 3),  # a binary file
         ("auto", ["r18_32", "run.micro_batches=many"], 3, 3),
         ("3", ["r18_32"], 0, 3),
     ],
