@@ -163,7 +163,7 @@ def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | N
     if saved is None:
         stored = (try_read_json(folder / "environment.json") or {}).get("origin")
         fork = fork or (Path(stored["run"]) if stored else None)  # killed before its first save
-        return start_fork(recipe, fork, data=data) if fork else Start()
+        return forked_start(recipe, fork, data=data) if fork else Start()
     metadata = load_progress(saved)
     differences = recipe_diff(recipe)
     if metadata["data"] != data:
@@ -176,7 +176,7 @@ def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | N
     ]
     if differences and metadata["step"] == 0:
         remove_folder(saved)
-        return start_fork(recipe, fork, data=data) if fork else Start()
+        return forked_start(recipe, fork, data=data) if fork else Start()
     if differences:
         raise UserError(
             f"{folder} was trained with another recipe ({'; '.join(differences)}); choose another "
@@ -197,7 +197,7 @@ def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | N
     )
 
 
-def start_fork(recipe: Recipe, folder: Path, *, data: str) -> Start:
+def forked_start(recipe: Recipe, folder: Path, *, data: str) -> Start:
     fork = plan_fork(recipe, folder, data=data)
     metadata = load_progress(fork.checkpoint)
     return Start(
