@@ -7,6 +7,7 @@ import importlib
 import io
 import itertools
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -155,8 +156,9 @@ def test_output_is_checked_before_the_work(tmp_path: Path, monkeypatch: pytest.M
     def work(*arguments: object, **options: object) -> None:
         raise AssertionError
 
-    import cifar_dist.reporting.page  # noqa: F401  it must not keep a patched function
-
+    # Commands import inside `main`: a module first imported now would keep a patched function.
+    for module in pkgutil.walk_packages([str(PACKAGE)], "cifar_dist."):
+        importlib.import_module(module.name)
     monkeypatch.setattr("cifar_dist.data.dataset.load_split", work)
     monkeypatch.setattr("cifar_dist.inference.trained_model.load_trained_model", work)
     monkeypatch.setattr("cifar_dist.inference.stored_run.read_run", work)
