@@ -1,7 +1,7 @@
 """Time training steps of recipes: wall time, host time and kernels.
 
     python benchmarks/step_times.py --output step_times.json
-    python benchmarks/step_times.py recipes/r18_32.yaml run.cuda_graphs=off --output one.json
+    python benchmarks/step_times.py r18_32 vit_b_384 run.cuda_graphs=off --output two.json
 
 Images and weights are random, including the teacher's, so no data set is needed.
 """
@@ -221,8 +221,12 @@ def floor(recipe: Recipe) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", help="one recipe instead of the built-in rows")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RECIPE | section.key=value",
+        help="recipes instead of the built-in rows, and overrides for all of them",
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=1.5, help="seconds per row")
     parser.add_argument("--only", default="", help="substring of the rows to run")
@@ -231,15 +235,13 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # as init_distributed sets it
     accelerator = Accelerator()
     root = Path(__file__).parents[1] / "recipes"
+    words = tuple(word for word in options.words if "=" in word)
+    named = [(" ".join([word, *words]), word, words) for word in options.words if word not in words]
     cases = [
-        (row, str(root / f"{recipe}.yaml"), (*overrides, *options.set))
-        for row, recipe, overrides in CASES
+        (row, root / f"{recipe}.yaml", (*overrides, *options.set))
+        for row, recipe, overrides in named or CASES
         if options.only in row
     ]
-    if options.recipe:
-        cases = [
-            (" ".join([options.recipe, *options.overrides]), options.recipe, options.overrides)
-        ]
     on_gpu = accelerator.device.type == "cuda"
     report: dict[str, Any] = {
         "hardware": torch.cuda.get_device_name() if on_gpu else processor_name(),
@@ -253,7 +255,7 @@ def main() -> None:
         f"{'':44}{'ms':>8}{'host':>8}{'kernels':>9}{'busy':>8}{'floor':>8}{'images/s':>10}{'MiB':>8}"
     )
     for row, recipe_path, overrides in cases:
-        recipe = load_recipe(Path(recipe_path), list(overrides))
+        recipe = load_recipe(recipe_path, list(overrides))
         try:
             result = measure(build_loop(recipe, accelerator), seconds=options.seconds)
             result["floor_milliseconds"] = floor(recipe)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from compare import assert_same_bits
+from launcher import free_port
 from step_cost import ALL_OPS, Waits, batches_of, model_of
 from streams import augment_steps, plan
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.data.streaming import stream_images
+from cifar_dist.distributed.local_launch import rank_environment
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer, set_learning_rate
 from cifar_dist.run_folder.checkpoint import checkpoints
@@ -203,21 +205,42 @@ def test_images_on_the_host_arrive_without_a_wait(data: Path) -> None:
 # ----------------------------------------------------------------------------- whole runs
 
 
-def start(recipe: Path, *overrides: str, cwd: Path) -> subprocess.Popen[str]:
+MODULE = ("-m", "cifar_dist.train")
+GLOO = (str(Path(__file__).parents[1] / "helpers/gloo_on_gpu.py"),)
+
+
+def start(
+    recipe: Path,
+    *overrides: str,
+    cwd: Path,
+    program: tuple[str, ...] = MODULE,
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "cifar_dist.train",
-            str(recipe),
-            "run.deterministic=true",
-            *overrides,
-        ],
+        [sys.executable, *program, str(recipe), "run.deterministic=true", *overrides],
         cwd=cwd,
+        env=os.environ | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_ranks(
+    recipe: Path, *overrides: str, cwd: Path, world_size: int = 2
+) -> list[subprocess.Popen[str]]:
+    """Start ranks that share the GPU; a local rank of 0 is what a Slurm task with one GPU has."""
+    port = free_port()
+    return [
+        start(
+            recipe,
+            *overrides,
+            cwd=cwd,
+            program=GLOO,
+            environment=rank_environment(rank, world_size, port) | {"LOCAL_RANK": "0"},
+        )
+        for rank in range(world_size)
+    ]
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
@@ -252,7 +275,7 @@ def test_graphed_run_matches_eager_run(
         for name in ("auto", "off")
     ]
     outputs = [finish(process) for process in runs]
-    assert "the step is recorded" in outputs[0]
+    assert "CUDA graphs: capturing the step" in outputs[0]
     assert "train on cuda" in outputs[1]
     assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
 
@@ -270,9 +293,12 @@ def test_graphed_run_with_teacher_matches_eager_run(
     assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
 
 
-def test_resume_matches_uninterrupted_run(tmp_path: Path, recipe: RecipeMaker) -> None:
-    """SIGTERM in the middle of an epoch, with graphs before and after."""
-    path = recipe(run={"epochs": 100})
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resume_matches_uninterrupted_run(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    """SIGTERM in the middle of an epoch, with graphs before and after; fp16 stays eager."""
+    path = recipe(run={"epochs": 100, "precision": precision})
     straight = start(path, "name=straight", cwd=tmp_path)
     stopped = start(path, "name=stopped", "run.save_every_minutes=1e-9", cwd=tmp_path)
     folder = tmp_path / "runs/stopped/checkpoints"
@@ -287,3 +313,105 @@ def test_resume_matches_uninterrupted_run(tmp_path: Path, recipe: RecipeMaker) -
     assert "resuming from step" in output
     finish(straight)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/stopped")
+
+
+def test_one_rank_under_nccl_matches_plain_process(tmp_path: Path, recipe: RecipeMaker) -> None:
+    """As `torchrun --nproc_per_node 1` and a Slurm task start it; auto is bf16."""
+    path = recipe(run={"precision": "auto"})
+    plain = start(path, "name=plain", cwd=tmp_path)
+    nccl = start(path, "name=nccl", cwd=tmp_path, environment=rank_environment(0, 1, free_port()))
+    finish(plain)
+    finish(nccl)
+    assert "precision: bf16" in (tmp_path / "runs/nccl/recipe.yaml").read_text()
+    assert_same_bits(tmp_path / "runs/nccl", tmp_path / "runs/plain")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_two_ranks_match_one(tmp_path: Path, recipe: RecipeMaker, precision: str) -> None:
+    path = recipe(run={"precision": precision})
+    one = start(path, "name=w1", cwd=tmp_path)
+    graphed = start_ranks(path, "name=w2", cwd=tmp_path)
+    eager = start_ranks(path, "name=w2_eager", "run.cuda_graphs=off", cwd=tmp_path)
+    outputs = [finish(process) for process in (one, *graphed, *eager)]
+    assert "2 process(es) on cuda" in outputs[1]
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2_eager")
+
+
+def test_sharded_teacher_matches_whole_teacher(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker
+) -> None:
+    teacher("big", image_size=48)
+    path = recipe(**with_teachers("big", placement="sharded"))
+    one, *two = [start(path, "name=w1", cwd=tmp_path), *start_ranks(path, "name=w2", cwd=tmp_path)]
+    outputs = [finish(process) for process in (one, *two)]
+    assert "2 process(es) on cuda" in outputs[1]
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w2")
+
+
+def test_fork_with_graphs_matches_eager_fork(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(run={"epochs": 2})
+    finish(start(path, cwd=tmp_path))
+    forks = [
+        start(
+            path,
+            *(f"name={name}", f"run.cuda_graphs={name}", "--fork", "runs/tiny"),
+            *("run.epochs=4", "optim.lr=0.001"),
+            cwd=tmp_path,
+        )
+        for name in ("auto", "off")
+    ]
+    for process in forks:
+        assert "runs/tiny" in finish(process)
+    assert_same_bits(tmp_path / "runs/auto", tmp_path / "runs/off")
+
+
+EAGER: dict[str, tuple[dict[str, Any], str]] = {
+    "sam": ({"optim": {"name": "sgd", "lr": 0.01, "sam": {"rho": 0.05}}}, "optim.sam"),
+    "muon": ({"optim": {"name": "muon", "lr": 0.01}}, "not fused"),
+    "mixed resolution": (
+        {"model": {"mixed_resolution": 48}},
+        "model.mixed_resolution",
+    ),
+    "checkpointing": (
+        {"model": {"backbone": "test_vit", "grad_checkpointing": True}},
+        "model.grad_checkpointing",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sections", "reason"), EAGER.values(), ids=EAGER)
+def test_step_that_cannot_be_captured_is_eager_and_reproducible(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any], reason: str
+) -> None:
+    path = recipe(run={"precision": "bf16", "epochs": 2}, **sections)
+    runs = [start(path, f"name={name}", cwd=tmp_path) for name in ("one", "two")]
+    for process in runs:
+        output = finish(process)
+        assert "CUDA graphs: off" in output
+        assert reason in output
+    assert_same_bits(tmp_path / "runs/one", tmp_path / "runs/two")
+
+
+def test_commands_read_runs_of_the_gpu(tmp_path: Path, recipe: RecipeMaker) -> None:
+    path = recipe(run={"precision": "bf16"})
+
+    def command(*words: str) -> str:
+        return finish(
+            subprocess.Popen(
+                [sys.executable, "-m", f"cifar_dist.{words[0]}", *words[1:]],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+
+    finish(start(path, "name=one", cwd=tmp_path))
+    output = command("cli", "train", str(path), "name=two", "run.seed=1", "--processes", "auto")
+    assert "1 process(es) on cuda" in output
+    assert "logits" in command("evaluate", "runs/one")
+    command("predict", "runs/one", "--rows", "test:0-9", "--json", "best.json")
+    command("ensemble", "runs/one", "runs/two")
+    command("report", "runs")
+    assert (tmp_path / "best.json").exists()
