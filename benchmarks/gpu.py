@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
+from cifar_dist.models.classifier import ModelConfig, num_parameters
+from cifar_dist.recipe.dry_run import meta_model
 from cifar_dist.recipe.estimate import activation_bytes
 from cifar_dist.training.cuda_graphs import WARM_UP
 
@@ -44,9 +45,9 @@ def floor_milliseconds(config: ModelConfig, batch_size: int, gpu: Gpu) -> float:
     writes the weight and two moments). Launches are not counted, and activations that are saved in
     32 bits count as 16.
     """
-    with FakeTensorMode():
-        model = build_model(config, 100)
-        activations, flops = activation_bytes(model)  # float32, one image
+    model = meta_model(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        activations, flops = activation_bytes(model.to_empty(device="cpu"))  # float32, one image
     compute = 3 * flops * batch_size / gpu.flops
     traffic = 4 * (activations / 2) * batch_size / gpu.bandwidth
     update = 28 * num_parameters(model) / gpu.bandwidth

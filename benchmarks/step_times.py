@@ -216,7 +216,7 @@ def floor(recipe: Recipe) -> float | None:
     gpu = current_gpu()
     if gpu is None or any(loss.needs_teacher for loss in recipe.losses.values()):
         return None
-    return floor_milliseconds(replace(recipe.model, pretrained=False), recipe.run.batch_size, gpu)
+    return floor_milliseconds(recipe.model, recipe.run.batch_size, gpu)
 
 
 def main() -> None:
