@@ -25,6 +25,7 @@ from accelerate import Accelerator
 
 from cifar_dist.distributed.launch import set_slurm_env
 from cifar_dist.distributed.watchdog import watchdog
+from cifar_dist.evaluation.evaluator import EvaluationStoppedError
 from cifar_dist.recipe.dry_run import describe
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe
@@ -91,7 +92,7 @@ def fit(run: Run, state: TrainState) -> Outcome:
         at_end = step == run.total_steps or early_stop is not None
         polled = state.steps_to_poll == 0
         stop, save_now = poll(run, state) if polled else (0, False)
-        stop = 0 if at_end else stop
+        stop = 0 if at_end and state.evaluated_step == step else stop
         log_due = should_log(
             step, pending=state.window.steps, every=config.log_every_steps, at_end=at_end
         )
@@ -110,7 +111,11 @@ def fit(run: Run, state: TrainState) -> Outcome:
         if log_due:
             log_train_metrics(run, state)
         if eval_due:
-            result, is_best = evaluate(run, state)
+            try:
+                result, is_best = evaluate(run, state)
+            except EvaluationStoppedError:
+                state.steps_to_poll = 0  # stop at once
+                continue
             if not at_end and early_stop_reason(run.recipe.run, state, run.steps_per_epoch):
                 continue  # this step turned out to be the last one
             save_due |= is_best

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar_dist.data.augment.augmentation import Augment
 from cifar_dist.data.batches import epoch_order, eval_blocks
 from cifar_dist.data.dataset import Split
+from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.ddp import broadcast_buffers, gather_blocks
 from cifar_dist.evaluation.metrics import classification_metrics
@@ -31,6 +32,10 @@ class EvalResult:
     metrics: dict[str, float]  # loss, top1 and top5 in percent
     logits: Tensor  # f32 [N, C] on the CPU, in row order, multiplied by the logit scale
     labels: Tensor  # int64 [N] on the CPU
+
+
+class EvaluationStoppedError(Exception):
+    """A stop signal arrived on some rank during an evaluation; raised on all ranks."""
 
 
 class FlipTTA(nn.Module):
@@ -57,13 +62,15 @@ def update_bn(
     precision: Precision,
     context: DistContext,
     frozen: Collection[str] = (),
+    stoppable: bool = False,
 ) -> None:
     """Recompute BatchNorm running statistics for the current weights.
 
     Averaged weights need this because no training step saw them (Izmailov et al. 2018). The
     statistics are means over shuffled, augmented blocks of `epoch`, without dropout and without the
     last partial block. Layers whose parameters are all `frozen` (by name) keep their statistics.
-    The result has the same bits at any world size.
+    The result has the same bits at any world size. If `stoppable`, a stop signal raises
+    EvaluationStoppedError and leaves the statistics as they were.
     """
     norms = [
         module
@@ -84,22 +91,30 @@ def update_bn(
     statistics: list[Any] = [
         buffer for module in norms for buffer in (module.running_mean, module.running_var)
     ]
+    before = [buffer.clone() for buffer in statistics]
     widths = [len(buffer) for buffer in statistics]
     per_block = torch.zeros(-(-num_blocks // context.world_size), sum(widths), device=device)
     batches = eval_blocks(
         split, order, block_size=size, rank=context.rank, world_size=context.world_size
     )
+    stopped = False
     for index, batch in enumerate(batches):
+        if stopped := stoppable and signals.stop_signal() > 0:
+            break
         with autocast(precision, device):
             model(augment(replace(batch, epoch=epoch)).images)
         per_block[index] = torch.cat(statistics)
         context.heartbeat.beat()
-    means = gather_blocks(per_block, context).flatten(0, -2)[:num_blocks].mean(0)
-    for buffer, mean in zip(statistics, means.split(widths), strict=True):
-        buffer.copy_(mean)
     for module, (training, momentum) in zip(norms, modes, strict=True):
         module.train(training)
         module.momentum = momentum
+    (stopped_anywhere,) = context.all_reduce_max([stopped])
+    if stopped_anywhere:
+        torch._foreach_copy_(statistics, before)
+        raise EvaluationStoppedError
+    means = gather_blocks(per_block, context).flatten(0, -2)[:num_blocks].mean(0)
+    torch._foreach_copy_(statistics, means.split(widths))
+    for module in norms:
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.fill_(num_blocks)
 
@@ -114,11 +129,13 @@ def evaluate(
     logit_scale: float,
     context: DistContext,
     show_progress: bool = False,
+    stoppable: bool = False,
 ) -> EvalResult:
     """Evaluate the unwrapped model on `rows` (int64, ascending); all ranks get the same result.
 
     `logit_scale` is the factor that the loss applies to cosine logits: without it their softmax is
-    nearly uniform. The training mode of each module is restored.
+    nearly uniform. The training mode of each module is restored. If `stoppable`, a stop signal raises
+    EvaluationStoppedError.
     """
     device = split.labels.device
     broadcast_buffers(model, context)
@@ -133,7 +150,10 @@ def evaluate(
         split, rows, block_size=size, rank=context.rank, world_size=context.world_size
     )
     bar = progress_bar(0, blocks_per_rank, enabled=show_progress and context.is_main, unit="block")
+    stopped = False
     for index, batch in enumerate(batches):
+        if stopped := stoppable and signals.stop_signal() > 0:
+            break
         with autocast(precision, device):
             outputs = model(batch.images)
         if logits is None:
@@ -144,7 +164,11 @@ def evaluate(
     bar.close()
     for module, training in modes:
         module.training = training
-    num_classes = context.all_reduce_max([0.0 if logits is None else float(logits.shape[2])])[0]
+    num_classes, stopped_anywhere = context.all_reduce_max(
+        [0 if logits is None else logits.shape[2], stopped]
+    )
+    if stopped_anywhere:
+        raise EvaluationStoppedError
     if logits is None:  # this rank has no block
         logits = torch.zeros(blocks_per_rank, size, int(num_classes), device=device)
     gathered = gather_blocks(logits, context).flatten(0, 1)[: len(rows)]

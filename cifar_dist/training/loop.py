@@ -50,7 +50,10 @@ def log_values(run: Run, state: TrainState, kind: str, values: dict[str, Any]) -
 
 
 def evaluate(run: Run, state: TrainState) -> tuple[EvalResult, bool]:
-    """Evaluate and log; return the test result, and whether validation top-1 is the best so far."""
+    """Evaluate and log; return the test result, and whether validation top-1 is the best so far.
+
+    A stop signal raises EvaluationStoppedError; the evaluation is repeated after the restart.
+    """
     is_best, epoch = False, state.step // run.steps_per_epoch
     with state.window.timer_paused():
         if state.average and state.average.needs_bn_update(state.step):
@@ -64,11 +67,12 @@ def evaluate(run: Run, state: TrainState) -> tuple[EvalResult, bool]:
                 precision=run.recipe.run.precision,
                 context=run.context,
                 frozen=frozen_parameters(run.unfreeze_epochs, epoch - 1),
+                stoppable=True,
             )
-        result = run.evaluate(state, run.test_split)
+        result = run.evaluate(state, run.test_split, stoppable=True)
         metrics = dict(result.metrics)
         if run.val_rows is not None:
-            validation = run.evaluate(state, run.train_split, run.val_rows).metrics
+            validation = run.evaluate(state, run.train_split, run.val_rows, stoppable=True).metrics
             metrics |= {f"val_{name}": value for name, value in validation.items()}
             is_best = state.update_best(validation["top1"])
         log_values(run, state, "eval", metrics)

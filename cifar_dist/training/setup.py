@@ -101,8 +101,18 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def evaluate(self, state: TrainState, split: Split, rows: Tensor | None = None) -> EvalResult:
-        """Evaluate the model, or its average if there is one, on rows of a split (default: all)."""
+    def evaluate(
+        self,
+        state: TrainState,
+        split: Split,
+        rows: Tensor | None = None,
+        *,
+        stoppable: bool = False,
+    ) -> EvalResult:
+        """Evaluate the model, or its average if there is one, on rows of a split (default: all).
+
+        If `stoppable`, a stop signal raises EvaluationStoppedError.
+        """
         return evaluate(
             state.evaluated_model,
             split,
@@ -110,6 +120,7 @@ class Run:
             precision=self.recipe.run.precision,
             logit_scale=logit_scale(self.recipe.losses.values()),
             context=self.context,
+            stoppable=stoppable,
         )
 
 

@@ -76,6 +76,40 @@ def stop_at(path: Path, cwd: Path, step: int, *, world_size: int, name: str) -> 
     return ranks.output
 
 
+@pytest.mark.parametrize(
+    ("number", "step", "averaging", "world_size"),
+    [
+        (1, 6, {"decay": 0.9}, 2),
+        (4, 24, {"decay": 0.9}, 1),  # the last evaluation
+        (2, 12, {"kind": "swa", "decay": 0.999, "start_epoch": 2}, 1),  # its BatchNorm refresh
+    ],
+)
+def test_signal_stops_an_evaluation_which_is_repeated(
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    number: int,
+    step: int,
+    averaging: dict[str, object],
+    world_size: int,
+) -> None:
+    """An evaluation may take longer than the time that Slurm grants."""
+    path = recipe(averaging=averaging)
+    train(path, "name=straight", cwd=tmp_path, world_size=world_size)
+    ranks = Launch(
+        "stop_in_evaluation",
+        [path, "name=stopped"],
+        cwd=tmp_path,
+        world_size=world_size,
+        environment={"STOP_IN": str(number)},
+    )
+    assert ranks.wait() == [75] * world_size, ranks.output
+    run = tmp_path / "runs/stopped"
+    assert checkpoints(run / "checkpoints")[0].name == f"step_{step:08d}"
+    assert [line for line in lines(run) if line["kind"] == "eval" and line["step"] == step] == []
+    train(path, "name=stopped", cwd=tmp_path, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/straight", run)
+
+
 def test_changing_world_size_keeps_the_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 30, "eval_every_epochs": 10})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
