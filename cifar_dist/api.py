@@ -48,13 +48,15 @@ def train(recipe: Recipe, *, fork: str | Path | None = None) -> dict[str, Any]:
     return summary
 
 
-def load_model(run: str | Path, checkpoint: str | None = None) -> TrainedModel:
+def load_model(
+    run: str | Path, checkpoint: str | None = None, *, data: str | Path | None = None
+) -> TrainedModel:
     """Load the newest checkpoint of a run, or one by name, on the accelerator or the CPU.
 
     `logits` takes uint8 images [N, 3, 32, 32]; `probabilities` uses the temperature that `evaluate` chose
-    on the validation rows, if there are any.
+    on the validation rows, if there are any. `data` is the folder of the run's data, if it has moved.
     """
-    return load_trained_model(Path(run), checkpoint)
+    return load_trained_model(Path(run), checkpoint, Path(data) if data else None)
 
 
 def evaluate(
@@ -63,14 +65,21 @@ def evaluate(
     checkpoint: str | None = None,
     split: EvalSplit = "test",
     tta_flip: bool = False,
+    data: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run and return its report: accuracies in percent, scores per class, calibration.
 
     The test split at the newest checkpoint is also written to RUN/evaluation, as by
-    `python -m cifar_dist.evaluate`.
+    `python -m cifar_dist.evaluate`. `data` is the folder of the run's data, if it has moved.
     """
     log_to_terminal()
-    job = plan_evaluation(Path(run), checkpoint=checkpoint, split=split, tta_flip=tta_flip)
+    job = plan_evaluation(
+        Path(run),
+        checkpoint=checkpoint,
+        split=split,
+        tta_flip=tta_flip,
+        data=Path(data) if data else None,
+    )
     with distributed_session(job.recipe, threads=job.threads) as accelerator:
         context = DistContext.of(accelerator)
         evaluation = evaluate_run(

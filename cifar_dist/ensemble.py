@@ -35,19 +35,15 @@ def main(arguments: list[str]) -> int:
         log_ensemble,
         write_ensemble,
     )
-    from cifar_dist.inference.stored_run import read_run
+    from cifar_dist.inference.stored_run import read_runs
     from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
-    folders = list({folder.resolve(): folder for folder in options.runs}.values())
-    if len(folders) < 2:
-        same = " and ".join(map(str, options.runs))
-        reason = f"{same} are one run; " if len(options.runs) > 1 else ""
-        raise UserError(f"{reason}give two or more different runs, like runs/a runs/b")
+    runs = read_runs(options.runs)
+    if len(runs) < 2:
+        raise UserError("give two or more different runs, like runs/a runs/b")
     check_output(options.output, ENSEMBLE_FILES, force=options.force)
-    report, logits, labels = combine(
-        [read_run(folder) for folder in folders], uniform=options.uniform
-    )
+    report, logits, labels = combine(runs, uniform=options.uniform)
     log_ensemble(report)
     write_ensemble(options.output, report, logits, labels)
     log.info(f"saved to {options.output}; teachers.yaml is a section for a student's recipe")

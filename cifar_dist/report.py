@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
 
     # Imported after parsing, so that --help and mistakes answer at once.
-    from cifar_dist.inference.stored_run import read_run
+    from cifar_dist.inference.stored_run import read_runs
     from cifar_dist.reporting.comparison import group_runs, latex_table
     from cifar_dist.reporting.page import render_page
     from cifar_dist.utils.files import atomic_write, check_writable
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         raise UserError("none of these is a run folder; give some, like runs/debug")
     for output in filter(None, (options.output, options.latex)):
         check_writable(output)
-    runs = [read_run(folder) for folder in folders]
+    runs = read_runs(folders)
     atomic_write(
         options.output,
         render_page(runs, title=options.title, data=options.data, tutorial=options.tutorial),

@@ -57,15 +57,15 @@ class FromUint8(nn.Module):
 
 
 class FromFloat(nn.Module):
-    """Resized, normalized f32 [N, 3, S, S] -> f32 [N, C]: the model without its preprocessing."""
+    """Resized, normalized f32 [N, 3, S, S] -> f32 [N, C]: the model without these two."""
 
     def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
-        self.backbone, self.head = trained.model.backbone, trained.model.head
-        self.logit_scale = trained.logit_scale
+        self.model, self.logit_scale = trained.model, trained.logit_scale
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images)).logits * self.logit_scale
+        whitened = self.model.preprocess.whiten(images)
+        return self.model.head(self.model.backbone(whitened)).logits * self.logit_scale
 
 
 def noise_images(count: int) -> Tensor:
@@ -79,7 +79,9 @@ def network(trained: TrainedModel, *, uint8: bool) -> tuple[nn.Module, Callable[
     """Return the module to export, and a function from uint8 images to its input."""
     if uint8:
         return FromUint8(trained).eval(), lambda images: images
-    return FromFloat(trained).eval(), lambda images: trained.model.preprocess(images).contiguous()
+    return FromFloat(trained).eval(), lambda images: trained.model.preprocess.normalize_and_resize(
+        images
+    ).contiguous()
 
 
 @contextlib.contextmanager

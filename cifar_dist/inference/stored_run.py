@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cifar_dist.run_folder.evaluations import read_matching_evaluation
 from cifar_dist.run_folder.records import MetricsFile, Record
 from cifar_dist.run_folder.results import last_checkpoint, read_metadata, read_predictions
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.log import log
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,3 +73,22 @@ def read_run(folder: Path) -> Run:
         else None,
         predictions=read_predictions(folder / "predictions.safetensors", weights=weights),
     )
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """Read run folders, and skip finished ones whose weights are those of an earlier one.
+
+    A copy of a folder, or the same training again, would count as another seed.
+    """
+    runs: list[Run] = []
+    for folder in folders:
+        run = read_run(folder)
+        weights = run.summary.get("weights") if run.is_finished else None
+        twin = next(
+            (one for one in runs if weights and one.summary.get("weights") == weights), None
+        )
+        if twin is None:
+            runs.append(run)
+        else:
+            log.warning(f"skipped: {folder} has the same weights as {twin.folder}")
+    return runs

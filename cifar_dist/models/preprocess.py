@@ -52,6 +52,10 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor, image_size: int | None = None) -> Tensor:
         """Preprocess uint8 images; `image_size` replaces self.image_size for this call."""
+        return self.whiten(self.normalize_and_resize(images, image_size))
+
+    def normalize_and_resize(self, images: Tensor, image_size: int | None = None) -> Tensor:
+        """uint8 [B, 3, H, W] -> [B, 3, S, S]"""
         side, device = image_size or self.image_size, images.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else torch.float32
@@ -65,8 +69,12 @@ class Preprocess(nn.Module):
             size = (side, side)
             with torch.autocast(device, enabled=False):  # on a CPU it would cast to float32
                 pixels = F.interpolate(pixels, size, mode=self.interpolation, align_corners=False)
+        return pixels
+
+    def whiten(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, WHITENED, S, S] with `whiten`, otherwise as given."""
         if self.filters is not None:
-            pixels = F.conv2d(pixels, self.filters.to(dtype), padding=1)
+            pixels = F.conv2d(pixels, self.filters.to(pixels.dtype), padding=1)
         return pixels.contiguous(memory_format=torch.channels_last)
 
 

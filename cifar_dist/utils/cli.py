@@ -22,7 +22,6 @@ RENAMED = {
     "--dataset": "--rows",
     "--any-content": "--allow-unofficial",
     "--equal": "--uniform",
-    "--force": "--fork",
 }
 
 
@@ -75,6 +74,8 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> argpa
     if len(names) != 1:
         found = ", ".join(names) or "none"
         parser.error(f"give one recipe (found: {found}); overrides have the form section.key=value")
+    if vars(options).get("dry_run") is False and (options.time or options.json):
+        parser.error("--time and --json need --dry-run")
     options.recipe = find_recipe(names[0])
     options.overrides = [word for word in words if "=" in word]
     return options

@@ -15,7 +15,7 @@ USER_ERROR = 2  # exit code
 INTERRUPTED = 130  # exit code that shells report for a process that Ctrl-C ended
 USER_ERRNOS = (  # storage errors that the user can fix
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM),
-    *(errno.EIO, errno.ESTALE),
+    *(errno.EIO, errno.ESTALE, errno.EFBIG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 

@@ -244,6 +244,12 @@ def test_number_of_processes(asked: str, words: list[str], gpus: int, processes:
     assert cli.choose_processes(asked, words, gpus) == processes
 
 
+@pytest.mark.parametrize("option", ["--time", "--json"])
+def test_options_of_the_dry_run_need_it(option: str) -> None:
+    with pytest.raises(UserError, match="--time and --json need --dry-run"):
+        parse_recipe(train_parser(), ["debug", option])
+
+
 def test_dry_run_measures_the_time(tmp_path: Path, recipe: RecipeMaker) -> None:
     process = start("train", recipe(), "--dry-run", "--time", "--json", cwd=tmp_path)
     output, _ = process.communicate(timeout=120)
@@ -262,6 +268,7 @@ def test_time_left_is_logged_once(
     monkeypatch.setattr(pace, "MEASURE_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cifar_dist.utils.log.log.propagate", True)
+    monkeypatch.setattr("cifar_dist.utils.log.log.handlers", [])  # pytest may add caplog's here, too
     with caplog.at_level("INFO", logger="cifar_dist"):
         train(load_recipe(recipe(), ["tracking.mode=off"]), Accelerator(cpu=True))
     (line,) = [line for line in caplog.messages if " left at " in line]

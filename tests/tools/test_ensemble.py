@@ -181,8 +181,7 @@ def test_unusable_runs_are_refused_with_a_remedy(
     with pytest.raises(UserError, match=r"^give two or more different runs"):
         main(["runs/s0"])
     for folders in (["runs/s0", "runs/s0"], ["runs/s0", str(Path("runs/s0").resolve())]):
-        expected = f"^{folders[0]} and {folders[1]} are one run; give two or more different runs"
-        with pytest.raises(UserError, match=expected):
+        with pytest.raises(UserError, match=r"^give two or more different runs"):
             main(folders)
     summary = Path("runs/s1/summary.json")
     finished = summary.read_text()

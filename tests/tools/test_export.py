@@ -58,6 +58,8 @@ def make_run(tmp_path: Path, data: Path) -> RunMaker:
                         if kind != "num_batches_tracked":
                             nn.init.uniform_(buffer, 0.5, 2)
                     nn.init.uniform_(module.bias, -0.5, 0.5)
+            if net.preprocess.filters is not None:
+                nn.init.uniform_(net.preprocess.filters, -0.5, 0.5)
             tensors[part] = to_cpu(net.state_dict())
         save_checkpoint(folder / "checkpoints", step=1, tensors=tensors, optimizer={}, progress={})
         return folder
@@ -160,18 +162,38 @@ def test_config_describes_input_and_output(make_run: RunMaker) -> None:
     assert config["label_names"] == list(trained.fine)
 
 
-@pytest.mark.parametrize(("to", "uint8"), [("onnx", True), ("onnx", False), ("pt2", True)])
-def test_onnx_and_pt2_accept_any_batch_size(make_run: RunMaker, to: str, uint8: bool) -> None:
-    run = make_run(
-        "r", head="cosine", embedding_size=32, losses=ARCFACE, image_size=48, stem="small"
-    )
+COSINE = {"head": "cosine", "embedding_size": 32, "losses": ARCFACE, "image_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("to", "uint8", "model"),
+    [
+        ("onnx", True, COSINE),
+        ("onnx", False, COSINE),
+        ("pt2", True, COSINE),
+        ("pt2", False, {"backbone": "resnet9", "whiten": True}),
+    ],
+)
+def test_onnx_and_pt2_accept_any_batch_size(
+    make_run: RunMaker, to: str, uint8: bool, model: dict[str, Any]
+) -> None:
+    run = make_run("r", **model)
     folder = export(run, to, *(["--uint8"] if uint8 else []))
     trained = load_trained_model(run)
     config = json.loads((folder / "config.json").read_text())
     assert config["input"]["dtype"] == ("uint8" if uint8 else "float32")
+    size = trained.recipe.model.image_size
+    assert config["input"]["shape"] == ["batch", 3, 32, 32] if uint8 else ["batch", 3, size, size]
     for count in (1, 3, 9):
         images = random_images(count)
-        inputs = images if uint8 else trained.model.preprocess(images).contiguous()
+        inputs = images
+        if not uint8:  # as config.json says
+            mean, std = (
+                torch.tensor(config["input"][name])[:, None, None] for name in ("mean", "std")
+            )
+            inputs = nn.functional.interpolate(
+                (images / 255 - mean) / std, (size, size), mode=config["input"]["interpolation"]
+            )
         if to == "onnx":
             session = onnxruntime.InferenceSession(folder / "model.onnx")
             (outputs,) = session.run(None, {"images": inputs.numpy()})

@@ -153,16 +153,22 @@ def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data
     assert "tiny & 2 &" in latex.read_text()
 
 
-def test_repeated_seed_gives_a_notice(runs: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(runs / "tiny_s0", runs / "again"))
-    text = (folder / "recipe.yaml").read_text()
-    (folder / "recipe.yaml").write_text(text.replace("name: tiny_s0", "name: tiny"))
-    output = tmp_path / "page.html"
-    distinct, repeated = ("tiny_s0", "tiny_s1"), ("tiny_s0", "tiny_s1", "again")
-    for names, expected in ((distinct, False), (repeated, True)):
-        folders = [str(runs / name) for name in names]
-        assert main([*folders, "--output", str(output)]) == 0
-        assert ("tiny: 3 runs, but 2 seed(s)" in output.read_text()) is expected
+def test_copy_is_skipped_and_repeated_seed_gives_a_notice(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(runs / "tiny_s0", runs / "again"))
+    text = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(text.replace("name: tiny_s0", "name: tiny"))
+    folders = [str(runs / name) for name in ("tiny_s0", "tiny_s1", "again")]
+    notice, output = "tiny: 3 runs, but 2 seed(s)", tmp_path / "page.html"
+    assert main([*folders, "--output", str(output)]) == 0
+    message = f"skipped: {copy} has the same weights as {runs / 'tiny_s0'}"
+    assert message in capsys.readouterr().out
+    assert notice not in output.read_text()
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps(summary | {"weights": "of other hardware"}))
+    assert main([*folders, "--output", str(output)]) == 0
+    assert notice in output.read_text()
 
 
 @pytest.mark.parametrize(
