@@ -12,8 +12,7 @@ from cifar_dist.utils.errors import run_command
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "sync_wandb",
-        "Rebuild one W&B run from a run's metrics.jsonl and upload it, with the offline runs of its "
-        "evaluation and cached logits. Uploads nothing that is already uploaded.",
+        "Rebuild one W&B run from a run's metrics.jsonl and upload it, if anything is new.",
         "python -m cifar_dist.sync_wandb runs/r18_32",
     )
     parser.add_argument("run", type=Path, help="a run folder")

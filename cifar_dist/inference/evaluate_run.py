@@ -25,7 +25,6 @@ from cifar_dist.run_folder.results import (
     read_predictions,
     write_predictions,
 )
-from cifar_dist.tracking.jobs import track_evaluation
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
@@ -200,16 +199,6 @@ def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
     report = header | evaluation.report
     write_evaluation(job.output, report, evaluation.result, evaluation.hierarchy, evaluation.val)
     log.info(f"saved to {job.output}")
-    if job.to_run_folder:
-        track_evaluation(
-            job.recipe.tracking,
-            job.run,
-            name=job.recipe.name,
-            seed=job.recipe.run.seed,
-            report=report,
-            result=evaluation.result,
-            data=job.data,
-        )
 
 
 def check_predictions(run: Path, result: EvalResult, weights: str, *, repair: bool) -> None:

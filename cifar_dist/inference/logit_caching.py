@@ -24,7 +24,6 @@ from cifar_dist.distributed.ddp import gather_blocks
 from cifar_dist.evaluation.evaluator import BLOCK_SIZE
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.recipe.teachers import cache_fingerprint, check_teacher, find_teacher
-from cifar_dist.tracking.jobs import track_cache
 from cifar_dist.training.lock import run_lock
 from cifar_dist.utils.log import log, progress_bar
 from cifar_dist.utils.precision import autocast
@@ -125,12 +124,4 @@ def cache_teacher(
         context.run_on_main(lambda: writers[0].finish())
         seconds = time.perf_counter() - started
         log.info(f"{folder} is complete: {total - done:,} images in {seconds:.0f} s")
-        context.run_on_main(
-            track_cache,
-            recipe.tracking,
-            name=recipe.name,
-            seed=recipe.run.seed,
-            teacher=teacher,
-            data=data,
-        )
         return 0

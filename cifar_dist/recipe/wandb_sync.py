@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,14 +56,13 @@ def stored(folder: Path, recipe: Recipe, digest: str | None) -> EvalResult | Non
     return EvalResult(metrics=classification_metrics(logits, labels), logits=logits, labels=labels)
 
 
-def upload(offline: Sequence[Path]) -> bool:
-    """Upload runs, which replace those of the same id on the server; return whether it succeeded."""
+def upload(offline: Path) -> bool:
+    """Upload a run, which replaces that of the same id on the server; return whether it succeeded."""
     mode, reason = decide_mode("online")
     if mode != "online":
-        folders = " ".join(map(str, offline))
-        log.info(f"not uploaded: {reason}; run this again later, or `wandb sync {folders}`")
+        log.info(f"not uploaded: {reason}; run this again later, or `wandb sync {offline}`")
         return False
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, offline)]
+    command = [sys.executable, "-m", "wandb", "sync", str(offline)]
     try:
         done = subprocess.run(command, timeout=UPLOAD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -75,31 +73,17 @@ def upload(offline: Sequence[Path]) -> bool:
 
 
 def sync(folder: Path) -> None:
-    """Rebuild the run of a run folder if it has changed, and upload what the server does not have."""
+    """Rebuild the run of a run folder and upload it, if it has changed since the last upload."""
     metrics = folder / "metrics.jsonl"
     for needed in (folder / "recipe.yaml", metrics):
         if not needed.exists():
             raise UserError(f"{folder} is not a run folder with records (it has no {needed.name})")
-    summary = folder / "summary.json"
-    now = {path.name: sha256(path) for path in (metrics, summary) if path.exists()}
-    state_file = folder / "wandb_synced.json"
-    before = read_json(state_file, "remove it and start this again") or {}
-    offline = folder / "wandb" / Path(before.get("offline") or "none").name
-    uploaded: set[str] = set(before.get("uploaded", []))
-    if before.get("source_hashes") != now or not offline.is_dir():
-        offline = rebuild(folder)
-        uploaded -= {offline.name}  # its name may be that of a replaced one
-        log.info(f"{offline}: all of {metrics}")
-    others = set(offline_folders(folder, f"{wandb_run_id(folder)}-evaluation"))
-    others |= set(
-        folder.glob("wandb/offline-run-*-logits-*")
-    )  # not those of a run it was copied from
-    pending = [path for path in (offline, *sorted(others)) if path.name not in uploaded]
-    if not pending:
+    now = {path.name: sha256(path) for path in (metrics, folder / "summary.json") if path.exists()}
+    uploaded = folder / "wandb_synced.json"
+    if read_json(uploaded, "remove it and start this again") == now:
         log.info(f"{folder}: nothing new since the last upload")
         return
-    if upload(pending):
-        uploaded = {path.name for path in (offline, *others)}
-    write_json(
-        state_file, {"source_hashes": now, "offline": offline.name, "uploaded": sorted(uploaded)}
-    )
+    offline = rebuild(folder)
+    log.info(f"{offline}: all of {metrics}")
+    if upload(offline):
+        write_json(uploaded, now)

@@ -14,20 +14,16 @@ from cifar_dist.run_folder.checkpoint import latest_valid
 from cifar_dist.utils.strict_yaml import parse_yaml
 
 
-def log_input_artifacts(run: Any, artifacts: Sequence[Any]) -> None:
+def log_inputs(run: Any, data: Path, teachers: Sequence[TeacherConfig]) -> None:
     """Log what a run was made from. Offline runs cannot have inputs: there they are logged as outputs."""
-    for artifact in artifacts:
-        if artifact is not None:
-            (run.log_artifact if run.offline else run.use_artifact)(artifact)
-
-
-def input_artifacts(data: Path, teachers: Sequence[TeacherConfig]) -> list[Any]:
     artifacts = [dataset_artifact(data)]
     for teacher in teachers:
         artifacts.append(model_artifact(Path(teacher.run)))
         if teacher.placement == "cached":
             artifacts.append(logits_artifact(teacher.cache_folder))
-    return artifacts
+    for artifact in artifacts:
+        if artifact is not None:
+            (run.log_artifact if run.offline else run.use_artifact)(artifact)
 
 
 def dataset_artifact(data: Path) -> Any:

@@ -70,12 +70,3 @@ def confusion_table(table: Tensor, names: tuple[str, ...]) -> Any:
         fields={name: name for name in columns},
         string_fields={"title": "Confusion matrix"},
     )
-
-
-def reliability_table(calibration: dict[str, Any]) -> Any:
-    """Return the lists of a calibration as columns, one row per bin of confidence."""
-    import wandb
-
-    columns = [name for name, values in calibration.items() if isinstance(values, list)]
-    rows = zip(*(calibration[name] for name in columns), strict=True)
-    return wandb.Table(columns=["bin", *columns], data=[[i, *row] for i, row in enumerate(rows)])

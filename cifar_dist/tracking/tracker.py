@@ -25,7 +25,7 @@ from urllib.request import urlopen
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.run_folder.records import Record
-from cifar_dist.tracking.artifacts import input_artifacts, log_input_artifacts, model_artifact
+from cifar_dist.tracking.artifacts import log_inputs, model_artifact
 from cifar_dist.tracking.tables import log_predictions
 from cifar_dist.utils.config import config
 from cifar_dist.utils.errors import UserError
@@ -65,10 +65,6 @@ class TrackingConfig:
     job_type: str | None = None
     upload_weights: bool = False  # upload the final checkpoint, not only its path and digest
 
-    @property
-    def finish_seconds(self) -> int:
-        return WEIGHTS_SECONDS if self.upload_weights else FINISH_SECONDS
-
 
 def decide_mode(requested: str) -> tuple[Mode, str]:
     """Return the mode and its reason, within 3 seconds."""
@@ -95,13 +91,6 @@ def decide_mode(requested: str) -> tuple[Mode, str]:
     return (
         ("online", "server answers") if is_reachable() else ("offline", f"{host} does not answer")
     )
-
-
-def resolve_mode(config: TrackingConfig) -> Mode:
-    """Return the mode, and log it with its reason."""
-    mode, reason = decide_mode(config.mode)
-    log.info(f"W&B: {mode} ({reason})")
-    return mode
 
 
 def wandb_setting(name: str) -> str | None:
@@ -207,39 +196,6 @@ def offline_folders(folder: Path, run_id: str) -> list[Path]:
     return sorted(folder.glob(f"wandb/offline-run-*-{checked_id(run_id, folder)}"))
 
 
-def init_run(
-    config: TrackingConfig,
-    folder: Path,
-    mode: Literal["online", "offline"],
-    *,
-    run_id: str,
-    name: str,
-    group: str,
-    job_type: str,
-    settings: dict[str, Any],
-    resume: Literal["allow"] | None,
-) -> Any:
-    """Start a W&B run with its files in FOLDER/wandb; `group` is the default of the config's."""
-    import wandb
-
-    return wandb.init(
-        project=config.project,
-        entity=config.entity,
-        name=name,
-        id=run_id,
-        group=config.group or group,
-        job_type=job_type,
-        resume=resume,
-        dir=str(folder.resolve()),  # wandb's process may have another working directory
-        mode=mode,
-        tags=list(config.tags),
-        config=settings,
-        settings=wandb.Settings(
-            init_timeout=INIT_SECONDS, finish_timeout=config.finish_seconds, console="off"
-        ),
-    )
-
-
 class Tracker:
     """One W&B run for a training and all its restarts. Its methods never raise."""
 
@@ -256,20 +212,30 @@ class Tracker:
     ) -> None:
         """Start or resume the run; resolved recipe and environment become its config."""
         self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
-        self.mode = resolve_mode(config)
+        self.mode, reason = decide_mode(config.mode)
+        log.info(f"W&B: {self.mode} ({reason})")
         if self.mode == "off":
             return
         with self.disable_on_error():
-            self.run = init_run(
-                config,
-                folder,
-                self.mode,
-                run_id=wandb_run_id(folder),
+            import wandb
+
+            self.run = wandb.init(
+                project=config.project,
+                entity=config.entity,
                 name=recipe["name"],
-                group=name_without_seed(recipe["name"], recipe["run"]["seed"]),
+                id=wandb_run_id(folder),
+                group=config.group or name_without_seed(recipe["name"], recipe["run"]["seed"]),
                 job_type=config.job_type or ("student" if teachers else "train"),
-                settings=recipe | {"environment": environment},
                 resume="allow",
+                dir=str(folder.resolve()),  # wandb's process may have another working directory
+                mode=self.mode,
+                tags=list(config.tags),
+                config=recipe | {"environment": environment},
+                settings=wandb.Settings(
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=WEIGHTS_SECONDS if config.upload_weights else FINISH_SECONDS,
+                    console="off",
+                ),
             )
             # W&B drops rows below its own last step after a restart, so the step is a value.
             self.run.define_metric("*", step_metric="step")
@@ -300,7 +266,7 @@ class Tracker:
         """Log tables and artifacts; if that fails, the curves are still uploaded."""
         try:
             log_predictions(self.run, result, self.data)
-            log_input_artifacts(self.run, input_artifacts(self.data, self.teachers))
+            log_inputs(self.run, self.data, self.teachers)
             model = model_artifact(self.folder)
             if model is not None:
                 self.run.log_artifact(model, aliases=["final"])

@@ -268,7 +268,9 @@ def test_time_left_is_logged_once(
     monkeypatch.setattr(pace, "MEASURE_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cifar_dist.utils.log.log.propagate", True)
-    monkeypatch.setattr("cifar_dist.utils.log.log.handlers", [])  # pytest may add caplog's here, too
+    monkeypatch.setattr(
+        "cifar_dist.utils.log.log.handlers", []
+    )  # pytest may add caplog's here, too
     with caplog.at_level("INFO", logger="cifar_dist"):
         train(load_recipe(recipe(), ["tracking.mode=off"]), Accelerator(cpu=True))
     (line,) = [line for line in caplog.messages if " left at " in line]

@@ -48,7 +48,7 @@ def no_account(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """runs/ with a teacher trained on two ranks, cached logits, a student and its evaluation (twice)."""
+    """runs/ with a teacher trained on two ranks, its cached logits, and a student."""
     folder = tmp_path_factory.mktemp("tracked")
     grouped = {"mode": "offline", "group": "distilled"}
     common: dict[str, Any] = {
@@ -60,13 +60,8 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     distillation = with_teachers("wise", placement="cached")
     student = write_recipe(folder, data, "student", tracking=grouped, **common, **distillation)
     train(wise, cwd=folder, world_size=2)
-    for command, argument in (
-        ("cache_logits", student),
-        ("train", student),
-        ("evaluate", "runs/student"),
-        ("evaluate", "runs/student"),
-    ):
-        ranks = Launch(command, [argument], cwd=folder)
+    for command in ("cache_logits", "train"):
+        ranks = Launch(command, [student], cwd=folder)
         assert ranks.wait() == [0], ranks.output
     return folder / "runs"
 
@@ -243,6 +238,8 @@ def test_run_has_config_summary_and_tables(tracked: Path, data: Path) -> None:
     assert summary["finished"] is True
 
     (shown,) = [row for row in rows_of(found) if "predictions.path" in row]
+    for name in ("classes", "superclass_confusion_table"):
+        assert f"{name}.path" in shown
     (root,) = run.glob(f"wandb/offline-run-*-{described.run_id}/files/")
     tables = [one for one in kinds["artifact"] if one.name.endswith("-predictions")]
     files = {entry.path: Path(entry.local_path) for entry in tables[0].manifest.contents}
@@ -270,8 +267,8 @@ def artifacts_of(found: list[Any]) -> dict[str, Any]:
     return {f"{one.type} {one.name}": one for one in logged if one.type != "run_table"}
 
 
-def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, data: Path) -> None:
-    """Four W&B runs in one group, linked by the digests of their inputs."""
+def test_teacher_cache_and_student_share_a_lineage(tracked: Path, data: Path) -> None:
+    """Two W&B runs in one group, linked by the digests of their inputs."""
     names = {run: wandb_run_id(tracked / run) for run in ("wise", "student")}
     manifest = json.loads((tracked / "wise/logits/manifest.json").read_text())
     cache = f"logits-{manifest['sha256'][:12]}"
@@ -280,16 +277,14 @@ def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, dat
         content = records_of(path)
         described = next(one.run for one in content if one.WhichOneof("record_type") == "run")
         assert described.run_group == "distilled"
-        assert described.job_type not in found  # one evaluation of a run, the newest
+        assert described.job_type not in found
         found[described.job_type] = content
     made = {job: artifacts_of(content) for job, content in found.items()}
     dataset = f"dataset data-{data_digest(data)[:12]}"
     model = {run: f"model model-{names[run]}" for run in names}
     assert {job: set(one) for job, one in made.items()} == {
         "teacher": {dataset, model["wise"]},
-        "cache_logits": {dataset, model["wise"], f"logits {cache}"},
         "student": {dataset, model["wise"], f"logits {cache}", model["student"]},
-        "evaluate": {dataset, model["student"]},
     }
     for name in {name for one in made.values() for name in one}:  # one version, for any logging run
         assert len({one[name].digest for one in made.values() if name in one}) == 1
@@ -299,27 +294,13 @@ def test_teacher_cache_student_and_evaluation_share_a_lineage(tracked: Path, dat
     assert (facts["data"], facts["teachers"]) == (environment["data"], environment["teachers"])
     entries = {
         run: {entry.path: entry for entry in made[job][model[run]].manifest.contents}
-        for job, run in (("teacher", "wise"), ("evaluate", "student"))
+        for job, run in (("teacher", "wise"), ("student", "student"))
     }
     assert Path(entries["wise"]["model.safetensors"].local_path).is_file()  # upload_weights
     (saved,) = (tracked / "student/checkpoints").iterdir()
     assert {"manifest.json", "average.safetensors"} <= entries["student"].keys()
     reference = (saved / "model.safetensors").resolve().as_uri()
     assert entries["student"]["model.safetensors"].ref == reference
-
-    numbers = json.loads((tracked / "student/evaluation/evaluation.json").read_text())
-    summary = summary_of(found["evaluate"])
-    assert summary["top1"] == numbers["top1"]
-    assert summary["calibration"]["ece"] == numbers["calibration"]["ece"]
-    shown = {name for row in rows_of(found["evaluate"]) for name in row}
-    wanted = (
-        "predictions",
-        "classes",
-        "confusion_table",
-        "superclass_confusion_table",
-        "reliability",
-    )
-    assert shown >= {f"{name}.path" for name in wanted}
 
 
 def test_trial_of_the_documented_sweep(tmp_path: Path, recipe: RecipeMaker) -> None:
