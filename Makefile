@@ -31,12 +31,7 @@ faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -m fault
 
 schema: $(VENV)/.user
-	$(BIN)/python -c "from pathlib import Path; \
-	from cifar_dist.recipe.key_docs import keys_page; \
-	from cifar_dist.recipe.schema import json_schema; \
-	from cifar_dist.utils.files import atomic_write, write_json; \
-	write_json(Path('recipes/schema.json'), json_schema()); \
-	atomic_write(Path('docs/recipe_keys.md'), keys_page(json_schema()))"
+	$(BIN)/python docs/make_schema.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cifar_dist needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }

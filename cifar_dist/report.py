@@ -68,6 +68,8 @@ def main(arguments: list[str]) -> int:
         f"saved {options.output}: {len(runs)} run(s), {size / 1e3:,.0f} kB; open it in a browser"
     )
     if options.latex is not None:
+        if unfinished := ", ".join(str(run.folder) for run in runs if not run.is_finished):
+            log.warning(f"not finished, and therefore not in the LaTeX table: {unfinished}")
         atomic_write(options.latex, latex_table(group_runs(runs)))
         log.info(f"saved the LaTeX table to {options.latex}")
     return 0

@@ -52,7 +52,7 @@ def run_training(recipe: Recipe, *, fork: Path | None = None) -> dict[str, Any] 
     check_names(recipe)
     if not ensure_data(recipe):
         return None
-    summary = find_finished_run(keep_precision(recipe))
+    summary = find_finished_run(keep_precision(recipe), fork=fork)
     if summary is None:
         with distributed_session(recipe) as accelerator:
             summary = train(recipe, accelerator, fork=fork)

@@ -52,7 +52,11 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
         resize = (
             f", then resize them to {size} px\n({recipe.model.interpolation}, no anti-aliasing)"
         )
-    weights = "averaged weights" if recipe.averaging else "final weights"
+    weights = "averaged weights" if recipe.averaging else "weights"
+    if not summary.get("finished"):
+        weights += f" of an unfinished training of {recipe.run.epochs} epochs, at checkpoint"
+    else:
+        weights += " of"
     temperature = ""
     is_rescaled = to == "timm" and recipe.model.head == "cosine"  # other probabilities
     if trained.temperature not in (None, 1) and not is_rescaled:
@@ -62,7 +66,9 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
         )
     metrics = "Not the last checkpoint of the run, so the metrics of the run do not apply."
     if trained.checkpoint.name == last_checkpoint(summary):
-        metrics = metrics_table(summary, trained.evaluation or {})
+        evaluation = trained.evaluation or {}
+        # An unfinished run's summary has the accuracies of an earlier evaluation.
+        metrics = metrics_table(summary if summary.get("finished") else evaluation, evaluation)
     return f"""---
 library_name: {"timm" if to == "timm" else "cifar_dist"}
 tags: [{", ".join(tags)}]
@@ -70,7 +76,7 @@ tags: [{", ".join(tags)}]
 ---
 # {recipe.name}
 
-{recipe.model.backbone} at {size} px on {trained.trained_on} ({len(trained.fine)} classes), trained with cifar_dist: {weights} of
+{recipe.model.backbone} at {size} px on {trained.trained_on} ({len(trained.fine)} classes), trained with cifar_dist: {weights}
 `{trained.checkpoint.name}`. Check at export: {check}.
 
 ```python
@@ -98,7 +104,7 @@ Data digest (SHA-256 over both splits) `{environment.get("data", "unknown")}`; c
 def metrics_table(summary: dict[str, Any], evaluation: dict[str, Any]) -> str:
     """Return the known metrics as a Markdown table."""
     rows = [
-        ("top-1, % of the test split, last epoch", summary.get("top1")),
+        ("top-1, % of the test split", summary.get("top1")),
         ("top-5, %", summary.get("top5")),
         ("loss", summary.get("loss")),
         ("superclass top-1, %", evaluation.get("superclass_top1")),

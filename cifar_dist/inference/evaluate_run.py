@@ -9,7 +9,14 @@ from typing import Any, Literal
 import torch
 
 from cifar_dist.data.batches import split_train_val
-from cifar_dist.data.dataset import Hierarchy, Split, data_digest, load_split, read_hierarchy
+from cifar_dist.data.dataset import (
+    Hierarchy,
+    Split,
+    classes_digest,
+    data_digest,
+    load_split,
+    read_hierarchy,
+)
 from cifar_dist.data.ingest.cifair import cifair_split
 from cifar_dist.data.ingest.near_duplicates import read_list
 from cifar_dist.distributed.context import DistContext
@@ -18,6 +25,7 @@ from cifar_dist.evaluation.report import build_report, log_report, write_evaluat
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.recipe.runs import load_model, load_run, weights_digest
 from cifar_dist.recipe.schema import Recipe
+from cifar_dist.run_folder.checkpoint import load_progress
 from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER, same_data
 from cifar_dist.run_folder.results import (
     last_checkpoint,
@@ -45,6 +53,7 @@ class EvalJob:
     to_run_folder: bool  # whether `output` is RUN/evaluation
     is_default: bool  # the newest checkpoint on the test split, without test-time augmentation
     is_same_data: bool  # whether `data` is what the run was trained on
+    is_finished: bool
     can_repair: bool  # whether lost predictions of the run may be replaced by the result
     threads: int | None  # as in training: another number changes the last bits
 
@@ -103,6 +112,7 @@ def plan_evaluation(
         to_run_folder=to_run_folder,
         is_default=is_default,
         is_same_data=is_same_data,
+        is_finished=bool(summary.get("finished")),
         can_repair=is_last and bool(summary.get("finished")),
         threads=recipe.run.threads or environment.get("threads"),
     )
@@ -125,6 +135,12 @@ def evaluate_run(
             f"--near-duplicates lists rows of the test split; remove it, or --split {job.split}"
         )
     hierarchy = read_hierarchy(job.data)
+    classes = load_progress(job.checkpoint).get("classes")
+    if classes not in (None, classes_digest(hierarchy.fine)):
+        raise UserError(
+            f"{job.data} has other classes than the data that {job.run} was trained on, so its accuracy "
+            "would mean nothing; evaluate it on data with the same classes"
+        )
     model = load_model(recipe, job.checkpoint, len(hierarchy.fine)).to(device)
     model = model.to(memory_format=torch.channels_last)
 
@@ -164,16 +180,17 @@ def evaluate_run(
         result,
         hierarchy,
         val=val,
-        near_duplicates=read_list(job.data, near_duplicates) if job.split == "test" else None,
+        near_duplicates=read_list(job.data, near_duplicates)
+        if job.split == "test" and (near_duplicates or job.is_same_data)
+        else None,
         cifair=cifair_result,
     )
     return RunEvaluation(result=result, val=val, report=report, hierarchy=hierarchy)
 
 
 def log_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
-    title = (
-        f"{job.run} at {job.checkpoint.name}, {job.split}, {len(evaluation.result.labels):,} rows"
-    )
+    step, unfinished = job.checkpoint.name, "" if job.is_finished else " (unfinished)"
+    title = f"{job.run}{unfinished} at {step}, {job.split}, {len(evaluation.result.labels):,} rows"
     if not job.is_same_data:
         title += f" of other data ({job.data})"
     if job.tta_flip:

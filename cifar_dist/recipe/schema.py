@@ -26,7 +26,6 @@ from cifar_dist.losses.registry import LOSSES
 from cifar_dist.models.classifier import ModelConfig
 from cifar_dist.optim.averaging import AveragingConfig
 from cifar_dist.optim.optimizer import OptimConfig
-from cifar_dist.recipe.key_docs import DescribedJsonSchema, first_paragraph
 from cifar_dist.tracking.tracker import TrackingConfig
 from cifar_dist.utils.config import Count, Index, Positive, config
 from cifar_dist.utils.precision import Precision
@@ -217,12 +216,3 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def to_yaml(recipe: Recipe | dict[str, Any]) -> str:
     content = recipe if isinstance(recipe, dict) else to_dict(recipe)
     return yaml.safe_dump(content, sort_keys=False, default_flow_style=None)
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, for editors: recipes/schema.json."""
-    schema = ADAPTER.json_schema(schema_generator=DescribedJsonSchema)
-    for name, kind in LOSSES.items():
-        description = first_paragraph(schema["$defs"][kind.__name__]["description"])
-        schema["$defs"]["Losses"]["properties"][name]["description"] = description
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -7,6 +7,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from cifar_dist.evaluation.scores import holm, mcnemar
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
+from cifar_dist.recipe.runs import training_data
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.tracking.tracker import name_without_seed
 from cifar_dist.training.fork import describe_fork
@@ -21,7 +23,7 @@ from cifar_dist.training.fork import describe_fork
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Group:
-    """Finished runs that differ only in their seeds: same recipe, micro-batches and data."""
+    """Finished runs that differ only in their seeds: same recipe, micro-batches, data and teachers."""
 
     label: str
     runs: tuple[Run, ...]
@@ -62,23 +64,36 @@ def experiment_key(
     recipe: Recipe,
     micro_batches: int | None,
     data: str | None,
+    *,
+    teachers: Sequence[str] = (),
     origin: Mapping[str, Any] | None = None,
 ) -> str:
     """Return what is equal in runs that differ only in their seeds.
 
-    `data` is a digest, `origin` that of a fork, which is never equal to a run from scratch.
+    `data` and `teachers` are digests, `origin` that of a fork, which is never equal to a run from
+    scratch.
     """
     forked = [origin["experiment"], origin["start_step"]] if origin else None
-    return json.dumps([seed_free_config(recipe), micro_batches, data, forked], sort_keys=True)
+    key = [seed_free_config(recipe), micro_batches, data, list(teachers), forked]
+    return json.dumps(key, sort_keys=True)
 
 
 def key_of(run: Run) -> str:
-    micro_batches, data = run.summary.get("micro_batches"), run.environment.get("data")
-    return experiment_key(run.recipe, micro_batches, data, run.origin)
+    return experiment_key(
+        run.recipe,
+        run.summary.get("micro_batches"),
+        run.environment.get("data"),
+        teachers=run.environment.get("teachers", ()),
+        origin=run.origin,
+    )
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group the finished runs by recipe, micro-batches and data, in the order of their first runs."""
+    """Group the finished runs by recipe, micro-batches, data and teachers, in the order of first runs.
+
+    Labels say on which data a group was trained, unless it is the same for all.
+    """
+    same_data = len({run.environment.get("data") for run in runs if run.is_finished}) <= 1
     by_config: dict[str, list[Run]] = {}
     for run in runs:
         if run.is_finished:
@@ -92,6 +107,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             label = name_without_seed(label, members[0].recipe.run.seed)
         if origin := members[0].origin:
             label += f" ({describe_fork(origin)})"
+        if not same_data:
+            environment, path = members[0].environment, Path(members[0].recipe.data.path)
+            label += f" on {training_data(members[0].recipe, environment, path)}"
         labels[label] = labels.get(label, 0) + 1
         if labels[label] > 1:
             label = f"{label} #{labels[label]}"
@@ -107,6 +125,7 @@ def differences(first: Run, other: Run) -> tuple[str, ...]:
         | {
             "micro_batches": run.summary.get("micro_batches"),
             "data": str(run.environment.get("data"))[:12],
+            "teachers' weights": [str(one)[:12] for one in run.environment.get("teachers", ())],
             "start": describe_fork(run.origin) if run.origin else "from scratch",
         }
         for run in (first, other)

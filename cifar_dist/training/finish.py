@@ -15,6 +15,7 @@ from cifar_dist.models.classifier import num_parameters
 from cifar_dist.recipe.runs import weights_digest
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder import results
+from cifar_dist.training.fork import describe_fork
 from cifar_dist.training.setup import Run
 from cifar_dist.training.start import SYNTHETIC_NOTE, is_synthetic
 from cifar_dist.training.state import TrainState
@@ -101,8 +102,10 @@ def log_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
         )
         return
     early = f" ({summary['ended_early']})" if "ended_early" in summary else ""
+    origin = results.read_metadata(recipe.folder, "environment.json").get("origin")
+    forked = f" ({describe_fork(origin)})" if origin else ""
     log.info(
-        f"{recipe.name}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
+        f"{recipe.name}{forked}: finished, top1 {summary['top1']:.2f} % after epoch {summary['epochs']:g} "
         f"in {summary['seconds']:.0f} s; results in {recipe.folder}{early}"
     )
     if is_synthetic(recipe):

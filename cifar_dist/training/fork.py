@@ -64,10 +64,12 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
     summary = read_summary(folder) or {}
     if same_steps and summary.get("finished"):
         raise UserError(
-            f"--fork {folder}: has finished all its epochs, so nothing would be trained; set "
-            "run.epochs to train for that many more epochs"
+            f"--fork {folder}: has finished all its {origin.run.epochs} epochs, and a fork with the same "
+            "run.epochs, run.batch_size and data.val_size continues at its step, so nothing would be "
+            "trained; another run.epochs starts a new schedule of that many epochs"
         )
     experiment = [seed_free_config(origin), progress["step"], parent and parent.experiment]
+    experiment += progress.get("teachers", [])
     return Fork(
         run=str(folder),
         step=progress["step"],

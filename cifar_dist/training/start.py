@@ -115,14 +115,20 @@ def is_synthetic(recipe: Recipe) -> bool:
     return recipe.data.source == SYNTHETIC
 
 
-def find_finished_run(recipe: Recipe) -> dict[str, Any] | None:
-    """Return the summary if the run folder holds this recipe, finished on the same data and teachers."""
+def find_finished_run(recipe: Recipe, *, fork: Path | None = None) -> dict[str, Any] | None:
+    """Return the summary if the run folder holds this recipe, finished on the same data and teachers.
+
+    With `fork`, only if it was forked from that run.
+    """
     folder = recipe.folder
     summary = results.read_summary(folder)
     if not summary or not summary.get("finished") or not summary.keys() >= REQUIRED_KEYS:
         return None
     environment = try_read_json(folder / "environment.json")
     if environment is None or recipe_diff(recipe):
+        return None
+    origin = environment.get("origin")
+    if fork and (origin is None or Path(origin["run"]).resolve() != fork.resolve()):
         return None
     teachers = [find_teacher(teacher).digest for teacher in recipe.all_teachers]
     same_data = environment.get("data") == data_digest(Path(recipe.data.path))

@@ -76,6 +76,8 @@ def parse_recipe(parser: argparse.ArgumentParser, arguments: list[str]) -> argpa
         parser.error(f"give one recipe (found: {found}); overrides have the form section.key=value")
     if vars(options).get("dry_run") is False and (options.time or options.json):
         parser.error("--time and --json need --dry-run")
+    if vars(options).get("dry_run") and options.fork:
+        parser.error("--dry-run cannot be combined with --fork; remove one of them")
     options.recipe = find_recipe(names[0])
     options.overrides = [word for word in words if "=" in word]
     return options

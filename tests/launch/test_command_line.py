@@ -244,10 +244,17 @@ def test_number_of_processes(asked: str, words: list[str], gpus: int, processes:
     assert cli.choose_processes(asked, words, gpus) == processes
 
 
-@pytest.mark.parametrize("option", ["--time", "--json"])
-def test_options_of_the_dry_run_need_it(option: str) -> None:
-    with pytest.raises(UserError, match="--time and --json need --dry-run"):
-        parse_recipe(train_parser(), ["debug", option])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--time"], "--time and --json need --dry-run"),
+        (["--json"], "--time and --json need --dry-run"),
+        (["--dry-run", "--fork", "runs/a"], "--dry-run cannot be combined with --fork"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe(train_parser(), ["debug", *options])
 
 
 def test_dry_run_measures_the_time(tmp_path: Path, recipe: RecipeMaker) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other images of the same classes."""
     root = tmp_path_factory.mktemp("other") / "data"
     write_dataset(root, *draw_synthetic(train_per_class=2, test_per_class=1), content="other")
+    return root
+
+
+@pytest.fixture(scope="session")
+def other_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    train_rows, test_rows, meta = draw_synthetic(train_per_class=1, test_per_class=1)
+    names = replace(meta, fine_label_names=[f"not {name}" for name in meta.fine_label_names])
+    root = tmp_path_factory.mktemp("other_classes") / "data"
+    write_dataset(root, train_rows, test_rows, names, content="other")
     return root
 
 
@@ -188,7 +198,7 @@ def test_stored_evaluation_is_ignored_unless_it_matches(
 
 
 def test_run_evaluation_folder_is_reserved_for_the_default_evaluation(
-    run: Path, tmp_path: Path, other_data: Path
+    run: Path, tmp_path: Path, other_data: Path, other_classes: Path
 ) -> None:
     folder = "runs/../runs/tiny/evaluation"
     for arguments, message in {
@@ -201,6 +211,12 @@ def test_run_evaluation_folder_is_reserved_for_the_default_evaluation(
         output = evaluate("runs/tiny", *arguments, cwd=tmp_path, expect=2)
         assert message in output
         assert not (run / "evaluation").exists()
+    output = evaluate(
+        "runs/tiny", "--data", other_classes, "--output", "apart", cwd=tmp_path, expect=2
+    )
+    assert (
+        f"{other_classes} has other classes than the data that runs/tiny was trained on" in output
+    )
     output = evaluate("runs/tiny", "--data", other_data, "--output", "apart", cwd=tmp_path)
     assert "other data" in output
     assert "bits" not in output

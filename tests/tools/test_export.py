@@ -275,10 +275,21 @@ def test_model_card_is_valid_and_has_the_metrics(make_run: RunMaker, data: Path)
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["tags"] == ["image-classification", "test_resnet"]
     assert "datasets" not in yaml.safe_load(header)
-    assert "| top-1, % of the test split, last epoch | 12.35 |" in body or "12.34" in body
+    assert "| top-1, % of the test split | 12.35 |" in body or "12.34" in body
     assert digest in body
     assert "averaged weights" in body
     assert "other data in the layout of CIFAR-100" in body
+
+
+def test_model_card_of_an_unfinished_run_has_the_metrics_of_its_weights(make_run: RunMaker) -> None:
+    run = make_run("r")
+    summary = {"top1": 19.6, "steps": 1, "finished": False}  # of an evaluation before
+    (run / "summary.json").write_text(json.dumps(summary))
+    trained = replace(load_trained_model(run), evaluation={"top1": 32.4, "superclass_top1": 33.2})
+    card = model_card(trained, run, to="teacher", uint8=False, check="")
+    assert "| top-1, % of the test split | 32.4 |" in card
+    assert "19.6" not in card
+    assert "of an unfinished training of 200 epochs, at checkpoint\n`step_00000001`" in card
 
 
 def test_model_card_names_data_resizing_and_temperature(make_run: RunMaker, tmp_path: Path) -> None:

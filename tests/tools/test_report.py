@@ -96,6 +96,22 @@ def runs(tmp_path: Path, trained: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("teachers", ["f" * 64]), ("data", "f" * 64)])
+def test_runs_with_other_teachers_or_data_are_no_seeds(
+    runs: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    folders = [str(runs / name) for name in ("tiny_s0", "tiny_s1")]
+    latex = tmp_path / "table.tex"
+    arguments = [*folders, "--output", str(tmp_path / "page.html"), "--latex", str(latex)]
+    assert main(arguments) == 0
+    assert latex.read_text().count("\\\\") == 2  # the header and one row
+    path = runs / "tiny_s1/environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert main(arguments) == 0
+    assert latex.read_text().count("\\\\") == 3
+    assert ("on other data" in latex.read_text()) is (key == "data")
+
+
 def test_device_hours_count_the_processes_of_each_start(run: Path) -> None:
     """One hour on eight processes and one on two, of which the summary has only the last number."""
     path = run / "summary.json"

@@ -63,14 +63,18 @@ def origin(cwd: Path, name: str = "new") -> dict[str, Any]:
             ["--fork", "runs/tiny", "run.epochs=3"],
             "another recipe (run.epochs: 1 -> 3); choose another",
         ),
-        ([*FORK], "has finished all its epochs, so nothing would be trained; set run.epochs"),
-        ([*FORK, "optim.lr=0.1"], "has finished all its epochs, so nothing would be trained"),
+        ([*FORK], "has finished all its 1 epochs, and a fork with the same run.epochs"),
+        (
+            [*FORK, "optim.lr=0.1"],
+            "so nothing would be trained; another run.epochs starts a new schedule",
+        ),
         (
             [*FORK, "data.val_size=100", "run.epochs=3"],
             "was trained on rows that data.val_size=100 uses for validation",
         ),
         (["name=new", "--fork", "runs/absent"], "runs/absent is not a run folder"),
         ([*FORK, "run.epochs=3", "model.backbone=test_vit"], "check model.backbone"),
+        (["--fork", "runs/absent"], "runs/tiny was not forked from runs/absent"),
     ],
 )
 def test_senseless_fork_is_one_sentence_and_changes_nothing(

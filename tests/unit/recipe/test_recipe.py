@@ -9,12 +9,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from make_schema import json_schema, keys_page
 
 from cifar_dist.losses.registry import LOSSES
 from cifar_dist.recipe.diff import flatten, recipe_diff, seed_free_config
-from cifar_dist.recipe.key_docs import keys_page
 from cifar_dist.recipe.load import load_recipe, validate
-from cifar_dist.recipe.schema import Recipe, json_schema, to_dict, to_yaml
+from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.strict_yaml import parse_yaml
 from cifar_dist.utils.suggest import known_keys

@@ -1,4 +1,4 @@
-"""Descriptions of the recipe's keys, for recipes/schema.json and the page docs/recipe_keys.md.
+"""Write recipes/schema.json, for editors, and docs/recipe_keys.md: `make schema`.
 
 A key is described by the comment of its field: at the end of its line, or in the lines above it.
 """
@@ -12,9 +12,16 @@ import io
 import json
 import re
 import tokenize
+from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
+
+from cifar_dist.losses.registry import LOSSES
+from cifar_dist.recipe.schema import ADAPTER
+from cifar_dist.utils.files import atomic_write, write_json
+
+ROOT = Path(__file__).parents[1]
 
 Schema = dict[str, Any]
 
@@ -61,6 +68,15 @@ class DescribedJsonSchema(GenerateJsonSchema):
         for name, content in described["properties"].items():
             content["description"] = comments[name]
         return described
+
+
+def json_schema() -> Schema:
+    """Return the JSON Schema of a recipe."""
+    schema = ADAPTER.json_schema(schema_generator=DescribedJsonSchema)
+    for name, kind in LOSSES.items():
+        description = first_paragraph(schema["$defs"][kind.__name__]["description"])
+        schema["$defs"]["Losses"]["properties"][name]["description"] = description
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def keys_page(schema: Schema) -> str:
@@ -171,3 +187,8 @@ def yaml_words(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    write_json(ROOT / "recipes/schema.json", json_schema())
+    atomic_write(ROOT / "docs/recipe_keys.md", keys_page(json_schema()))
