@@ -1,4 +1,4 @@
-"""Compare two gloo processes under DDP with two independent runs, on the CPU with one thread each.
+"""Compare two gloo processes that sum gradients with two independent runs, on the CPU, one thread each.
 
 Both take turns in the same two processes, so background load affects them alike. A turn starts in
 both processes at once. CPU time is the sum over both processes, including gloo's threads.
@@ -30,7 +30,7 @@ from cifar_dist.utils.files import write_json
 from cifar_dist.utils.precision import auto_precision, make_scaler
 
 PROCESSES, STEPS = 2, 4  # steps per turn
-DDP, INDEPENDENT = "DDP", "two independent runs"
+EXACT, DDP, INDEPENDENT = "exact sums (the default)", "DDP", "two independent runs"
 DDP_BF16 = "DDP, run.grad_reduce_dtype=bf16"
 
 
@@ -78,9 +78,10 @@ def take_turns_in_each(
                 precision=precision,
                 batch_size=total,
                 micro_batches=PROCESSES,
+                reduction="exact" if name == EXACT else "ddp",
                 grad_reduce_dtype="bf16" if name == DDP_BF16 else "fp32",
             )
-        else:  # the same step without DDP
+        else:  # the same step without a reduction
             update = partial(
                 train_step,
                 accelerator,
@@ -102,7 +103,7 @@ def take_turns_in_each(
 
         return run
 
-    works = {name: steps(name) for name in (DDP, INDEPENDENT, DDP_BF16)}
+    works = {name: steps(name) for name in (EXACT, DDP, INDEPENDENT, DDP_BF16)}
     turns: dict[str, list[Turn]] = {name: [] for name in works}
     for counted in range(-1, rounds):
         for name, work in works.items():

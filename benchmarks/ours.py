@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch, BatchPlan, gather_batch, train_batches
 from cifar_dist.data.dataset import Split
-from cifar_dist.distributed.ddp import GradReduceDtype
+from cifar_dist.distributed.tree_sum import GradReduceDtype, Reduction
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.heads import LinearHead, Outputs
@@ -135,9 +135,10 @@ def our_step(
     batch_size: int = BATCH_SIZE,
     micro_batches: int = 1,
     cuda_graphs: CudaGraphs = "auto",
+    reduction: Reduction = "exact",
     grad_reduce_dtype: GradReduceDtype = "fp32",
 ) -> StepFn:
-    """Build the step as train.py does: CUDA graphs on a GPU, DDP with several processes."""
+    """Build the step as train.py does: CUDA graphs on a GPU, gradients summed over the processes."""
     return build_step(
         accelerator,
         model,
@@ -149,6 +150,7 @@ def our_step(
             seed=0,
             batch_size=batch_size,
             max_grad_norm=OPTIM.max_grad_norm,
+            reduction=reduction,
             grad_reduce_dtype=grad_reduce_dtype,
         ),
         cuda_graphs=cuda_graphs,

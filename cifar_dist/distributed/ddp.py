@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from cifar_dist.distributed.context import DistContext
-
-GradReduceDtype = Literal["fp32", "bf16"]  # of the gradients that ranks send
+from cifar_dist.distributed.tree_sum import GradReduceDtype
 
 
 def wrap_ddp(
@@ -45,14 +43,6 @@ def wrap_ddp(
     return wrapped
 
 
-def all_reduce_gradients(flat: Tensor, world_size: int, *, dtype: GradReduceDtype) -> None:
-    """Replace f32 gradients by their mean over the ranks: divide, then sum, as DDP does."""
-    sent = flat.bfloat16() if dtype == "bf16" else flat
-    dist.all_reduce(sent.div_(world_size))
-    if sent is not flat:
-        flat.copy_(sent)
-
-
 def broadcast_buffers(model: nn.Module, context: DistContext) -> None:
     """Copy rank 0's buffers to all ranks: the BatchNorm statistics are those of micro-batch 0."""
     if context.world_size > 1:
@@ -61,7 +51,7 @@ def broadcast_buffers(model: nn.Module, context: DistContext) -> None:
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Copy rank 0's parameters and buffers to all ranks, as the constructor of DDP does."""
+    """Copy rank 0's parameters and buffers to all ranks."""
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.data, src=0)
 

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from cifar_dist.data.augment.augmentation import AugmentConfig
 from cifar_dist.data.dataset import Place
 from cifar_dist.distill.teacher import TeacherConfig
-from cifar_dist.distributed.ddp import GradReduceDtype
+from cifar_dist.distributed.tree_sum import GradReduceDtype, Reduction
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.registry import LOSSES
@@ -61,6 +61,8 @@ class RunConfig:
     keep_checkpoints: Count = 2  # newest checkpoints to keep, besides the best by validation top-1
     compile: bool = False  # compile the model with torch.compile
     cuda_graphs: CudaGraphs = "auto"  # auto: if the step can be captured; on: an error if it cannot
+    # exact: the same bits on 1, 2, 4, ... processes; ddp: up to rounding, sent during the backward
+    reduction: Reduction = "exact"
     grad_reduce_dtype: GradReduceDtype = "fp32"  # precision of the gradients in the all-reduce
     timeout_seconds: Count = 600  # seconds to wait for a process without progress; at least 4
     # stop the run at a loss or gradient that is NaN or infinite, or skip the step

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import AugmentedBatch
 from cifar_dist.data.batches import Batch, concatenate
-from cifar_dist.distributed.ddp import (
-    all_reduce_gradients,
-    broadcast_weights,
-    wrap_ddp,
+from cifar_dist.distributed.ddp import broadcast_weights, wrap_ddp
+from cifar_dist.distributed.tree_sum import (
+    GradientTree,
+    TreeAllReduce,
+    tree_depth,
+    tree_order,
+    tree_sum,
 )
 from cifar_dist.optim.optimizer import make_capturable
 from cifar_dist.recipe.schema import CudaGraphs
@@ -63,9 +67,9 @@ class Gradients(NamedTuple):
 class GraphedStep:
     """`train_step` as CUDA graphs: the same update, bit for bit where kernels are the same.
 
-    Gradients are summed in the order of the micro-batches into one flat tensor, which is all-reduced in
-    one piece, without DDP. Micro-batches of small images keep separate gradients until then, so that
-    they can be replayed in parallel.
+    Gradients are summed in the order of the tree into one flat tensor, and those of all ranks in one piece.
+    Micro-batches of small images keep separate gradients until then, so that they can be replayed in
+    parallel; others add them at once, to one flat tensor for each level of the tree.
     """
 
     def __init__(
@@ -83,14 +87,16 @@ class GraphedStep:
         assert config.sam is None
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.config, self.device, self.world_size = config, device, world_size
-        self.loss_scale = world_size / config.batch_size
+        self.loss_scale = 1 / config.batch_size
         self.new_recorder = new_recorder  # None: every part stays eager
         self.required = required  # a failed capture is an error
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         if world_size > 1:
             broadcast_weights(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.flat, self.flat_views = flat_gradients(self.parameters)
+        self.levels: list[tuple[Tensor, list[Tensor]]] = []  # flat gradients and their views
+        self.add_level()
+        self.all_reduce = TreeAllReduce(world_size, dtype=config.grad_reduce_dtype)
         self.in_use: list[int] = []  # indices of the parameters that the loss depends on
         if new_recorder:
             make_capturable(optimizer, device)
@@ -110,6 +116,8 @@ class GraphedStep:
             getattr(self.model, "preprocess", None), "image_size", PARALLEL_PIXELS + 1
         )
         self.parallel = 1 < micro_batches < MAX_STREAMS and image_size <= PARALLEL_PIXELS
+        while not self.parallel and len(self.levels) < tree_depth(micro_batches):
+            self.add_level()
         self.augment_graph: GraphedCallable[None] = GraphedCallable(
             main if augment.capturable else None
         )
@@ -124,6 +132,14 @@ class GraphedStep:
             self.learning_graphs.append(GraphedCallable(recorder, parallel=self.parallel))
         self.sum_graph: GraphedCallable[None] = GraphedCallable(main)
         self.update_graph: GraphedCallable[tuple[Tensor, Tensor]] = GraphedCallable(main)
+
+    @property
+    def flat(self) -> Tensor:
+        """The summed gradients of all parameters."""
+        return self.levels[0][0]
+
+    def add_level(self) -> None:
+        self.levels.append(flat_gradients(self.parameters))
 
     def __call__(self, batches: list[Batch], *, step: int) -> StepResult:
         self.invalidate_stale_graphs(batches[0].epoch, len(batches))
@@ -141,7 +157,7 @@ class GraphedStep:
         if self.world_size > 1:
             if self.parallel:
                 self.sum_graph(partial(self.sum_gradients, gradients), written=self.flat_tensor)
-            all_reduce_gradients(self.flat, self.world_size, dtype=self.config.grad_reduce_dtype)
+            self.all_reduce([self.flat])
         skipped, sums = self.update_graph(
             partial(self.update_weights, gradients), written=self.updated_tensors
         )
@@ -154,9 +170,11 @@ class GraphedStep:
 
     def learn(self, batches: list[Batch], step: int) -> list[Gradients]:
         """Run teacher, forward and backward of each micro-batch."""
-        gradients, start = [], 0
-        for index, batch in enumerate(batches):
-            part = slice(start, start := start + len(batch.rows))
+        starts = list(accumulate((len(batch.rows) for batch in batches), initial=0))
+        gradients: dict[int, Gradients] = {}
+        level = 0  # of the tree that the next gradients are stored in
+        for index, additions in tree_order(len(batches)):
+            batch, part = batches[index], slice(starts[index], starts[index + 1])
             seed = partial(
                 seed_dropout,
                 self.device,
@@ -171,16 +189,15 @@ class GraphedStep:
                     written=partial(self.teacher_tensors, part),
                 )
             seed()
-            gradients.append(
-                self.learning_graphs[index](
-                    partial(self.forward_backward, batch, part),
-                    written=self.learned_tensors,
-                    compared=gradients_of,
-                )
+            gradients[index] = self.learning_graphs[index](
+                partial(self.forward_backward, batch, part, level, additions),
+                written=self.learned_tensors,
+                compared=gradients_of,
             )
+            level += 1 - additions
         for graph in self.learning_graphs:
             graph.join()
-        return gradients
+        return [gradients[index] for index in range(len(batches))]
 
     def invalidate_stale_graphs(self, epoch: int, micro_batches: int) -> None:
         """Capture again when an epoch has another image size or other loss weights."""
@@ -220,7 +237,7 @@ class GraphedStep:
             self.teacher_logits = logits.new_empty(len(self.batch.rows), logits.shape[1])
         self.teacher_logits[part].copy_(logits)
 
-    def forward_backward(self, batch: Batch, part: slice) -> Gradients:
+    def forward_backward(self, batch: Batch, part: slice, level: int, additions: int) -> Gradients:
         assert self.augmented
         for parameter in self.parameters:
             parameter.grad = None
@@ -241,21 +258,23 @@ class GraphedStep:
         self.in_use, gradients = list(used), list(used.values())
         if self.parallel:
             return Gradients(sum_terms(terms), gradients)
-        self.add_gradients(gradients, is_first=part.start == 0)
+        self.store_gradients(gradients, level, additions)
         return Gradients(sum_terms(terms), [])
 
     @torch.no_grad()
-    def add_gradients(self, gradients: list[Tensor], *, is_first: bool) -> None:
-        """Add the gradients of a micro-batch to the total, or start the total with them."""
-        total = [self.flat_views[index] for index in self.in_use]
-        if is_first:
-            torch._foreach_copy_(total, gradients)
-        else:
-            torch._foreach_add_(total, gradients)
+    def store_gradients(self, gradients: list[Tensor], level: int, additions: int) -> None:
+        """Copy the gradients of a micro-batch to a level of the tree, and add levels above it."""
+        torch._foreach_copy_(self.views_in_use(level), gradients)
+        for above in range(level - 1, level - 1 - additions, -1):
+            torch._foreach_add_(self.views_in_use(above), self.views_in_use(above + 1))
 
+    def views_in_use(self, level: int = 0) -> list[Tensor]:
+        return [self.levels[level][1][index] for index in self.in_use]
+
+    @torch.no_grad()
     def sum_gradients(self, gradients: list[Gradients]) -> None:
-        for index, one in enumerate(gradients):
-            self.add_gradients(one.tensors, is_first=index == 0)
+        total = tree_sum([one.tensors for one in gradients])
+        torch._foreach_copy_(self.views_in_use(), total)
 
     def update_weights(self, gradients: list[Gradients]) -> tuple[Tensor, Tensor]:
         """Return whether the update was skipped, and the summed terms of each micro-batch."""
@@ -263,8 +282,8 @@ class GraphedStep:
             self.sum_gradients(gradients)
         for parameter in self.parameters:
             parameter.grad = None
-        for index in self.in_use:
-            self.parameters[index].grad = self.flat_views[index]
+        for index, view in zip(self.in_use, self.views_in_use(), strict=True):
+            self.parameters[index].grad = view
         skipped = optimizer_step(
             self.model,
             self.optimizer,
@@ -283,7 +302,8 @@ class GraphedStep:
         return [] if self.teacher_logits is None else [self.teacher_logits[part]]
 
     def learned_tensors(self) -> list[Tensor]:
-        return [*self.model.buffers(), *([] if self.parallel else [self.flat])]
+        flats = [] if self.parallel else [flat for flat, _ in self.levels]
+        return [*self.model.buffers(), *flats]
 
     def flat_tensor(self) -> list[Tensor]:
         return [self.flat]
@@ -311,7 +331,7 @@ def build_step(
     micro_batches: int,
     restore_buffers: bool = False,
 ) -> StepFn:
-    """Return a function that takes a step: CUDA graphs where possible, otherwise `train_step` under DDP.
+    """Return a function that takes a step: CUDA graphs where possible, otherwise `train_step`.
 
     Build it again when other parameters become trainable. With `restore_buffers` a skipped step leaves
     running statistics unchanged. UserError if `cuda_graphs` is on and the step cannot be captured.
@@ -336,13 +356,25 @@ def build_step(
     else:
         if cuda_graphs != "off" and device.type == "cuda":
             log.info(f"CUDA graphs: off, {reason}")
-        wrapped = wrap_ddp(
-            accelerator,
-            model,
-            micro_batches=micro_batches,
-            grad_reduce_dtype=config.grad_reduce_dtype,
+        world_size, tree = accelerator.num_processes, None
+        if config.reduction == "ddp":
+            model = wrap_ddp(
+                accelerator,
+                model,
+                micro_batches=micro_batches,
+                grad_reduce_dtype=config.grad_reduce_dtype,
+            )
+        else:
+            if world_size > 1:
+                broadcast_weights(model)
+            tree = GradientTree(
+                [p for p in model.parameters() if p.requires_grad],
+                world_size,
+                dtype=config.grad_reduce_dtype,
+            )
+        step_fn = partial(
+            train_step, accelerator, model, objective, optimizer, scaler, config, tree=tree
         )
-        step_fn = partial(train_step, accelerator, wrapped, objective, optimizer, scaler, config)
     return partial(restore_buffers_on_skip, model, step_fn) if restore_buffers else step_fn
 
 
@@ -377,6 +409,8 @@ def unsupported_reason(
     """Return why the step cannot be captured, or None."""
     if device.type != "cuda":
         return f"CUDA graphs need a GPU, and this is {device.type}"
+    if config.reduction == "ddp":
+        return "run.reduction=ddp reduces gradients inside the backward"
     if config.precision == "fp16":
         return "the loss scaler of fp16 reads a number from the device in each step"
     if config.sam:

@@ -138,6 +138,7 @@ def update_trainable_parameters(run: Run, state: TrainState, epoch: int) -> None
             batch_size=config.batch_size,
             max_grad_norm=run.recipe.optim.max_grad_norm,
             sam=run.recipe.optim.sam,
+            reduction=config.reduction,
             grad_reduce_dtype=config.grad_reduce_dtype,
         ),
         cuda_graphs=config.cuda_graphs,

@@ -29,6 +29,7 @@ from cifar_dist.data.streaming import stream_images
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext, rank_mesh
+from cifar_dist.distributed.tree_sum import is_exact
 from cifar_dist.evaluation.evaluator import EvalResult, evaluate
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.backbones import fetch_pretrained
@@ -236,6 +237,11 @@ def setup(
         "micro-batch(es)"
         + (f"; resuming from step {state.step} of {total_steps}" if start.is_resumed else "")
     )
+    if recipe.run.reduction == "exact" and not is_exact(origin.micro_batches, context.world_size):
+        log.info(
+            f"{context.world_size} processes give the results of one up to rounding; 1, 2, 4, 8, ... or "
+            f"{origin.micro_batches} give the same bits"
+        )
     check_data()  # digests were computed by threads meanwhile
     return run, state
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.data.batches import Batch
-from cifar_dist.distributed.ddp import GradReduceDtype
+from cifar_dist.distributed.tree_sum import GradientTree, GradReduceDtype, Reduction, tree_order
 from cifar_dist.optim.sam import SamConfig
 from cifar_dist.training.objective import Objective, sum_terms
 from cifar_dist.utils.errors import UserError
@@ -31,6 +31,7 @@ class StepConfig:
     batch_size: int  # of the global batch
     max_grad_norm: float | None
     sam: SamConfig | None = None
+    reduction: Reduction = "exact"
     grad_reduce_dtype: GradReduceDtype = "fp32"
 
 
@@ -53,33 +54,38 @@ def train_step(
     micro_batches: list[Batch],
     *,
     step: int,
+    tree: GradientTree | None = None,
 ) -> StepResult:
     """Update the weights with the gradient of the mean loss over the global batch.
 
-    The loss of a micro-batch is a sum, scaled by world_size / batch_size; DDP averages gradients over
-    the ranks. A loss or gradient that is not finite changes no weight on any rank.
+    The loss of a micro-batch is a sum, scaled by 1 / batch_size. With `tree` the gradients of all
+    micro-batches are added in its order. Without it `model` is under DDP, which averages gradients over the
+    ranks, so the loss is scaled by world_size as well; under fp16 that factor is applied after the backward,
+    so that overflow and underflow do not depend on the world size.
 
-    Under fp16 the factor world_size is applied after the backward, so that overflow and underflow do
-    not depend on the world size. With SAM each micro-batch is perturbed by its own gradient (m-SAM,
-    Foret et al. 2021, section 4.1).
+    A loss or gradient that is not finite changes no weight on any rank. With SAM each micro-batch is
+    perturbed by its own gradient (m-SAM, Foret et al. 2021, section 4.1).
     """
-    *_, final = micro_batches
     world_size, device = accelerator.num_processes, accelerator.device
-    grad_scale = world_size if scaler.is_enabled() else 1
-    loss_scale = world_size / grad_scale / config.batch_size
-    sums = []
+    factor = 1 if tree else world_size
+    grad_scale = factor if scaler.is_enabled() else 1
+    loss_scale = factor / grad_scale / config.batch_size
+    count = len(micro_batches)
+    order = tree_order(count) if tree else [(index, 0) for index in range(count)]
+    sums: list[Tensor] = [torch.empty(0)] * count
     with autocast(config.precision, device):
         augmented = objective.augment_batches(micro_batches)
-    for batch, images in zip(micro_batches, augmented, strict=True):
+    for index, additions in order:
+        batch = micro_batches[index]
         seed = partial(
             seed_dropout, device, seed=config.seed, step=step, micro_batch=batch.micro_batch
         )
         seed()  # for a teacher in train mode
         with autocast(config.precision, device):
-            inputs = objective.prepare_inputs(images, batch)
+            inputs = objective.prepare_inputs(augmented[index], batch)
         seed()
-        is_first = batch.micro_batch == 0
-        with nullcontext() if batch is final else accelerator.no_sync(model):
+        is_first, is_last = batch.micro_batch == 0, index == count - 1
+        with nullcontext() if tree or is_last else accelerator.no_sync(model):
             first_model = unwrap_model(model) if config.sam else model
             with bn_stats_enabled(model, is_first), autocast(config.precision, device):
                 terms = objective.compute_losses(first_model, inputs)
@@ -92,7 +98,11 @@ def train_step(
                     with bn_stats_enabled(model, False), autocast(config.precision, device):
                         loss = objective.compute_losses(model, inputs)["loss"]
                     backward(scaler, loss.sum() * loss_scale * finite)
-        sums.append(sum_terms(terms))
+        if tree:
+            tree.push(additions)
+        sums[index] = sum_terms(terms)
+    if tree:
+        tree.reduce()
     skipped = optimizer_step(
         model, optimizer, scaler, grad_scale=grad_scale, max_grad_norm=config.max_grad_norm
     )

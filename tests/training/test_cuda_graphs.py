@@ -22,6 +22,7 @@ from step_cost import batches_of, model_of
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import load_split
 from cifar_dist.distill.teacher import OnlineTeacher
+from cifar_dist.distributed.tree_sum import GradientTree
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.distillation import Distill
 from cifar_dist.losses.margin import ArcFace
@@ -389,8 +390,9 @@ def bits_after(
     else:
         scaler = make_scaler(precision, CPU)
         accelerator = Accelerator(cpu=True)
+        tree = GradientTree([p for p in network.parameters() if p.requires_grad], 1)
         take_step = partial(
-            train_step, accelerator, network, objective, optimizer, scaler, step_config
+            train_step, accelerator, network, objective, optimizer, scaler, step_config, tree=tree
         )
     window, batches = (
         MetricWindow(objective.names, micro_batches=3, device=CPU),

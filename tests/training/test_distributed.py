@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from launcher import Launch, train, weight_hashes
 from safetensors.torch import load_file
 
 from recipes import RecipeMaker
+
+RUN_8 = {"batch_size": 16, "micro_batches": 8, "epochs": 3}
 
 
 def summary(run: Path) -> dict[str, object]:
@@ -42,19 +45,60 @@ def test_plain_accelerator_trains_like_the_command(tmp_path: Path, recipe: Recip
     assert ranks.output.count("static_graph=True broadcast_buffers=False") == 2, ranks.output
 
 
-def test_more_processes_agree_up_to_rounding(
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "adamw, mixing, dropout, an average": {},
+    "bf16": {"run": {"precision": "bf16"}},
+    "sam": {"optim": {"name": "sgd", "lr": 0.05, "sam": {"rho": 0.05}}},
+    "swa": {"averaging": {"kind": "swa", "decay": 0.999, "start_epoch": 1}},
+}
+
+
+@pytest.mark.parametrize("sections", EVERYTHING.values(), ids=EVERYTHING)
+def test_one_two_and_four_processes_have_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, sections: dict[str, Any]
+) -> None:
+    """Weights, averages, optimizer, predictions and all logged numbers, with eight micro-batches."""
+    path = recipe(**sections | {"run": RUN_8 | sections.get("run", {})})
+    for world_size in (1, 2, 4):
+        train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+    for world_size in (2, 4):
+        assert_same_bits(tmp_path / "runs/w1", tmp_path / f"runs/w{world_size}")
+
+
+@pytest.mark.fault  # eight processes on two cores
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eight_processes_have_the_same_bits(
+    tmp_path: Path, recipe: RecipeMaker, precision: str
+) -> None:
+    path = recipe(run=RUN_8 | {"precision": precision})
+    for world_size in (1, 8):
+        train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/w1", tmp_path / "runs/w8")
+
+
+def test_other_numbers_of_processes_agree_up_to_rounding(
     tmp_path: Path, recipe: RecipeMaker, middle_data: Path
 ) -> None:
+    """Three processes for four micro-batches, and accumulation in sequence instead of the tree.
+
+    Three processes for three micro-batches have the same bits as one.
+    """
     path = recipe(
         run={"batch_size": 250, "micro_batches": 4, "epochs": 2},
         data={"path": str(middle_data)},
         optim={"name": "sgd", "lr": 0.005},  # a large one makes rounding grow from step to step
     )
-    for world_size in (1, 2, 3, 4):
-        train(path, f"name=w{world_size}", cwd=tmp_path, world_size=world_size)
-    for world_size in (2, 3, 4):
-        difference = largest_difference(tmp_path / "runs/w1", tmp_path / f"runs/w{world_size}")
-        assert difference < 1e-5, f"{world_size} processes: {difference}"
+    train(path, "name=w1", cwd=tmp_path)
+    output = train(path, "name=w3", cwd=tmp_path, world_size=3)
+    assert "3 processes give the results of one up to rounding" in output
+    train(path, "name=sequence", "run.reduction=ddp", cwd=tmp_path)
+    for name in ("w3", "sequence"):
+        difference = largest_difference(tmp_path / "runs/w1", tmp_path / f"runs/{name}")
+        assert 0 < difference < 1e-5, f"{name}: {difference}"
+    for world_size in (1, 3):
+        words = (f"name=three_{world_size}", "run.micro_batches=3")
+        assert "up to rounding" not in train(path, *words, cwd=tmp_path, world_size=world_size)
+    assert_same_bits(tmp_path / "runs/three_1", tmp_path / "runs/three_3")
 
 
 def test_micro_batches_only_change_rounding_without_batch_norm(

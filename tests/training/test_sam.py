@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
+from cifar_dist.distributed.tree_sum import GradientTree
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.distillation import Distill
@@ -68,6 +69,7 @@ def step(
         ),
         micro_batches,
         step=0,
+        tree=GradientTree(list(model.parameters()), accelerator.num_processes),
     )
 
 

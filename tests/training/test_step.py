@@ -16,6 +16,7 @@ from torch import nn
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.batches import Batch
+from cifar_dist.distributed.tree_sum import GradientTree
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.models.heads import Outputs
 from cifar_dist.training.objective import Objective
@@ -53,6 +54,7 @@ def step(
         ),
         micro_batches,
         step=0,
+        tree=GradientTree(list(model.parameters()), accelerator.num_processes),
     )
 
 
@@ -205,6 +207,7 @@ def test_nonfinite_loss_with_finite_gradient_is_skipped(
         StepConfig(precision="fp32", seed=0, batch_size=10, max_grad_norm=None),
         parts,
         step=0,
+        tree=GradientTree(list(model.parameters()), accelerator.num_processes),
     )
     assert result.skipped
     assert all(map(torch.equal, model.parameters(), before))

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
 from cifar_dist.data.dataset import Split, load_split
 from cifar_dist.distill.teacher import OnlineTeacher
+from cifar_dist.distributed.tree_sum import GradientTree
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy
 from cifar_dist.losses.registry import LOSSES
@@ -70,6 +71,7 @@ def test_step_reads_no_number(data: Path, optimizer_name: str, precision: Precis
     scaler = make_scaler(precision, accelerator.device)
     ema, batches = Ema(AveragingConfig(), model), batches_of(split)
     window = MetricWindow(objective.names, micro_batches=2, device=accelerator.device)
+    tree = GradientTree(list(model.parameters()), 1)
     with Waits() as waits:
         for step in range(5):
             set_learning_rate(optimizer, 0.01 / (1 + step))
@@ -87,6 +89,7 @@ def test_step_reads_no_number(data: Path, optimizer_name: str, precision: Precis
                 ),
                 next(batches),
                 step=step,
+                tree=tree,
             )
             window.add(result)
             ema.update(model, step + 1)
@@ -214,8 +217,10 @@ def test_no_recompilation_after_the_first_steps(data: Path) -> None:
             StepConfig(precision="bf16", seed=0, batch_size=BATCH_SIZE, max_grad_norm=None),
             next(batches),
             step=step,
+            tree=tree,
         )
 
+    tree = GradientTree(list(model.parameters()), 1)
     take(0)
     take(1)
     with torch._dynamo.config.patch(error_on_recompile=True):
