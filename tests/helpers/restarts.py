@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import Launch, train
@@ -27,15 +29,18 @@ def wait_for_step(ranks: Launch, run: Path, step: int) -> None:
 
 
 def kill_and_resume(
-    path: Path, cwd: Path, steps: list[int], *, last_step: int, world_size: int = 1
+    path: Path, cwd: Path, steps: list[int], *, last_step: int, world_sizes: Sequence[int] = (1,)
 ) -> None:
-    """Kill all ranks with SIGKILL after each of `steps`, then finish the run, runs/killed."""
+    """Kill all ranks with SIGKILL after each of `steps`, then finish the run, runs/killed.
+
+    Each start takes the next one of `world_sizes`, in a circle.
+    """
     arguments = [path, "name=killed", f"run.save_every_minutes={EVERY_STEP}"]
-    run = cwd / "runs/killed"
+    run, sizes = cwd / "runs/killed", itertools.cycle(world_sizes)
     for step in steps:
-        ranks = Launch("train", arguments, cwd=cwd, world_size=world_size)
+        ranks = Launch("train", arguments, cwd=cwd, world_size=next(sizes))
         wait_for_step(ranks, run, step)
         ranks.kill()
         assert not (run / "summary.json").exists(), "the run ended before it could be killed"
-    output = train(*arguments, cwd=cwd, world_size=world_size)
+    output = train(*arguments, cwd=cwd, world_size=next(sizes))
     assert f"of {last_step}" in output

@@ -173,7 +173,7 @@ def test_same_bits_after_kills_around_unfreezing(
         tmp_path,
         [4, 6 * until - 4, 6 * until + 3],
         last_step=6 * epochs,
-        world_size=world_size,
+        world_sizes=[world_size],
     )
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 

@@ -31,7 +31,7 @@ def test_two_killed_ranks_match_an_uninterrupted_run(tmp_path: Path, recipe: Rec
     """Two ranks poll, and so save, about once per second."""
     path = recipe(run={"epochs": 60, "eval_every_epochs": 30, "log_every_steps": 7})
     train(path, "name=straight", cwd=tmp_path, world_size=2)
-    kill_and_resume(path, tmp_path, [1, 60, 120], last_step=360, world_size=2)
+    kill_and_resume(path, tmp_path, [1, 60, 120], last_step=360, world_sizes=[2])
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
@@ -56,7 +56,7 @@ def test_twenty_kills(tmp_path: Path, recipe: RecipeMaker, precision: str, world
     path = recipe(run={"precision": precision, "epochs": epochs})
     train(path, "name=straight", cwd=tmp_path, world_size=world_size)
     steps = sorted(random.Random(precision).sample(range(2, 6 * epochs - 40), 20))
-    kill_and_resume(path, tmp_path, steps, last_step=6 * epochs, world_size=world_size)
+    kill_and_resume(path, tmp_path, steps, last_step=6 * epochs, world_sizes=[world_size])
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/killed")
 
 
@@ -111,15 +111,17 @@ def test_signal_stops_an_evaluation_which_is_repeated(
 
 
 def test_changing_world_size_keeps_the_bits(tmp_path: Path, recipe: RecipeMaker) -> None:
-    path = recipe(run={"epochs": 30, "eval_every_epochs": 10})
-    train(path, "name=straight", cwd=tmp_path, world_size=2)
-    stop_at(path, tmp_path, 2, world_size=2, name="moved")
-    output = stop_at(path, tmp_path, 40, world_size=1, name="moved")
+    """Signals in the middle of epochs and of logging windows."""
+    run = {"epochs": 30, "eval_every_epochs": 10, "batch_size": 16, "micro_batches": 8}
+    path = recipe(run=run)  # 4 steps per epoch
+    train(path, "name=straight", cwd=tmp_path)
+    for world_size, step in (4, 2), (2, 25), (1, 49):
+        output = stop_at(path, tmp_path, step, world_size=world_size, name="moved")
     assert "resuming from step" in output
-    train(path, "name=moved", cwd=tmp_path, world_size=2)
+    train(path, "name=moved", cwd=tmp_path, world_size=4)
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/moved")
     summary = json.loads((tmp_path / "runs/moved/summary.json").read_text())
-    assert summary["micro_batches"] == 2
+    assert summary["micro_batches"] == 8
     assert summary["finished"] is True
 
 
