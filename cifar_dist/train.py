@@ -6,11 +6,12 @@ processes are therefore one operation: build everything as at the start, load, c
 
 from __future__ import annotations
 
-from cifar_dist.distributed import signals
+from cifar_dist.distributed import elastic, signals
 from cifar_dist.utils.cli import parse_early, parse_recipe, train_parser
 
 if __name__ == "__main__":  # before importing torch, which takes seconds
     signals.install()  # an unhandled signal would kill the process
+    elastic.stop_with_agent()
     parse_early(train_parser())
 
 import json
@@ -43,7 +44,7 @@ from cifar_dist.training.setup import Run, setup
 from cifar_dist.training.start import check_names, ensure_data, find_finished_run
 from cifar_dist.training.state import TrainState, early_stop_reason
 from cifar_dist.training.timing import time_training
-from cifar_dist.utils.errors import is_main_rank, run_command
+from cifar_dist.utils.errors import USER_ERROR, is_main_rank, run_command
 from cifar_dist.utils.log import log, log_to_terminal
 
 
@@ -161,8 +162,15 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(asdict(plan)) if options.json else plan)
         return 0
     summary = run_training(recipe, fork=options.fork)
-    return 0 if summary and summary["finished"] else signals.STOPPED
+    if summary and summary["finished"]:
+        return 0
+    if summary and summary["stopped_by"] != "SIGTERM":  # that is from the agent, or for it as well
+        elastic.stop_agent()
+    return signals.STOPPED
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    code = run_command(main)
+    if code == USER_ERROR:
+        elastic.stop_agent()
+    sys.exit(code)

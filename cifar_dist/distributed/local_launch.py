@@ -7,7 +7,6 @@ their own below the error message of a rank.
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
 import shutil
@@ -19,6 +18,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from cifar_dist.distributed.elastic import signal_at_parent_exit
 from cifar_dist.utils.errors import print_error
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -26,7 +26,6 @@ EXIT_SECONDS = (
     60  # for the other ranks, after the first one has failed; they normally exit by themselves
 )
 POLL_SECONDS = 0.05
-PR_SET_PDEATHSIG = 1
 
 
 def count_gpus() -> int:
@@ -83,8 +82,7 @@ def launch(command: Sequence[str], world_size: int, *, on_cpu: bool) -> int:
 
 def _prepare_rank() -> None:
     """Make a rank stop if this process is killed, and let it receive signals."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_parent_exit()
     for number in FORWARDED:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)

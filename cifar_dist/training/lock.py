@@ -13,11 +13,13 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cifar_dist.distributed.elastic import restarts_on_failure
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import try_read_json
 from cifar_dist.utils.host import host_id, pid_exists, process_start_time
@@ -35,7 +37,12 @@ def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=..."
     """
     path, is_new = path or folder / "lock", not folder.exists()
     own, name = _enter(path), json.dumps(_me())
-    holder = _other(own)
+    # An elastic agent starts ranks again at once, maybe before the others of the run have died.
+    patience = time.monotonic() + (
+        STALE_SECONDS + HEARTBEAT_SECONDS if restarts_on_failure() else 0
+    )
+    while (holder := _other(own)) is not None and time.monotonic() < patience:
+        time.sleep(0.5)
     if holder is None:
         own.write_text(name)
         holder = _other(own)
