@@ -160,15 +160,24 @@ class GradientTree:
         self.used: list[nn.Parameter] = []  # that the loss depends on
         self.all_reduce = TreeAllReduce(world_size, dtype=dtype) if world_size > 1 else None
 
-    def push(self, additions: int) -> None:
-        """Take the gradients of a micro-batch from the parameters, and add the topmost ones."""
+    def before_backward(self, additions: int) -> None:
+        """Let the backward of a micro-batch do the first addition that follows it, in place."""
+        if additions:
+            self.give(self.stack.pop())
+
+    def after_backward(self, additions: int) -> None:
+        """Take the gradients from the parameters, and add the topmost ones."""
         self.used = [parameter for parameter in self.parameters if parameter.grad is not None]
         self.stack.append([p.grad for p in self.used if p.grad is not None])
         for parameter in self.used:
             parameter.grad = None
-        for _ in range(additions):
+        for _ in range(additions - 1):
             newer = self.stack.pop()
             torch._foreach_add_(self.stack[-1], newer)
+
+    def give(self, gradients: list[Tensor]) -> None:
+        for parameter, gradient in zip(self.used, gradients, strict=True):
+            parameter.grad = gradient
 
     def reduce(self) -> None:
         """Give the parameters the sum of all gradients, on all ranks. Collective."""
@@ -176,5 +185,4 @@ class GradientTree:
         self.stack = []
         if self.all_reduce:
             self.all_reduce(gradients)
-        for parameter, gradient in zip(self.used, gradients, strict=True):
-            parameter.grad = gradient
+        self.give(gradients)

@@ -85,6 +85,8 @@ def train_step(
             inputs = objective.prepare_inputs(augmented[index], batch)
         seed()
         is_first, is_last = batch.micro_batch == 0, index == count - 1
+        if tree:
+            tree.before_backward(additions)
         with nullcontext() if tree or is_last else accelerator.no_sync(model):
             first_model = unwrap_model(model) if config.sam else model
             with bn_stats_enabled(model, is_first), autocast(config.precision, device):
@@ -99,7 +101,7 @@ def train_step(
                         loss = objective.compute_losses(model, inputs)["loss"]
                     backward(scaler, loss.sum() * loss_scale * finite)
         if tree:
-            tree.push(additions)
+            tree.after_backward(additions)
         sums[index] = sum_terms(terms)
     if tree:
         tree.reduce()

@@ -88,8 +88,9 @@ def test_gradients_of_parameters_that_the_loss_does_not_depend_on_stay_none() ->
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     tree = GradientTree([used, unused], 1)
     for factor, (_, additions) in zip((1.0, 2.0, 4.0), tree_order(3), strict=True):
+        tree.before_backward(additions)
         (factor * used).sum().backward()
-        tree.push(additions)
+        tree.after_backward(additions)
     tree.reduce()
     assert unused.grad is None
     assert used.grad is not None
