@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,16 @@ ENVIRONMENT = {
     # Otherwise agents announce the address of their store only once, and one that joins waits for it.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+
+
+@pytest.fixture
+def agents() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The agents that a test starts; they are killed at its end."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for agent in started:
+        if agent.poll() is None:
+            kill_tree(agent.pid)
 
 
 def start_agent(
@@ -79,17 +90,22 @@ def wait_for_start(
 @pytest.mark.fault
 @pytest.mark.parametrize("kills", [2])
 def test_agents_that_die_and_join_keep_the_bits(
-    tmp_path: Path, recipe: RecipeMaker, kills: int
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    agents: list[subprocess.Popen[bytes]],
+    kills: int,
 ) -> None:
     path = recipe(run=RUN | {"epochs": 150 * kills})  # 4 steps per epoch
     port, log, numbers = free_port(), tmp_path / "first.txt", random.Random(kills)
     frequent = f"run.save_every_minutes={EVERY_STEP}"
     first = start_agent(path, "name=elastic", frequent, cwd=tmp_path, port=port, log="first.txt")
+    agents.append(first)
     wait_for_start(first, log, 2, starts=1)
     for kill in range(kills):
         second = start_agent(
             path, "name=elastic", frequent, cwd=tmp_path, port=port, log="second.txt"
         )
+        agents.append(second)
         wait_for_start(first, log, 4, starts=kill + 1)
         time.sleep(numbers.uniform(1, 6))
         kill_tree(second.pid)
@@ -101,7 +117,9 @@ def test_agents_that_die_and_join_keep_the_bits(
 
 
 @pytest.mark.fault
-def test_user_error_and_signal_end_the_agent(tmp_path: Path, recipe: RecipeMaker) -> None:
+def test_user_error_and_signal_end_the_agent(
+    tmp_path: Path, recipe: RecipeMaker, agents: list[subprocess.Popen[bytes]]
+) -> None:
     """An agent would start them again, a hundred times."""
     log = tmp_path / "agent.txt"
     path = recipe(run=RUN | {"epochs": 100_000})
@@ -110,6 +128,7 @@ def test_user_error_and_signal_end_the_agent(tmp_path: Path, recipe: RecipeMaker
     assert log.read_text().count("error: ") == 1, log.read_text()
 
     agent = start_agent(path, cwd=tmp_path, port=free_port(), log="agent.txt")
+    agents.append(agent)
     wait_for_start(agent, log, 2, starts=1)
     time.sleep(5)
     for rank in children(agent.pid):
