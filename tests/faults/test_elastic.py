@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from compare import assert_same_bits
-from launcher import free_port, train
+from launcher import Launch, free_port
 from restarts import EVERY_STEP
 
 from recipes import RecipeMaker
@@ -112,7 +112,8 @@ def test_agents_that_die_and_join_keep_the_bits(
         second.wait()
         print(f"{wait_for_start(first, log, 2, starts=kill + 2):.1f} s after a kill")
     assert first.wait(timeout=600) == 0, log.read_text()
-    train(path, "name=straight", cwd=tmp_path)
+    ranks = Launch("train", [path, "name=straight"], cwd=tmp_path)
+    assert ranks.wait(600) == [0], ranks.output
     assert_same_bits(tmp_path / "runs/straight", tmp_path / "runs/elastic")
 
 
