@@ -43,6 +43,7 @@ def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=..."
     )
     while (holder := _other(own)) is not None and time.monotonic() < patience:
         time.sleep(0.5)
+        os.utime(own)  # ages are relative to it
     if holder is None:
         own.write_text(name)
         holder = _other(own)

@@ -157,6 +157,17 @@ def test_holder_on_another_machine_expires_without_heartbeat(tmp_path: Path) -> 
         pass
 
 
+def test_rank_of_an_elastic_agent_waits_for_a_dead_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "100")
+    monkeypatch.setattr(lock, "STALE_SECONDS", 2)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 2)
+    lock_of_another_machine(tmp_path, seconds_ago=0)
+    with run_lock(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"machine": null}'])
 def test_unreadable_lock_file_holds_for_a_minute(tmp_path: Path, content: str) -> None:
     file = lock_of_another_machine(tmp_path, seconds_ago=0)
