@@ -45,6 +45,7 @@ from cifar_dist.training.objective import Objective
 from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.host import processor_name
 from cifar_dist.utils.precision import make_scaler
+from cifar_dist.utils.recipe_files import find_recipe
 
 ROWS, CLASSES = 50_000, 100
 
@@ -234,11 +235,10 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     torch.backends.cudnn.benchmark = True  # as init_distributed sets it
     accelerator = Accelerator()
-    root = Path(__file__).parents[1] / "recipes"
     words = tuple(word for word in options.words if "=" in word)
     named = [(" ".join([word, *words]), word, words) for word in options.words if word not in words]
     cases = [
-        (row, root / f"{recipe}.yaml", (*overrides, *options.set))
+        (row, find_recipe(recipe), (*overrides, *options.set))
         for row, recipe, overrides in named or CASES
         if options.only in row
     ]

@@ -6,12 +6,10 @@ that are left. They continue from the newest checkpoint like any other start.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 
-PR_SET_PDEATHSIG = 1
+from cifar_dist.distributed import signals
 
 
 def restarts_on_failure() -> bool:
@@ -22,13 +20,7 @@ def restarts_on_failure() -> bool:
 def stop_with_agent() -> None:
     """Receive SIGTERM if the agent is killed: an orphan would keep the lock of the run."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        signal_at_parent_exit()
-
-
-def signal_at_parent_exit() -> None:
-    """Let the kernel send this process SIGTERM when its parent exits."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        signals.signal_at_parent_exit()
 
 
 def stop_agent() -> None:

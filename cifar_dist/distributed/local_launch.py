@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from cifar_dist.distributed.elastic import signal_at_parent_exit
+from cifar_dist.distributed.signals import signal_at_parent_exit
 from cifar_dist.utils.errors import print_error
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

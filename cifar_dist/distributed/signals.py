@@ -6,14 +6,17 @@ Imported before torch, because a signal kills a Python process that has no handl
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
 from cifar_dist.utils.errors import is_main_rank
 
 STOPPED = 75  # exit code after a stop signal, with everything saved: run the command again
+PR_SET_PDEATHSIG = 1  # of prctl
 DUPLICATE_SECONDS = 1  # torchrun forwards the terminal's Ctrl-C, so it can arrive twice
 
 _received: list[tuple[int, float]] = []  # (signal number, time)
@@ -27,6 +30,12 @@ def install() -> None:
     signal.pthread_sigmask(  # slurm/train.sh starts tasks with them blocked
         signal.SIG_UNBLOCK, (*stops, signal.SIGINT)
     )
+
+
+def signal_at_parent_exit() -> None:
+    """Let the kernel send this process SIGTERM when its parent exits; only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def save_on_interrupt() -> None:

@@ -28,8 +28,8 @@ def is_exact(micro_batches: int, world_size: int) -> bool:
 def tree_order(leaves: int) -> list[tuple[int, int]]:
     """Return all leaves, depth first, each with the number of additions that follow it.
 
-    Each leaf is pushed on a stack, then the two topmost values are added so many times. At most
-    ceil(log2(leaves)) + 1 values are on the stack.
+    The sum is computed on a stack: push a leaf, then replace the two topmost values by their sum, once for
+    each addition. The stack holds at most ceil(log2(leaves)) + 1 values.
     """
     order: list[tuple[int, int]] = []
 
@@ -51,14 +51,17 @@ def tree_depth(leaves: int) -> int:
     return (leaves - 1).bit_length() + 1
 
 
-def tree_sum(values: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Return the sum of lists of tensors in the order of the tree; the lists are not changed."""
+def tree_sum(values: Sequence[list[Tensor]], *, in_place: bool = False) -> list[Tensor]:
+    """Return the sum of lists of tensors in the order of the tree; `in_place` overwrites the lists."""
     stack: list[list[Tensor]] = []
     for index, additions in tree_order(len(values)):
         stack.append(values[index])
         for _ in range(additions):
-            newer, older = stack.pop(), stack.pop()
-            stack.append(list(torch._foreach_add(older, newer)))
+            newer = stack.pop()
+            if in_place:
+                torch._foreach_add_(stack[-1], newer)
+            else:
+                stack[-1] = list(torch._foreach_add(stack[-1], newer))
     return stack[0]
 
 
@@ -79,9 +82,8 @@ class TreeAllReduce:
         sent = views
         if self.dtype == "bf16":
             sent = [view.bfloat16() for view in sent]
-        if (
-            views[0].is_cuda and dist.get_backend() == "gloo"
-        ):  # it exchanges only tensors of the host
+        # gloo exchanges only tensors of the host.
+        if views[0].is_cuda and dist.get_backend() == "gloo":
             sent = [view.cpu() for view in sent]
         shards, rank = split_evenly(sent, self.world_size), dist.get_rank()
         others = [other for other in range(self.world_size) if other != rank]
@@ -90,9 +92,10 @@ class TreeAllReduce:
                 other: [torch.empty_like(one) for one in shards[rank]] for other in others
             }
         exchange([(other, shards[other], self.received[other]) for other in others])
-        total = tree_add(
-            [self.received.get(other, shards[rank]) for other in range(self.world_size)]
-        )
+        values = [self.received.get(other, shards[rank]) for other in range(self.world_size)]
+        if self.dtype == "bf16":
+            values = [[tensor.float() for tensor in value] for value in values]
+        total = tree_sum(values, in_place=True)
         if total is not shards[rank]:
             torch._foreach_copy_(shards[rank], total)
         exchange([(other, shards[rank], shards[other]) for other in others])
@@ -124,22 +127,6 @@ def exchange(messages: Sequence[tuple[int, list[Tensor], list[Tensor]]]) -> None
         operations += [dist.P2POp(dist.irecv, tensor, other) for tensor in received]
     for request in dist.batch_isend_irecv(operations):
         request.wait()
-
-
-def tree_add(values: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Add lists of tensors in the order of the tree and in place; return the one with the sum.
-
-    Tensors of 16 bits are added in float32.
-    """
-    if values[0][0].dtype != torch.float32:
-        values = [[tensor.float() for tensor in value] for value in values]
-    stack: list[list[Tensor]] = []
-    for index, additions in tree_order(len(values)):
-        stack.append(values[index])
-        for _ in range(additions):
-            newer = stack.pop()
-            torch._foreach_add_(stack[-1], newer)
-    return stack[0]
 
 
 class GradientTree:

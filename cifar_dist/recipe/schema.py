@@ -61,7 +61,8 @@ class RunConfig:
     keep_checkpoints: Count = 2  # newest checkpoints to keep, besides the best by validation top-1
     compile: bool = False  # compile the model with torch.compile
     cuda_graphs: CudaGraphs = "auto"  # auto: if the step can be captured; on: an error if it cannot
-    # exact: the same bits on 1, 2, 4, ... processes; ddp: up to rounding, sent during the backward
+    # exact: the same bits on 1, 2, 4, 8, ... processes; ddp: DDP, which sends gradients during the
+    # backward, equal up to rounding
     reduction: Reduction = "exact"
     grad_reduce_dtype: GradReduceDtype = "fp32"  # precision of the gradients in the all-reduce
     timeout_seconds: Count = 600  # seconds to wait for a process without progress; at least 4

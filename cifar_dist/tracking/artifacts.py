@@ -11,7 +11,7 @@ from cifar_dist.data.dataset import DIGEST, data_digest, read_digest
 from cifar_dist.distill.logit_cache import MANIFEST
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.run_folder.checkpoint import latest_valid
-from cifar_dist.utils.strict_yaml import parse_yaml
+from cifar_dist.utils.recipe_files import read_yaml
 
 
 def log_inputs(run: Any, data: Path, teachers: Sequence[TeacherConfig]) -> None:
@@ -48,7 +48,7 @@ def model_artifact(folder: Path) -> Any | None:
     saved = latest_valid(folder / "checkpoints") if run_id.exists() else None
     if saved is None:
         return None
-    recipe = parse_yaml((folder / "recipe.yaml").read_text(), where=str(folder / "recipe.yaml"))
+    recipe = read_yaml(folder / "recipe.yaml")
     environment = json.loads((folder / "environment.json").read_text())
     metadata = {name: environment[name] for name in ("data", "teachers")} | {"step": saved.name}
     name = f"model-{run_id.read_text().splitlines()[0]}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cifar_dist.recipe.diff import recipe_diff, seed_free_config
 from cifar_dist.recipe.runs import load_run
@@ -80,6 +82,11 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
         val_size=val_size,
         experiment=hashlib.sha256(json.dumps(experiment, sort_keys=True).encode()).hexdigest()[:12],
     )
+
+
+def is_fork_of(folder: Path, origin: Mapping[str, Any] | None) -> bool:
+    """Return whether the stored fields of a Fork, None for a run from scratch, name this run."""
+    return origin is not None and Path(origin["run"]).resolve() == folder.resolve()
 
 
 def describe_fork(origin: dict[str, object]) -> str:

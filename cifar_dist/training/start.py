@@ -28,7 +28,7 @@ from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
 from cifar_dist.run_folder.checkpoint import checkpoints, latest_valid, load_progress
 from cifar_dist.run_folder.evaluations import EVALUATION_FOLDER
-from cifar_dist.training.fork import Fork, plan_fork
+from cifar_dist.training.fork import Fork, is_fork_of, plan_fork
 from cifar_dist.utils.errors import UserError, is_main_rank
 from cifar_dist.utils.files import (
     atomic_write,
@@ -127,8 +127,7 @@ def find_finished_run(recipe: Recipe, *, fork: Path | None = None) -> dict[str, 
     environment = try_read_json(folder / "environment.json")
     if environment is None or recipe_diff(recipe):
         return None
-    origin = environment.get("origin")
-    if fork and (origin is None or Path(origin["run"]).resolve() != fork.resolve()):
+    if fork and not is_fork_of(fork, environment.get("origin")):
         return None
     teachers = [find_teacher(teacher).digest for teacher in recipe.all_teachers]
     same_data = environment.get("data") == data_digest(Path(recipe.data.path))
@@ -188,8 +187,8 @@ def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | N
             f"{folder} was trained with another recipe ({'; '.join(differences)}); choose another "
             f"name (name=...), and to continue from these weights add --fork {folder}"
         )
-    origin = Fork(**metadata["origin"]) if metadata.get("origin") else None
-    if fork and (origin is None or Path(origin.run).resolve() != fork.resolve()):
+    origin = metadata.get("origin")
+    if fork and not is_fork_of(fork, origin):
         raise UserError(
             f"{folder} was not forked from {fork}; choose another name (name=...), or resume it "
             "without --fork"
@@ -198,7 +197,7 @@ def find_start(recipe: Recipe, *, data: str, teachers: list[str], fork: Path | N
         checkpoint=saved,
         step=metadata["step"],
         micro_batches=metadata["micro_batches"],
-        fork=origin,
+        fork=Fork(**origin) if origin else None,
         is_resumed=True,
     )
 

@@ -72,7 +72,7 @@ def train_step(
     loss_scale = factor / grad_scale / config.batch_size
     count = len(micro_batches)
     order = tree_order(count) if tree else [(index, 0) for index in range(count)]
-    sums: list[Tensor] = [torch.empty(0)] * count
+    sums: dict[int, Tensor] = {}
     with autocast(config.precision, device):
         augmented = objective.augment_batches(micro_batches)
     for index, additions in order:
@@ -109,7 +109,8 @@ def train_step(
         model, optimizer, scaler, grad_scale=grad_scale, max_grad_norm=config.max_grad_norm
     )
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(micro_batches_of_rank(micro_batches, world_size), torch.stack(sums), skipped)
+    stacked = torch.stack([sums[index] for index in range(count)])
+    return StepResult(micro_batches_of_rank(micro_batches, world_size), stacked, skipped)
 
 
 def micro_batches_of_rank(micro_batches: list[Batch], world_size: int) -> slice:

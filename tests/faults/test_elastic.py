@@ -1,4 +1,4 @@
-"""Training goes on when an elastic agent of torchrun disappears or joins, and ends with the same bits."""
+"""A training continues when an elastic agent of torchrun disappears or joins, with the same bits."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def kill_tree(pid: int) -> None:
 def wait_for_start(
     agent: subprocess.Popen[bytes], log: Path, world_size: int, *, starts: int
 ) -> float:
-    """Wait until the run has started with this number of processes so many times; return seconds."""
+    """Wait for start number `starts` with this number of processes; return the seconds that it took."""
     began = time.monotonic()
     deadline = began + RECOVERY_SECONDS
     while log.read_text().count(f"{world_size} process(es) on cpu") < starts:

@@ -12,7 +12,6 @@ from cifar_dist.distributed.tree_sum import (
     GradientTree,
     is_exact,
     split_evenly,
-    tree_add,
     tree_depth,
     tree_order,
     tree_sum,
@@ -27,7 +26,7 @@ def values_of(count: int) -> list[list[Tensor]]:
 
 
 def sum_over_ranks(values: list[list[Tensor]], world_size: int) -> Tensor:
-    """Return the sum as ranks compute it: each a tree of its own values, then a tree of these."""
+    """Return the sum as ranks compute it: a tree over the values of each rank, then one over these sums."""
     local = [tree_sum(values[rank::world_size]) for rank in range(world_size)]
     return tree_sum(local)[0]
 
@@ -70,7 +69,7 @@ def test_siblings_are_half_the_micro_batches_apart() -> None:
 def test_addition_in_place_has_the_same_bits() -> None:
     values = values_of(7)
     expected = tree_sum(values)[0]
-    assert torch.equal(tree_add(values)[0], expected)
+    assert torch.equal(tree_sum(values, in_place=True)[0], expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
