@@ -137,3 +137,24 @@ def test_user_error_and_signal_end_the_agent(
     assert agent.wait(timeout=60) != 0
     assert "stopped by SIGUSR1" in log.read_text(), log.read_text()
     assert log.read_text().count("2 process(es) on cpu") == 1
+
+
+@pytest.mark.fault
+def test_ranks_of_a_killed_agent_save_and_exit(
+    tmp_path: Path, recipe: RecipeMaker, agents: list[subprocess.Popen[bytes]]
+) -> None:
+    """Orphans would keep the lock of the run."""
+    log = tmp_path / "agent.txt"
+    path = recipe(run=RUN | {"epochs": 100_000})
+    agent = start_agent(path, cwd=tmp_path, port=free_port(), log="agent.txt")
+    agents.append(agent)
+    wait_for_start(agent, log, 2, starts=1)
+    time.sleep(5)
+    ranks = children(agent.pid)
+    agent.kill()
+    agent.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    assert "stopped by SIGTERM" in log.read_text(), log.read_text()
