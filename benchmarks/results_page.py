@@ -16,7 +16,7 @@ from accuracy import Row, read_rows
 from shortened import STUDIES
 from tables import markdown, write_page
 
-from cifar_dist.reporting.charts import HEIGHT, WIDTH, Series, line_chart
+from cifar_dist.reporting.charts import Frame, Series, line_chart
 from cifar_dist.reporting.tutorial import PUBLISHED
 from cifar_dist.utils.errors import UserError, run_command
 from cifar_dist.utils.files import atomic_write
@@ -30,12 +30,14 @@ DARK = ("#82acff", "#ffa066", "#62c894", "#ee8acb", "#e2c044", "#5fd0df", "#b79b
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#555}.mid{text-anchor:middle}.end{text-anchor:end}"
     ".grid,.axis{stroke:#8884;fill:none}.line{fill:none;stroke:currentColor;stroke-width:1.8}"
-    ".dot{fill:currentColor}.dash1{stroke-dasharray:6 3}"
+    ".dot{fill:currentColor}.tip{fill-opacity:0}.leader{stroke:#8886;fill:none}"
+    ".name{font-weight:600;fill:currentColor}.dash1{stroke-dasharray:6 3}"
     + "".join(f".c{index}{{color:{color}}}" for index, color in enumerate(LIGHT))
     + "@media(prefers-color-scheme:dark){text{fill:#bbb}"
     + "".join(f".c{index}{{color:{color}}}" for index, color in enumerate(DARK))
     + "}"
 )
+CHART_FRAME = Frame(width=700, right=240)
 MAX_COLUMNS = 10  # of a table of curves
 Rows = Sequence[Row]  # finished runs of one recipe
 
@@ -171,24 +173,19 @@ def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
 
 
 def curves_svg(curves: dict[str, tuple[int, list[float]]]) -> str:
-    """Return an SVG file with the chart and its legend."""
+    """Return an SVG file with the chart and the names of its lines."""
     series = [
         Series(
             name=name, group=index, points=[(epoch + 1, top1) for epoch, top1 in enumerate(means)]
         )
         for index, (name, (_, means)) in enumerate(curves.items())
     ]
-    chart = line_chart(series, x_label="epoch", y_label="top-1 of the test split, %")
-    names = "".join(
-        f'<path class="line {line.style}" d="M{WIDTH + 8} {45 + 20 * line.group}h22"/>'
-        f'<text class="label" x="{WIDTH + 38}" y="{49 + 20 * line.group}">{line.name}</text>'
-        for line in series
+    chart = line_chart(
+        series, x_label="epoch", y_label="top-1 of the test split, %", frame=CHART_FRAME
     )
-    inner = str(chart).replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 220} {HEIGHT}">'
-        f"<style>{STYLE}</style>{inner}{names}</svg>\n"
-    )
+    assert chart is not None
+    head, _, body = str(chart).partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}\n'
 
 
 def evaluations(log: Path) -> list[float]:

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="compare runs of the tutorial's recipes on CIFAR-100 with the published results",
     )
-    parser.add_argument("--title", default="cifar_dist: runs compared", help="title of the page")
+    parser.add_argument("--title", help="title of the page; default: the recipe's name")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="folder of the runs' data, if it has moved"
     )

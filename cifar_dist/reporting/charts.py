@@ -11,35 +11,58 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
-from torch import Tensor
 
-WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 30, 42
 COLORS = 8  # CSS classes c0 to c7; further groups get another dash pattern
-MAX_POINTS = 120  # per line
-HEAT_LEVELS = 6
+MAX_POINTS = 80  # per line
+MARKED_POINTS = 15  # lines with at most this many points get a marker at each
+LETTER_WIDTH = 6.4  # mean width of a letter of 12 px
+LABEL_DISTANCE = 16  # between the labels at the lines' ends
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The size of a chart and the margins of its axes, in pixels."""
+
+    width: float = 460
+    height: float = 270
+    left: float = 48
+    right: float = 14
+    top: float = 30
+    bottom: float = 42
+
+    @property
+    def end_label_letters(self) -> int:
+        """How many letters of a label fit into the right margin; 0: no labels."""
+        return max(0, int((self.right - 24) / LETTER_WIDTH))
+
+
+SMALL = Frame()
+LOW = Frame(height=210)
+WIDE = Frame(width=1240, height=380, right=230)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line of a chart; series of the same group share a color."""
+    """One line of a chart, with a band around it; series of the same group share a color."""
 
     name: str
     group: int
     points: Sequence[Point]
+    band: Sequence[tuple[float, float]] = ()  # lowest and highest y of each point
+    is_finished: bool = True  # otherwise the line is dotted
 
     @property
     def style(self) -> str:
-        dash = self.group // COLORS % 3
+        dash = self.group // COLORS % 3 if self.is_finished else 2
         return f"c{self.group % COLORS}" + (f" dash{dash}" if dash else "")
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return about `wanted` round numbers that span `low` to `high`."""
+def ticks(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> list[float]:
+    """Return about `wanted` round (or whole) numbers that span `low` to `high`."""
     span = (high - low) or abs(high) or 1.0
-    rough = span / wanted
+    rough = max(span / wanted, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -61,9 +84,13 @@ def thinned(points: Sequence[Point]) -> list[Point]:
     return [points[round(index * last / (MAX_POINTS - 1))] for index in range(MAX_POINTS)]
 
 
-def svg(body: Iterable[str], *, width: float, height: float, label: str, style: str = "") -> Markup:
+def shortened(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def svg(body: Iterable[str], *, frame: Frame, label: str, style: str = "chart") -> Markup:
     return Markup(
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" class="{style}" '
+        f'<svg viewBox="0 0 {frame.width:g} {frame.height:g}" role="img" class="{style}" '
         f'aria-label="{escape(label)}" preserveAspectRatio="xMidYMid meet">{"".join(body)}</svg>'
     )
 
@@ -72,14 +99,17 @@ def svg(body: Iterable[str], *, width: float, height: float, label: str, style: 
 class Axes:
     """Map data values to coordinates."""
 
+    frame: Frame
     x: Sequence[float]  # ticks, ascending
     y: Sequence[float]
 
     def to_pixels(self, point: Point) -> Point:
+        frame = self.frame
         x = (point[0] - self.x[0]) / (self.x[-1] - self.x[0])
         y = (point[1] - self.y[0]) / (self.y[-1] - self.y[0])
-        width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-        return LEFT + x * width, HEIGHT - BOTTOM - y * height
+        width = frame.width - frame.left - frame.right
+        height = frame.height - frame.top - frame.bottom
+        return frame.left + x * width, frame.height - frame.bottom - y * height
 
     def draw(self, *, x_label: str, y_label: str) -> list[str]:
         left, bottom = self.to_pixels((self.x[0], self.y[0]))
@@ -97,9 +127,9 @@ class Axes:
                 f'<text class="tick mid" x="{x:.1f}" y="{bottom + 17:.1f}">{number(value)}</text>'
             )
         parts.append(f'<path class="axis" d="M{left:.1f} {bottom:.1f}H{right:.1f}"/>')
-        middle = (left + right) / 2
+        middle, below = (left + right) / 2, self.frame.height - 6
         parts.append(
-            f'<text class="label mid" x="{middle:.1f}" y="{HEIGHT - 6}">{escape(x_label)}</text>'
+            f'<text class="label mid" x="{middle:.1f}" y="{below}">{escape(x_label)}</text>'
         )
         parts.append(
             f'<text class="label" x="{left - 40:.1f}" y="{top - 14}">{escape(y_label)}</text>'
@@ -107,111 +137,119 @@ class Axes:
         return parts
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str) -> Markup | None:
-    """Draw lines over a common x axis, with a tooltip per point; None if there are no points."""
-    points = [point for line in series for point in line.points]
-    if not points:
+def path(pixels: Iterable[Point]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    frame: Frame = SMALL,
+    style: str = "chart",
+) -> Markup | None:
+    """Draw lines over whole epochs or steps; None if there are no points.
+
+    A frame with room at the right has the lines' names there and a tooltip for each point.
+    """
+    series = [line for line in series if line.points]
+    if not series:
         return None
-    xs, ys = zip(*points, strict=True)
-    axes = Axes(x=ticks(min(xs), max(xs)), y=ticks(min(ys), max(ys)))
+    xs = [x for line in series for x, _ in line.points]
+    ys = [y for line in series for _, y in line.points]
+    ys += [y for line in series for pair in line.band for y in pair]
+    axes = Axes(
+        frame=frame,
+        x=ticks(min(xs), max(xs), 10 if frame.width > SMALL.width else 5, whole=True),
+        y=ticks(min(ys), max(ys)),
+    )
     parts = axes.draw(x_label=x_label, y_label=y_label)
     for line in series:
-        line_points = thinned(line.points)
-        if not line_points:
-            continue
-        pixels = [axes.to_pixels(point) for point in line_points]
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
-        parts.append(f'<path class="line {line.style}" d="M{path}"/>')
-        for (x, y), (x_value, y_value) in zip(pixels, line_points, strict=True):
-            tip = f"{escape(line.name)}: {number(y_value)} at {escape(x_label)} {number(x_value)}"
-            parts.append(
-                f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5">'
-                f"<title>{tip}</title></circle>"
-            )
-    return svg(parts, width=WIDTH, height=HEIGHT, label=f"{y_label} over {x_label}", style="chart")
+        if line.band:
+            ends = list(zip(line.points, line.band, strict=True))
+            lower = thinned([(x, low) for (x, _), (low, _) in ends])
+            upper = thinned([(x, high) for (x, _), (_, high) in ends])
+            outline = map(axes.to_pixels, [*lower, *reversed(upper)])
+            parts.append(f'<path class="band {line.style}" d="{path(outline)}Z"/>')
+    for line in series:
+        points = thinned(line.points)
+        parts.append(f'<path class="line {line.style}" d="{path(map(axes.to_pixels, points))}"/>')
+        parts += markers(line, points, axes, x_label=x_label)
+    if frame.end_label_letters:
+        parts += end_labels(series, axes)
+    return svg(parts, frame=frame, label=f"{y_label} over {x_label}", style=style)
 
 
-def reliability_chart(counts: Sequence[int], top1: Sequence[float | None], label: str) -> Markup:
-    """Draw the accuracy per confidence bin; a calibrated model is on the diagonal.
+def markers(line: Series, points: Sequence[Point], axes: Axes, *, x_label: str) -> Iterable[str]:
+    """Yield circles: visible for few points; with tooltips where the chart has labels."""
+    is_visible = len(points) <= MARKED_POINTS
+    has_tips = axes.frame.end_label_letters > 0
+    if not (is_visible or has_tips):
+        return
+    style = f"dot {line.style}" if is_visible else f"dot tip {line.style}"
+    for x, y in points:
+        cx, cy = axes.to_pixels((x, y))
+        tip = f"{escape(line.name)}: {number(y)} at {escape(x_label)} {number(x)}"
+        title = f"<title>{tip}</title>" if has_tips else ""
+        parts = f'<circle class="{style}" cx="{cx:.1f}" cy="{cy:.1f}" r="3">{title}</circle>'
+        yield parts
 
-    Darker bars contain more images.
+
+def end_labels(series: Sequence[Series], axes: Axes) -> Iterable[str]:
+    """Yield the name of each line at the height of its last point, moved so that none overlap."""
+    frame = axes.frame
+    ends = sorted(
+        ((axes.to_pixels(line.points[-1]), line) for line in series), key=lambda end: end[0][1]
+    )
+    heights: list[float] = []
+    for (_, y), _ in ends:  # from the top
+        heights.append(max(y, heights[-1] + LABEL_DISTANCE) if heights else y)
+    limit = frame.height - frame.bottom
+    for index in reversed(range(len(heights))):  # push up what is below the axis
+        heights[index] = min(heights[index], limit)
+        limit = heights[index] - LABEL_DISTANCE
+    for ((x, y), line), height in zip(ends, heights, strict=True):
+        right = frame.width - frame.right + 14
+        parts = f'<path class="leader {line.style}" d="M{x + 4:.1f} {y:.1f}L{right - 3:.1f} {height:.1f}"/>'
+        name = escape(shortened(line.name, frame.end_label_letters))
+        yield f'{parts}<text class="name {line.style}" x="{right:.1f}" y="{height + 4:.1f}">{name}</text>'
+
+
+def reliability_chart(
+    lines: Sequence[tuple[str, Sequence[float | None]]], counts: Sequence[int], label: str
+) -> Markup:
+    """Draw accuracy over confidence for several calibrations, above a histogram of the confidences.
+
+    Each line is a name and the accuracy of each bin in percent, None for a bin that is not drawn; a
+    calibrated model is on the diagonal. `counts` are the images of each bin of the first line.
     """
-    axes = Axes(x=[0, 20, 40, 60, 80, 100], y=[0, 20, 40, 60, 80, 100])
+    frame = Frame(width=520, height=360, bottom=110)
+    axes = Axes(frame=frame, x=[0, 20, 40, 60, 80, 100], y=[0, 20, 40, 60, 80, 100])
     parts = axes.draw(x_label="confidence, %", y_label="correct, %")
+    diagonal = path([axes.to_pixels((0, 0)), axes.to_pixels((100, 100))])
+    parts.append(f'<path class="diagonal" d="{diagonal}"/>')
     width, most = 100 / len(counts), max(counts)
-    for index, (count, correct) in enumerate(zip(counts, top1, strict=True)):
-        if correct is None:
-            continue
-        x, y = axes.to_pixels((index * width, correct))
-        end, bottom = axes.to_pixels(((index + 1) * width, 0))
-        level = max(1, math.ceil(HEAT_LEVELS * math.sqrt(count / most)))
-        tip = f"{count:,} images, {correct:.1f} % correct"
+    base, height = frame.height - 28, 42
+    for index, count in enumerate(counts):
+        (x, _), (end, _) = (axes.to_pixels((width * edge, 0)) for edge in (index, index + 1))
+        bar = height * count / most
         parts.append(
-            f'<rect class="bar h{level}" x="{x + 1:.1f}" y="{y:.1f}" width="{end - x - 2:.1f}" '
-            f'height="{bottom - y:.1f}"><title>{tip}</title></rect>'
+            f'<rect class="bar" x="{x + 1:.1f}" y="{base - bar:.1f}" width="{end - x - 2:.1f}" '
+            f'height="{bar:.1f}"><title>{count:,} images</title></rect>'
         )
-    (x0, y0), (x1, y1) = axes.to_pixels((0, 0)), axes.to_pixels((100, 100))
-    parts.append(f'<path class="diagonal" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
-    return svg(parts, width=WIDTH, height=HEIGHT, label=label, style="chart")
-
-
-def cell_style(count: int, most: int, *, correct: bool) -> str:
-    """Return the CSS classes of a cell; the square root keeps rare mistakes visible."""
-    return f"{'correct' if correct else 'heat'} h{math.ceil(HEAT_LEVELS * math.sqrt(count / most))}"
-
-
-def small_heat_map(table: Tensor, names: Sequence[str], label: str) -> Markup:
-    """Draw a confusion matrix, int64 [G, G], of a few named classes; correct predictions are gray."""
-    size, cell = len(table), 18
-    margin = 14 + 7.4 * max(len(name) for name in names)  # the width of 12.5 px letters
-    rows = table.tolist()
-    most = max((rows[i][j] for i in range(size) for j in range(size) if i != j), default=0)
-    parts = []
-    for i, name in enumerate(names):
-        y = margin + i * cell
-        parts.append(f'<text class="name end" x="{margin - 6}" y="{y + 13}">{escape(name)}</text>')
+    for group, (name, top1) in enumerate(lines):
+        points = [
+            axes.to_pixels(((index + 0.5) * width, correct))
+            for index, correct in enumerate(top1)
+            if correct is not None
+        ]
+        parts.append(f'<path class="line c{group}" d="{path(points)}"/>')
+        parts += [
+            f'<circle class="dot c{group}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points
+        ]
         parts.append(
-            f'<text class="name" transform="translate({margin + i * cell + 13} {margin - 6}) '
-            f'rotate(-90)">{escape(name)}</text>'
+            f'<text class="name c{group}" x="{frame.left + 12}" y="{frame.top + 14 + 18 * group}">'
+            f"{escape(name)}</text>"
         )
-        for j, count in enumerate(rows[i]):
-            if not count:
-                continue
-            style = cell_style(count, sum(rows[i]) if i == j else most, correct=i == j)
-            tip = f"{count:,} of {escape(name)} predicted as {escape(names[j])}"
-            parts.append(
-                f'<rect class="{style}" x="{margin + j * cell}" y="{y}" width="{cell - 1}" '
-                f'height="{cell - 1}"><title>{tip}</title></rect>'
-            )
-    side = margin + size * cell
-    return svg(parts, width=side, height=side, label=label, style="map")
-
-
-def large_heat_map(table: Tensor, groups: Sequence[int], label: str) -> Markup:
-    """Draw a confusion matrix, int64 [C, C], ordered by group, with a frame around each group.
-
-    Cells of the same color are one path, which keeps 10,000 cells small.
-    """
-    size, cell = len(table), 5
-    order = sorted(range(size), key=lambda index: (groups[index], index))
-    rows = table[order][:, order].tolist()
-    most = max((rows[i][j] for i in range(size) for j in range(size) if i != j), default=0)
-    paths: dict[str, list[str]] = {}
-    for i in range(size):
-        for j, count in enumerate(rows[i]):
-            if not count:
-                continue
-            style = cell_style(count, sum(rows[i]) if i == j else most, correct=i == j)
-            paths.setdefault(style, []).append(f"M{j * cell} {i * cell}h{cell}v{cell}h-{cell}z")
-    side = size * cell
-    parts = [f'<rect class="background" width="{side}" height="{side}"/>']
-    parts += [f'<path class="{style}" d="{"".join(cells)}"/>' for style, cells in paths.items()]
-    first = 0
-    for group in dict.fromkeys(groups[index] for index in order):
-        count = sum(1 for index in order if groups[index] == group)
-        start, width = first * cell, count * cell
-        parts.append(
-            f'<rect class="frame" x="{start}" y="{start}" width="{width}" height="{width}"/>'
-        )
-        first += count
-    return svg(parts, width=side, height=side, label=label, style="map")
+    return svg(parts, frame=frame, label=label)

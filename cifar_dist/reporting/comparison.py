@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +13,32 @@ from typing import Any
 
 import torch
 
-from cifar_dist.evaluation.scores import holm, mcnemar
+from cifar_dist.evaluation.scores import bootstrap_interval, holm, mcnemar
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
 from cifar_dist.recipe.runs import training_data
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.tracking.tracker import name_without_seed
 from cifar_dist.training.fork import describe_fork
+
+# 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
+STUDENT_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+NORMAL = 1.960
+MINUTES_BELOW_HOURS = 0.5
+SIGNIFICANCE_LEVEL = 0.05
+MIN_SEEDS = 3  # for an interval over the seeds: that of two would be 18 standard deviations wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 95 % confidence interval of top-1 in percent."""
+
+    low: float
+    high: float
+    over: str  # what varies: "seeds" or "test images"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +62,33 @@ class Group:
         return statistics.stdev(values) if len(values) > 1 else None
 
     @property
+    def top1_interval(self) -> Interval | None:
+        """The interval of the mean over the seeds (Student's t).
+
+        For fewer than MIN_SEEDS runs it is that of the test images (bootstrap), averaged over the runs;
+        None without predictions.
+        """
+        mean, std, n = self.mean("top1"), self.std("top1"), len(self.values("top1"))
+        if mean is not None and std is not None and n >= MIN_SEEDS:
+            quantile = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else NORMAL
+            half = quantile * std / math.sqrt(n)
+            return Interval(low=mean - half, high=mean + half, over="seeds")
+        ends = [bootstrap_interval(run.correct) for run in self.runs if run.correct is not None]
+        if not ends:
+            return None
+        low, high = (100 * statistics.fmean(values) for values in zip(*ends, strict=True))
+        return Interval(low=low, high=high, over="test images")
+
+    @property
     def device_hours(self) -> float:
         return sum(run.device_hours for run in self.runs)
+
+    @property
+    def device_time(self) -> str:
+        """Like `2.31 GPU hours` or `3.4 CPU process minutes`."""
+        if self.device_hours < MINUTES_BELOW_HOURS:
+            return f"{60 * self.device_hours:.1f} {self.devices} minutes"
+        return f"{self.device_hours:.2f} {self.devices} hours"
 
     @property
     def devices(self) -> str:
@@ -130,8 +175,13 @@ def differences(first: Run, other: Run) -> tuple[str, ...]:
         }
         for run in (first, other)
     )
+
+    def text(values: Mapping[str, Any], name: str) -> str:
+        value = values.get(name, "absent")
+        return value if isinstance(value, str) else json.dumps(value)
+
     return tuple(
-        f"{name}: {before.get(name, 'absent')} → {after.get(name, 'absent')}"
+        f"{name}: {text(before, name)} → {text(after, name)}"
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     )
@@ -182,6 +232,35 @@ def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
             )
     adjusted = holm([test.p for test in tests])
     return [replace(test, adjusted_p=p) for test, p in zip(tests, adjusted, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSummary:
+    """The paired tests of two groups, one per common seed."""
+
+    first: str
+    second: str
+    tests: tuple[PairedTest, ...]
+
+    @property
+    def difference(self) -> float:
+        """Mean of the second's top-1 minus the first's, in percentage points."""
+        return statistics.fmean(test.difference for test in self.tests)
+
+    @property
+    def num_significant(self) -> int:
+        return sum(test.adjusted_p < SIGNIFICANCE_LEVEL for test in self.tests)
+
+
+def summarize_pairs(tests: Sequence[PairedTest]) -> list[PairSummary]:
+    """Return the tests of each pair of groups together, in their order."""
+    by_pair: dict[tuple[str, str], list[PairedTest]] = {}
+    for test in tests:
+        by_pair.setdefault((test.first, test.second), []).append(test)
+    return [
+        PairSummary(first=first, second=second, tests=tuple(members))
+        for (first, second), members in by_pair.items()
+    ]
 
 
 # ----------------------------------------------------------------------------- LaTeX

@@ -1,4 +1,4 @@
-"""Turn tensors into PNG images that are embedded in the page."""
+"""Turn images into small files that are embedded in the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split
 from cifar_dist.evaluation.scores import confusion
 
-GAP = 2  # pixels between the images of a grid
+QUALITY = 90  # of WebP: 600 bytes instead of the 2,300 of a PNG file
 
 
 def png(image: Tensor) -> bytes:
@@ -27,32 +27,25 @@ def png(image: Tensor) -> bytes:
 
 
 def data_uri(image: Tensor) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
-
-
-def image_grid(rows: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return rows of uint8 [3, S, S] images as one image with white gaps."""
-    side, columns = rows[0][0].shape[1] + GAP, max(len(row) for row in rows)
-    canvas = torch.full((3, len(rows) * side - GAP, columns * side - GAP), 255, dtype=torch.uint8)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(row):
-            canvas[:, i * side : (i + 1) * side - GAP, j * side : (j + 1) * side - GAP] = image
-    return canvas
+    """Encode uint8 [3, H, W] as a WebP data URI."""
+    file = io.BytesIO()
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(file, "WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def augmented_views(
-    config: AugmentConfig, split: Split, rows: Tensor, *, num_images: int = 8, epochs: int = 11
-) -> Tensor:
-    """Return a grid of the first of `rows` (int64), unchanged and augmented as in the first epochs."""
+    config: AugmentConfig, split: Split, rows: Tensor, *, num_images: int, epochs: int
+) -> list[list[str]]:
+    """Return the first of `rows` (int64) as data URIs: unchanged, then as in the first epochs."""
     chosen = rows[:num_images]
     augment = Augment(config, split, rows)
-    views = []
+    views = [split.images[chosen]]
     for epoch in range(epochs):
         copies = torch.zeros(len(chosen), dtype=torch.int64) if config.repeated > 1 else None
         batch = gather_batch(split, chosen, epoch=epoch, micro_batch=0, copies=copies)
         views.append(augment(batch).images)
-    plain = split.images[chosen]
-    return image_grid([[plain[i], *(view[i] for view in views)] for i in range(len(chosen))])
+    return [[data_uri(view[index]) for view in views] for index in range(len(chosen))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +58,7 @@ class Mistake:
 
 
 def confident_mistakes(
-    logits: Tensor, labels: Tensor, images: Tensor, names: Sequence[str], count: int = 24
+    logits: Tensor, labels: Tensor, images: Tensor, names: Sequence[str], *, count: int
 ) -> list[Mistake]:
     """Return the wrong predictions with the highest probability, in descending order."""
     confidence, predicted = logits.double().softmax(1).max(1)
@@ -83,11 +76,46 @@ def confident_mistakes(
     ]
 
 
-def frequent_confusions(
-    logits: Tensor, labels: Tensor, names: Sequence[str], count: int = 12
-) -> list[tuple[str, str, int]]:
-    """Return (true class, predicted class, count), the most frequent first."""
-    table = confusion(labels, logits.argmax(1), logits.shape[1]).fill_diagonal_(0)
-    largest = table.flatten().argsort(descending=True, stable=True)[:count].tolist()
-    pairs = [divmod(index, len(table)) for index in largest]
-    return [(names[i], names[j], int(table[i, j])) for i, j in pairs if table[i, j]]
+@dataclass(frozen=True, kw_only=True)
+class ConfusedPair:
+    """Images of one class that are predicted as another one."""
+
+    truth: str
+    predicted: str
+    count: int
+    of: int  # images of the true class
+    same_superclass: bool
+    images: list[str]  # data URIs of the most confident examples
+
+
+def confused_pairs(
+    logits: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    names: Sequence[str],
+    superclass_of: Tensor,
+    *,
+    count: int,
+    examples: int,
+) -> list[ConfusedPair]:
+    """Return the most frequent pairs of true and predicted class; `superclass_of` is int64 [C]."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = confusion(labels, predicted, logits.shape[1]).fill_diagonal_(0)
+    largest = wrong.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    pairs = []
+    for truth, other in (divmod(index, len(wrong)) for index in largest):
+        if not wrong[truth, other]:
+            break  # in descending order
+        rows = ((labels == truth) & (predicted == other)).nonzero().flatten()
+        shown = rows[confidence[rows].argsort(descending=True, stable=True)][:examples]
+        pairs.append(
+            ConfusedPair(
+                truth=names[truth],
+                predicted=names[other],
+                count=int(wrong[truth, other]),
+                of=int((labels == truth).sum()),
+                same_superclass=bool(superclass_of[truth] == superclass_of[other]),
+                images=[data_uri(images[row]) for row in shown.tolist()],
+            )
+        )
+    return pairs

@@ -4,78 +4,261 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
+from markupsafe import Markup
 
 from cifar_dist import __version__
-from cifar_dist.data.batches import split_train_val
-from cifar_dist.data.dataset import (
-    DIGEST,
-    load_split,
-    no_data_error,
-    read_hierarchy,
-)
-from cifar_dist.evaluation.report import class_name, compute_metrics, describe_temperature
-from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
+from cifar_dist.data.dataset import DIGEST, no_data_error
 from cifar_dist.inference.stored_run import Run
-from cifar_dist.recipe.diff import flatten
+from cifar_dist.models.classifier import ModelConfig
 from cifar_dist.recipe.runs import CIFAR_100, training_data
-from cifar_dist.recipe.schema import Recipe, to_dict
 from cifar_dist.reporting.charts import (
     COLORS,
+    LOW,
+    SMALL,
+    WIDE,
+    Frame,
     Series,
-    large_heat_map,
     line_chart,
-    reliability_chart,
-    small_heat_map,
+    number,
+    ticks,
 )
-from cifar_dist.reporting.comparison import Group, group_runs, mean_std, paired_tests
-from cifar_dist.reporting.images import (
-    augmented_views,
-    confident_mistakes,
-    data_uri,
-    frequent_confusions,
+from cifar_dist.reporting.comparison import (
+    Group,
+    Interval,
+    group_runs,
+    mean_std,
+    paired_tests,
+    summarize_pairs,
 )
+from cifar_dist.reporting.details import Details, run_details
+from cifar_dist.reporting.reproduce import reproduce
 from cifar_dist.reporting.tutorial import compare_with_published
 from cifar_dist.run_folder.evaluations import same_data
 from cifar_dist.utils.log import log, progress_bar
 
-CURVES = (  # kind of record, key, axis label
-    ("eval", "top1", "test top-1, %"),
+TEST_TOP1 = ("eval", "top1", "test top-1, %")
+OTHER_CURVES = (  # kind of record, key, axis label
     ("train", "loss", "training loss"),
     ("eval", "loss", "test loss"),
     ("train", "top1", "training top-1, %"),
-    ("eval", "val_top1", "val top-1, %"),
+    ("eval", "val_top1", "validation top-1, %"),
     ("train", "lr", "learning rate"),
 )
-HARDEST_CLASSES = 12
+WIDE_CARD = Frame(width=860, height=300)
+MAX_CARDS = 6  # with more recipes, the plot of all results replaces the cards
+REFERENCES = (  # top-1 on CIFAR-100 that others report
+    ("ResNet-18 from scratch, best test epoch (the tutorial)", 44.26),
+    ("ResNet-18, 3x3 stem, 200 epochs (Westlake-AI/openmixup)", 76.42),
+)
 
 
-def curves(runs: Sequence[Run], group_of: dict[Path, int]) -> list[Any]:
-    """Return a chart for each quantity that some run has recorded."""
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A recipe with finished runs, or an unfinished run: a color, a card and a line of the page."""
+
+    label: str
+    index: int  # of its color
+    runs: tuple[Run, ...]
+    group: Group | None  # None: not finished
+
+    @property
+    def color(self) -> str:
+        return f"c{self.index % COLORS}"
+
+    @property
+    def name(self) -> str:
+        return self.label if self.group else f"{self.label} (not finished)"
+
+    @property
+    def anchor(self) -> str:
+        return f"recipe-{self.index}"
+
+    @property
+    def last_epoch(self) -> float:
+        """Epochs trained up to the last record of an unfinished run."""
+        return max((record["epoch"] for record in self.runs[0].records), default=0.0)
+
+    @property
+    def last_top1(self) -> float | None:
+        """Test top-1 of an unfinished run's last evaluation, percent."""
+        values = [y for _, y in points_of(self.runs[0], "eval", "top1")]
+        return values[-1] if values else None
+
+    def chart(self, frame: Frame, style: str = "chart") -> Markup | None:
+        kind, key, label = TEST_TOP1
+        line = series(self, kind, key)
+        return line_chart([line], x_label="epoch", y_label=label, frame=frame, style=style)
+
+
+def points_of(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
+    return [
+        (record["epoch"], record[key])
+        for record in run.records
+        if record["kind"] == kind and isinstance(record.get(key), int | float)
+    ]
+
+
+def series(entry: Entry, kind: str, key: str) -> Series:
+    """Return the mean over the seeds where all have a value, with a band from lowest to highest."""
+    lines = [dict(points_of(run, kind, key)) for run in entry.runs]
+    values = {x: [line[x] for line in lines] for x in lines[0] if all(x in line for line in lines)}
+    return Series(
+        name=entry.name,
+        group=entry.index,
+        points=[(x, sum(ys) / len(ys)) for x, ys in values.items()],
+        band=[(min(ys), max(ys)) for ys in values.values()] if len(lines) > 1 else (),
+        is_finished=entry.group is not None,
+    )
+
+
+def curve_charts(entries: Sequence[Entry]) -> list[Markup]:
+    """Return a small chart for each quantity that some run has recorded."""
     charts = [
-        line_chart(
-            [
-                Series(
-                    name=run.recipe.name,
-                    group=group_of[run.folder],
-                    points=[
-                        (record["epoch"], record[key])
-                        for record in run.records
-                        if record["kind"] == kind and isinstance(record.get(key), int | float)
-                    ],
-                )
-                for run in runs
-            ],
-            x_label="epoch",
-            y_label=label,
-        )
-        for kind, key, label in CURVES
+        line_chart([series(entry, kind, key) for entry in entries], x_label="epoch", y_label=label)
+        for kind, key, label in OTHER_CURVES
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def top1_charts(entries: Sequence[Entry]) -> list[Markup]:
+    """Return the chart of test top-1 for wide and for narrow screens, or nothing."""
+    kind, key, label = TEST_TOP1
+    lines = [series(entry, kind, key) for entry in entries]
+    charts = [
+        line_chart(lines, x_label="epoch", y_label=label, frame=frame, style=f"chart {style}")
+        for frame, style in ((WIDE, "wide"), (SMALL, "narrow"))
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+# ----------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotRow:
+    """A row of the plot of all results; positions are percentages of the axis."""
+
+    name: str
+    text: str
+    color: str
+    mean: float
+    seeds: tuple[float, ...] = ()
+    span: tuple[float, float] | None = None
+    over: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotPlot:
+    ticks: list[tuple[float, str]]  # position, text
+    rows: list[DotRow]
+    has_references: bool
+
+    @property
+    def legend(self) -> str:
+        """What the marks mean."""
+        over = {row.over for row in self.rows if row.span}
+        meaning = " or ".join(
+            text
+            for name, text in (
+                ("seeds", "solid over the seeds (Student's t)"),
+                ("test images", "dashed over the test images (bootstrap)"),
+            )
+            if name in over
+        )
+        marks = ["Dot: mean" if any(len(row.seeds) > 1 for row in self.rows) else "Dot: result"]
+        if any(len(row.seeds) > 1 for row in self.rows):
+            marks.append("circles: seeds")
+        if meaning:
+            marks.append(f"line: 95 % interval, {meaning}")
+        return "; ".join(marks) + "."
+
+
+def dot_plot(entries: Sequence[Entry], references: Sequence[tuple[str, float]]) -> DotPlot | None:
+    """Return all results in descending order, with those of others for a single recipe."""
+    results = [
+        (entry, entry.group, mean, entry.group.top1_interval)
+        for entry in entries
+        if entry.group and (mean := entry.group.mean("top1")) is not None
+    ]
+    if len(results) > 1:
+        references = ()
+    if not results or len(results) + len(references) < 2:
+        return None
+    ends = [value for _, value in references]
+    for _, group, mean, interval in results:
+        ends += [mean, *group.values("top1"), *((interval.low, interval.high) if interval else ())]
+    axis = ticks(min(ends), max(ends))
+
+    def position(value: float) -> float:
+        return 100 * (value - axis[0]) / (axis[-1] - axis[0])
+
+    rows = [
+        (
+            mean,
+            DotRow(
+                name=entry.label,
+                text=f"{mean_std(group, 'top1')} %",
+                color=entry.color,
+                mean=position(mean),
+                seeds=tuple(position(value) for value in group.values("top1")),
+                span=(position(interval.low), position(interval.high)) if interval else None,
+                over=interval.over if interval else "",
+            ),
+        )
+        for entry, group, mean, interval in results
+    ]
+    rows += [
+        (
+            value,
+            DotRow(name=name, text=f"{number(value)} %", color="reference", mean=position(value)),
+        )
+        for name, value in references
+    ]
+    return DotPlot(
+        ticks=[(position(value), number(value)) for value in axis],
+        rows=[row for _, row in sorted(rows, key=lambda pair: -pair[0])],
+        has_references=bool(references),
+    )
+
+
+def describe_interval(interval: Interval, runs: int) -> str:
+    """Return `95 % interval 43.30 to 45.22 (test images; one seed)`."""
+    over = (
+        interval.over
+        if interval.over == "seeds"
+        else (f"test images; {runs} seeds" if runs > 1 else "test images; one seed")
+    )
+    return f"95 % interval {interval.low:.2f} to {interval.high:.2f} ({over})"
+
+
+def describe_network(model: ModelConfig) -> str:
+    """Return like `resnet18 at 32 px` or `resnet50 at 224 px, pretrained`."""
+    start = ", pretrained" if model.pretrained else ", from given weights" if model.weights else ""
+    return f"{model.backbone} at {model.image_size} px{start}"
+
+
+def facts(entry: Entry, data: Path | None) -> dict[str, str]:
+    """Return what was trained where: data, hardware, processes, epochs, batch size, precision."""
+    run, config = entry.runs[0], entry.runs[0].recipe.run
+    hardware = {str(one.environment.get("hardware") or "unknown hardware") for one in entry.runs}
+    processes = run.summary.get("world_size") or run.environment.get("world_size") or 1
+    unit = "GPU" if run.environment.get("device") == "cuda" else "process"
+    plural = ("s" if unit == "GPU" else "es") if processes != 1 else ""
+    epochs = entry.group.mean("epochs") if entry.group else config.epochs
+    return {
+        "network": describe_network(run.recipe.model),
+        "data": training_data(run.recipe, run.environment, data or Path(run.recipe.data.path)),
+        "epochs": f"{number(epochs or 0)} epoch{'s' if epochs != 1 else ''}",
+        "batch size": f"batch size {config.batch_size}",
+        "precision": config.precision,
+        "hardware": ", ".join(sorted(hardware)),
+        "processes": f"{processes} {unit}{plural}",
+    }
 
 
 def find_data(run: Run, data: Path | None) -> tuple[Path, str | None]:
@@ -88,90 +271,34 @@ def find_data(run: Run, data: Path | None) -> tuple[Path, str | None]:
     return path, None
 
 
-def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the (name, value) pairs at the top of a run's details."""
-    interval, without = evaluation["top1_interval"], evaluation.get("without_near_duplicates")
-    metrics = [
-        ("top-1", f"{evaluation['top1']:.2f} %"),
-        ("95 % interval of top-1", f"{interval['low']:.2f} to {interval['high']:.2f}"),
-        ("top-5", f"{evaluation['top5']:.2f} %"),
-        ("superclass top-1", f"{evaluation['superclass_top1']:.2f} %"),
-        ("errors inside the superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
-        ("errors outside the superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
+def all_details(
+    entries: Sequence[Entry], data: Path | None
+) -> tuple[list[tuple[Entry, Details]], list[str]]:
+    """Return the details of each recipe's first run with predictions, and what could not be read."""
+    details: list[tuple[Entry, Details]] = []
+    without_data: dict[str, list[str]] = {}  # labels by reason
+    bar = progress_bar(0, len(entries), enabled=True, unit="recipe")
+    for entry in entries:
+        run = next((run for run in entry.runs if run.predictions is not None), None)
+        if entry.group and run is not None:
+            path, problem = find_data(run, data)
+            if problem:
+                without_data.setdefault(problem, []).append(entry.label)
+            else:
+                details.append((entry, run_details(run, path)))
+        bar.update()
+    bar.close()
+    return details, [
+        f"no classes, confusions and images of {', '.join(labels)}: {problem}"
+        for problem, labels in without_data.items()
     ]
-    if without and without["top1"] is not None:
-        name = f"top-1 without {without['num_excluded']} near-duplicates"
-        metrics.append((name, f"{without['top1']:.2f} %"))
-    if evaluation.get("cifair"):
-        metrics.append(("ciFAIR-100 top-1", f"{evaluation['cifair']['top1']:.2f} %"))
-    return metrics
 
 
-def run_details(group: Group, run: Run, data: Path) -> dict[str, Any]:
-    """Return the template values for one run's predictions and images."""
-    assert run.predictions is not None
-    logits, labels = run.predictions
-    hierarchy, test = read_hierarchy(data), load_split(data, "test")
-    table = confusion(labels, logits.argmax(1), logits.shape[1])
-    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
-    evaluation = run.evaluation or compute_metrics(logits, labels, hierarchy)
-    calibration, temperature = evaluation["calibration"], evaluation.get("temperature")
-    hardest = sorted(
-        (
-            (scores.recall, name, scores)
-            for scores, name in zip(class_scores(table), hierarchy.fine, strict=True)
-            if scores.recall is not None
-        ),
-        key=lambda row: row[:2],
-    )
-    train = load_split(data, "train")
-    rows = torch.arange(len(train.labels))
-    if run.recipe.data.val_size:
-        rows, _ = split_train_val(train.labels, run.recipe.data.val_size)
-    label = f"confusion of {run.recipe.name}"
-    return {
-        "label": group.label,
-        "folder": run.folder,
-        "rows": f"{len(labels):,}",
-        "other_runs": len(group.runs) - 1,
-        "metrics": headline_metrics(evaluation),
-        "note": ""
-        if run.evaluation
-        else f"For temperature and near-duplicates: python -m cifar_dist.evaluate {run.folder}",
-        "coarse": small_heat_map(coarse, hierarchy.coarse, label),
-        "fine": large_heat_map(table, hierarchy.coarse_of_fine.tolist(), label),
-        "frequent": frequent_confusions(logits, labels, hierarchy.fine),
-        "hardest": [
-            {
-                "name": name,
-                "recall": recall,
-                "precision": scores.precision,
-                "most_confused_with": class_name(hierarchy.fine, scores.most_confused_with),
-            }
-            for recall, name, scores in hardest[:HARDEST_CLASSES]
-        ],
-        "reliability": reliability_chart(calibration["counts"], calibration["top1"], "reliability"),
-        "ece": calibration["ece"],
-        "temperature": temperature,
-        "temperature_note": temperature and describe_temperature(temperature["value"]),
-        "calibrated": temperature
-        and temperature["value"] != 1
-        and reliability_chart(
-            temperature["counts"], temperature["top1"], "reliability after temperature scaling"
-        ),
-        "mistakes": confident_mistakes(logits, labels, test.images, hierarchy.fine),
-        "views": data_uri(augmented_views(run.recipe.augment, train, rows)),
-    }
-
-
-def non_default_values(recipe: Recipe) -> list[tuple[str, Any]]:
-    """Return the recipe's keys that differ from the defaults."""
-    defaults = flatten(to_dict(Recipe(name=recipe.name)))
-    return [
-        (name, value)
-        for name, value in flatten(to_dict(recipe)).items()
-        if defaults.get(name) != value
-    ]
+def default_title(entries: Sequence[Entry], data: str | None) -> str:
+    """Return the name of the only recipe, or like `3 recipes on CIFAR-100`."""
+    if len(entries) == 1:
+        return entries[0].label
+    return f"{len(entries)} recipes" + (f" on {data}" if data else "")
 
 
 def repeated_seeds(groups: Sequence[Group]) -> list[str]:
@@ -184,58 +311,75 @@ def repeated_seeds(groups: Sequence[Group]) -> list[str]:
     ]
 
 
-def render_page(runs: Sequence[Run], *, title: str, data: Path | None, tutorial: bool) -> str:
-    """Return the whole page as HTML; names from recipes and data are escaped."""
+def render_page(
+    runs: Sequence[Run],
+    *,
+    title: str | None = None,
+    data: Path | None = None,
+    tutorial: bool = False,
+    refresh_seconds: int | None = None,
+) -> str:
+    """Return the whole page as HTML; names from recipes and data are escaped.
+
+    With `refresh_seconds`, the page is a short one that browsers reload: results and curves.
+    """
     groups = group_runs(runs)
-    group_of = {run.folder: index for index, group in enumerate(groups) for run in group.runs}
-    for run in runs:  # an unfinished run is in no group and gets its own color
-        group_of.setdefault(run.folder, len(set(group_of.values())))
-    legend = {group_of[run.folder]: f"{run.recipe.name} (not finished)" for run in runs}
-    legend |= {index: group.label for index, group in enumerate(groups)}
-    notices = repeated_seeds(groups)
-    details = []
-    not_cifar_100: dict[str, list[str]] = {}  # labels by what the runs were trained on
-    without_data: dict[str, list[str]] = {}  # labels by reason
-    bar = progress_bar(0, len(groups), enabled=True, unit="recipe")
-    for group in groups:
-        run = group.runs[0]
-        trained_on = training_data(run.recipe, run.environment, data or Path(run.recipe.data.path))
-        if trained_on != CIFAR_100:
-            not_cifar_100.setdefault(trained_on, []).append(group.label)
-        run_with_logits = next((run for run in group.runs if run.predictions is not None), None)
-        if run_with_logits is not None:
-            path, problem = find_data(run_with_logits, data)
-            if problem:
-                without_data.setdefault(problem, []).append(group.label)
-            else:
-                details.append(run_details(group, run_with_logits, path))
-        bar.update()
-    bar.close()
-    for problem, labels in without_data.items():
-        notice = f"no classes, confusions and images of {', '.join(labels)}: {problem}"
-        log.warning(notice)
-        notices.append(notice)
-    notices += [
-        f"Trained on {what}: {', '.join(labels)}." for what, labels in not_cifar_100.items()
+    entries = [
+        Entry(label=group.label, index=index, runs=group.runs, group=group)
+        for index, group in enumerate(groups)
     ]
+    for run in runs:
+        if not run.is_finished:
+            entries.append(
+                Entry(label=run.recipe.name, index=len(entries), runs=(run,), group=None)
+            )
+    details: list[tuple[Entry, Details]] = []
+    notices = repeated_seeds(groups)
+    if refresh_seconds is None:
+        details, problems = all_details(entries, data)
+        for problem in problems:
+            log.warning(problem)
+        notices += problems
+    facts_of = [facts(entry, data) for entry in entries]
+    shared = {
+        name: value
+        for name, value in facts_of[0].items()
+        if all(one[name] == value for one in facts_of)
+    }
+    on_cifar_100 = shared.get("data") == CIFAR_100
+    plot = dot_plot(entries, REFERENCES if on_cifar_100 else ())
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return templates.get_template("page.html").render(
-        title=title,
-        created=time.strftime("%Y-%m-%d %H:%M"),
-        version=__version__,
-        runs=runs,
-        groups=groups,
-        tests=paired_tests(groups),
-        tutorial=compare_with_published(groups) if tutorial else None,
-        legend=[{"color": index % COLORS, "name": name} for index, name in sorted(legend.items())],
-        charts=curves(runs, group_of),
-        details=details,
-        notices=notices,
-        mean_std=mean_std,
-        non_default_values=non_default_values,
-    )
+    context: dict[str, Any] = {
+        "title": title or default_title(entries, shared.get("data")),
+        "created": time.strftime("%Y-%m-%d %H:%M"),
+        "version": __version__,
+        "refresh_seconds": refresh_seconds,
+        "runs": runs,
+        "entries": entries,
+        "cards": entries if len(entries) <= MAX_CARDS else [],
+        "shared": shared,
+        "own_facts": [
+            [value for name, value in one.items() if name not in shared] for one in facts_of
+        ],
+        "plot": plot,
+        "pairs": summarize_pairs(paired_tests(groups)),
+        "tutorial": compare_with_published(groups) if tutorial else None,
+        "top1_charts": top1_charts(entries),
+        "charts": curve_charts(entries),
+        "details": details,
+        "notices": notices,
+        "mean_std": mean_std,
+        "describe_interval": describe_interval,
+        "reproduce": reproduce,
+        "not_finished": sum(entry.group is None for entry in entries),
+        "LOW": LOW,
+        "SMALL": SMALL,
+        "WIDE_CARD": WIDE_CARD,
+    }
+    return templates.get_template("page.html").render(context)

@@ -56,6 +56,7 @@ class Page(HTMLParser):
         super().__init__()
         self.elements: list[str] = []
         self.addresses: list[str] = []
+        self.ids: list[str] = []
         self.handlers: list[str] = []
         self.open: list[str] = []
         self.feed(text)
@@ -63,6 +64,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -138,8 +140,13 @@ def test_page_is_self_contained_and_groups_are_compared(runs: Path, hostile_data
     assert not page.handlers
     assert HOSTILE not in text
     assert "&lt;script&gt;" in text  # the class name, escaped
-    assert page.addresses
-    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    images = [address for address in page.addresses if not address.startswith("#")]
+    assert images
+    assert all(address.startswith("data:image/webp;base64,") for address in images)
+    anchors = [address[1:] for address in page.addresses if address.startswith("#")]
+    assert len(anchors) >= 6
+    assert set(anchors) <= set(page.ids)
+    assert len(set(page.ids)) == len(page.ids)
     assert "http" not in re.sub(r'http-equiv="Content-Security-Policy"', "", text)
     assert "default-src 'none'" in text
     assert "unfinished (not finished)" in text
@@ -223,9 +230,9 @@ def test_page_lists_losses_and_teacher_of_a_student(
     output = tmp_path / "page.html"
     assert main([str(runs / "student"), str(runs / "other"), "--output", str(output)]) == 0
     text = output.read_text()
-    assert '<code>losses.arcface.scale</code></td><td class="text"><code>8.0</code>' in text
-    assert "<code>teacher.run</code>" in text
-    assert '<code>model.head</code></td><td class="text"><code>cosine</code>' in text
+    assert "arcface: {weight: 1.0, scale: 8.0" in text
+    assert f"# teacher {runs / 'other'}: SHA-256 " in text
+    assert "head: cosine" in text
 
 
 def test_page_without_data_has_metrics_but_no_images(runs: Path, data: Path) -> None:
@@ -238,7 +245,7 @@ def test_page_without_data_has_metrics_but_no_images(runs: Path, data: Path) -> 
     text = output.read_text()
     assert "<i>" not in text
     assert f"{data} is other data" in text
-    assert "Comparison" in text
+    assert "95 % interval" in text
     assert "<img" not in text
 
 

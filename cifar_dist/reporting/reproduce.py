@@ -1,0 +1,72 @@
+"""Write the commands that repeat a run."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from cifar_dist.inference.stored_run import Run
+from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
+
+
+def reproduce(run: Run) -> str:
+    """Return a shell script that trains a run again: commit, recipe and command.
+
+    Values from the run folder are quoted, or in comments without line breaks.
+    """
+    environment, recipe = run.environment, run.recipe
+    processes = run.summary.get("world_size") or environment.get("world_size") or 1
+    packages = (environment.get("packages") or {}).items()
+    versions = " ".join(f"{name}=={version}" for name, version in packages if version)
+    teachers = zip(recipe.all_teachers, environment.get("teachers") or (), strict=False)
+    file, commit = f"{recipe.name}.yaml", str(environment.get("commit") or "")
+    command = ["cifar-dist", "train", file]
+    if run.origin:
+        command += ["--fork", run.origin["run"]]
+    if processes != 1:
+        command += ["--processes", str(processes)]
+    return "\n".join(
+        [
+            comment(f"{environment.get('hardware', 'unknown hardware')}, {processes} process(es)"),
+            comment(f"Python {environment.get('python', '?')} {versions}"),
+            comment(f"data: SHA-256 {environment.get('data', 'unknown')}"),
+            *(comment(f"teacher {teacher.run}: SHA-256 {sha}") for teacher, sha in teachers),
+            checkout(commit) if commit else comment("unknown commit"),
+            f"cat > {file} <<'END'",
+            *to_yaml(minimal(recipe)).splitlines(),
+            "END",
+            shlex.join(command),
+        ]
+    )
+
+
+def comment(text: str) -> str:
+    return "# " + " ".join(text.split())
+
+
+def checkout(commit: str) -> str:
+    """Return the command for a commit of environment.json, which ends with '+' if files were modified."""
+    command = shlex.join(["git", "checkout", commit.removesuffix("+")])
+    return f"{command}   # files were modified" if commit.endswith("+") else command
+
+
+def minimal(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as a nested dict without values that are the defaults."""
+    default = to_dict(Recipe(name=recipe.name))
+    return {"name": recipe.name, **without_defaults(to_dict(recipe), default)}
+
+
+def without_defaults(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs from `default`.
+
+    A mapping with other keys (like `losses`) is kept whole, since it replaces the default one.
+    """
+    changed = {}
+    for name, item in value.items():
+        usual = default.get(name)
+        if item == usual:
+            continue
+        if isinstance(item, dict) and isinstance(usual, dict) and item.keys() == usual.keys():
+            item = without_defaults(item, usual)
+        changed[name] = item
+    return changed
