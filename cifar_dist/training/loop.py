@@ -45,8 +45,10 @@ def log_train_metrics(run: Run, state: TrainState) -> None:
 def log_values(run: Run, state: TrainState, kind: str, values: dict[str, Any]) -> None:
     """Write a record to metrics.jsonl, W&B and the terminal."""
     record = {"kind": kind, "step": state.step, "epoch": state.step / run.steps_per_epoch, **values}
-    epochs = run.recipe.run.epochs
-    run.context.run_on_main(log_record, record, run.metrics_file, run.tracker, epochs=epochs)
+    epochs, losses = run.recipe.run.epochs, list(run.recipe.losses)
+    run.context.run_on_main(
+        log_record, record, run.metrics_file, run.tracker, epochs=epochs, losses=losses
+    )
 
 
 def evaluate(run: Run, state: TrainState) -> tuple[EvalResult, bool]:

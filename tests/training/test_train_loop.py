@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from compare import lines
+from launcher import train
 
 from cifar_dist.train import should_evaluate, should_log, should_save
+from recipes import RecipeMaker
 
 
 @pytest.mark.parametrize(
@@ -56,3 +62,22 @@ def test_should_save(
 ) -> None:
     actual = should_save(step, saved=saved, at_end=at_end, stopping=stopping, save_now=save_now)
     assert actual is due
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ({"cross_entropy": {}}, []),
+        ({"cross_entropy": {"weight": 0.5}}, ["cross_entropy"]),
+        ({"cross_entropy": {"weight": 0.3}, "bce": {"weight": 0.7}}, ["cross_entropy", "bce"]),
+    ],
+)
+def test_log_line_shows_the_terms_of_the_loss(
+    tmp_path: Path, recipe: RecipeMaker, losses: dict[str, Any], shown: list[str]
+) -> None:
+    output = train(recipe(run={"epochs": 1}, losses=losses), cwd=tmp_path)
+    for record in lines(tmp_path / "runs/tiny"):
+        if record["kind"] == "train":
+            terms = ", ".join(f"{name} {record[name]:.4f}" for name in shown)
+            loss = f"{record['loss']:.4f}" + (f" ({terms})" if shown else "")
+            assert f"  loss {loss}  top1 " in output
