@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.error_propagation import is_out_of_memory, rank_name
 from cifar_dist.utils.errors import UserError, user_message
-from cifar_dist.utils.host import host_id, process_start_time
+from cifar_dist.utils.process import host_id, process_start_time
 
 TICK_SECONDS = 1.0
 CHECK_SECONDS = 2.0  # a rank that responds sends a heartbeat within this time

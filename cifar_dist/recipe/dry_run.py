@@ -21,14 +21,13 @@ from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.recipe.estimate import (
     activation_bytes,
     estimate,
-    format_duration,
-    human_readable,
     optimizer_states,
 )
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
 from cifar_dist.recipe.session import format_precision, keep_precision
 from cifar_dist.utils.precision import Precision, auto_precision
+from cifar_dist.utils.units import format_duration, human_readable
 
 
 @dataclass(frozen=True, kw_only=True)

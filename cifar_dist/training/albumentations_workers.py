@@ -15,7 +15,7 @@ from cifar_dist.data.augment.shared_memory import Layout, allocate
 from cifar_dist.data.dataset import Split
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext
-from cifar_dist.utils.host import host_id
+from cifar_dist.utils.process import host_id
 
 
 class AlbumentationsWorkers:

@@ -36,7 +36,7 @@ from cifar_dist.training.start import (
 )
 from cifar_dist.utils.errors import UserError, first_line, user_message
 from cifar_dist.utils.files import make_folder
-from cifar_dist.utils.host import host_id
+from cifar_dist.utils.process import host_id
 
 MEET_SECONDS = 60
 VISIBLE_SECONDS = 5  # for a file of another machine to appear; network file systems cache folders

@@ -22,7 +22,7 @@ from typing import Any
 from cifar_dist.distributed.elastic import restarts_on_failure
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import try_read_json
-from cifar_dist.utils.host import host_id, pid_exists, process_start_time
+from cifar_dist.utils.process import host_id, pid_exists, process_start_time
 
 HEARTBEAT_SECONDS = 15
 STALE_SECONDS = 60  # age of the last heartbeat after which a file of another machine is ignored

@@ -8,7 +8,6 @@ from typing import Any
 from cifar_dist.evaluation.evaluator import EvalResult, update_bn
 from cifar_dist.models.freeze import freeze, frozen_parameters
 from cifar_dist.optim.optimizer import max_lr, set_learning_rate
-from cifar_dist.recipe.estimate import format_duration
 from cifar_dist.training.graphed_step import build_step
 from cifar_dist.training.log_record import log_record
 from cifar_dist.training.setup import Run
@@ -16,6 +15,7 @@ from cifar_dist.training.state import TrainState, poll_ranks
 from cifar_dist.training.step import StepConfig
 from cifar_dist.utils.host import peak_memory_bytes
 from cifar_dist.utils.log import log
+from cifar_dist.utils.units import format_duration
 
 
 def poll(run: Run, state: TrainState) -> tuple[int, bool]:

@@ -21,7 +21,7 @@ from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, unavailable_reason, w
 
 from cifar_dist.distributed import slurm
 from cifar_dist.run_folder.checkpoint import checkpoints
-from cifar_dist.utils.host import process_start_time
+from cifar_dist.utils.process import process_start_time
 from recipes import RecipeMaker
 
 LONG = {"epochs": 100, "eval_every_epochs": 50, "save_every_minutes": 0.01}

@@ -12,9 +12,9 @@ from launcher import train
 
 from cifar_dist.models.classifier import ModelConfig, build_model, num_parameters
 from cifar_dist.recipe.dry_run import Plan, describe
-from cifar_dist.recipe.estimate import human_readable
 from cifar_dist.recipe.load import validate
 from cifar_dist.utils.errors import UserError
+from cifar_dist.utils.units import human_readable
 
 SMALL = {"backbone": "test_resnet"}
 
