@@ -87,6 +87,15 @@ def run_lock(folder: Path, path: Path | None = None, *, remedy: str = "name=..."
                     folder.rmdir()  # unless it is not empty
 
 
+def lock_holder(folder: Path) -> str | None:
+    """Return the living process that holds the lock of a run folder, as text, or None.
+
+    Only reads: the ages of another machine's heartbeats are relative to the clock of this one.
+    """
+    files = [file for _, file in sorted(_numbers(folder / "lock").items()) if _read(file)]
+    return next(filter(None, map(_holder, files)), None)
+
+
 def _enter(path: Path) -> Path:
     """Create an empty file with the next number, exclusively."""
     for _ in range(1000):
@@ -154,14 +163,16 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _holder(file: Path, *, than: Path) -> str | None:
+def _holder(file: Path, *, than: Path | None = None) -> str | None:
     """Return the living owner of a file as text; None if dead, or an earlier start of this job.
 
-    Ages are relative to our own new file `than`, since clocks of machines and storage differ.
+    Ages are relative to our own new file `than` if there is one, since clocks of machines and storage
+    differ.
     """
     lock, me = _read(file), _me()
     try:
-        age = than.stat().st_mtime - file.stat().st_mtime
+        now = than.stat().st_mtime if than else time.time()
+        age = now - file.stat().st_mtime
     except FileNotFoundError:
         return None  # just removed
     if lock is None:

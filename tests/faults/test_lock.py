@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.training import lock
-from cifar_dist.training.lock import run_lock
+from cifar_dist.training.lock import lock_holder, run_lock
 from cifar_dist.utils.errors import UserError
 
 processes = multiprocessing.get_context("fork")
@@ -166,6 +166,20 @@ def test_rank_of_an_elastic_agent_waits_for_a_dead_machine(
     lock_of_another_machine(tmp_path, seconds_ago=0)
     with run_lock(tmp_path):
         pass
+
+
+def test_reader_sees_the_living_holder_and_changes_nothing(tmp_path: Path) -> None:
+    assert lock_holder(tmp_path) is None
+    with holder(tmp_path) as process:
+        (tmp_path / "lock/0.json").touch()  # a process that waits
+        assert lock_holder(tmp_path) == f"process {process.pid} on this machine"
+        assert {file.name for file in (tmp_path / "lock").iterdir()} == {"0.json", "1.json"}
+    assert lock_holder(tmp_path) is None  # its file is still there
+    shutil.rmtree(tmp_path / "lock")
+    file = lock_of_another_machine(tmp_path, seconds_ago=lock.STALE_SECONDS - 5)
+    assert lock_holder(tmp_path) == "far, process 1"
+    os.utime(file, (time.time() - lock.STALE_SECONDS - 1,) * 2)
+    assert lock_holder(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', '{"machine": null}'])
