@@ -12,6 +12,7 @@ from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_write, with_path
 
 Record = dict[str, Any]
+TAIL_BYTES = 1 << 16  # hundreds of records
 
 
 class MetricsFile:
@@ -35,17 +36,18 @@ class MetricsFile:
             with with_path(self.path), self.path.open("a") as file:
                 os.fsync(file.fileno())
 
-    def read(self) -> list[Record]:
-        """Return all records. A last line that a crash left incomplete or as zeros is ignored.
+    def read(self, *, tail: int | None = None) -> list[Record]:
+        """Return all records, or those in the last `tail` bytes.
 
-        UserError for any other unreadable line, since dropping it would lose data.
+        A last line that a crash left incomplete or as zeros is ignored. UserError for any other
+        unreadable line, since dropping it would lose data.
         """
-        if not self.path.exists():
-            return []
-        *lines, rest = self.path.read_bytes().rstrip(b"\0").split(b"\n")
+        *lines, rest = self._read_bytes(tail).rstrip(b"\0").split(b"\n")
         records = []
         for number, line in enumerate(lines, 1):
             record = _parse(line)
+            if record is None and tail:
+                return self.read()  # for the number of the line
             if record is None:
                 raise UserError(
                     f"{self.path}:{number}: damaged line; restore the file or delete the line"
@@ -53,6 +55,31 @@ class MetricsFile:
             records.append(record)
         last = _parse(rest)
         return records if last is None else [*records, last]
+
+    def newest(self, *kinds: str) -> dict[str, Record]:
+        """Return the newest record of each of `kinds` that exists, by kind.
+
+        Fast for long files: only the last TAIL_BYTES are checked for damage, as in `read`.
+        """
+        newest = {record["kind"]: record for record in self.read(tail=TAIL_BYTES)}
+        for tail in (16 * TAIL_BYTES, None):
+            for kind in set(kinds) - newest.keys():
+                complete, _, _ = self._read_bytes(tail).rpartition(b"\n")
+                _, found, after = complete.rpartition(f'{{"kind": "{kind}"'.encode())
+                if found and (record := _parse(found + after.partition(b"\n")[0])):
+                    newest[kind] = record
+        return newest
+
+    def _read_bytes(self, tail: int | None) -> bytes:
+        """Return the complete lines in the last `tail` bytes, or the whole file; empty if absent."""
+        try:
+            with self.path.open("rb") as file:
+                start = max(0, file.seek(0, os.SEEK_END) - tail) if tail else 0
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:
+            return b""
+        return content.partition(b"\n")[2] if start else content
 
     def truncate(self, step: int, evaluated: int) -> int:
         """Drop the records that follow a checkpoint; return the step of the last evaluation, or 0.

@@ -32,6 +32,26 @@ def test_cut_last_line_is_dropped(tmp_path: Path, cut: str) -> None:
     assert path.read_text() == f"{TEXTS[0]}\n"
 
 
+@pytest.mark.parametrize("evaluated", [None, 10, 4_000, 9_900])
+def test_newest_records_of_a_long_file(tmp_path: Path, evaluated: int | None) -> None:
+    """A megabyte: an evaluation in its last lines, far back, or none at all."""
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"kind": "train", "step": step, "epoch": step / 10, "text": "x" * 50}
+        for step in range(10_000)
+    ]
+    newest = {"train": records[-1]}
+    if evaluated is not None:
+        newest["eval"] = records[evaluated] | {"kind": "eval"}
+        records.insert(evaluated + 1, newest["eval"])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "eval"')
+    assert MetricsFile(path).newest("train", "eval") == newest
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-50], "{", *lines[-50:]]))
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:{len(lines) - 49}: damaged line"):
+        MetricsFile(path).newest("train", "eval")
+
+
 def test_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert MetricsFile(path).read() == []
