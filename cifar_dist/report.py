@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cifar_dist.utils.cli import command_parser
-from cifar_dist.utils.errors import UserError, run_command
+from cifar_dist.utils.errors import run_command
 
 
 def main(arguments: list[str]) -> int:
@@ -44,21 +44,14 @@ def main(arguments: list[str]) -> int:
     from cifar_dist.inference.stored_run import read_runs
     from cifar_dist.reporting.comparison import group_runs, latex_table
     from cifar_dist.reporting.page import render_page
+    from cifar_dist.run_folder.find import find_runs
     from cifar_dist.utils.files import atomic_write, check_writable
     from cifar_dist.utils.log import log, log_to_terminal
 
     log_to_terminal()
-    folders = []
-    for path in dict.fromkeys(options.runs):  # runs/* may match other folders and files
-        if path.is_dir() and not (path / "recipe.yaml").exists():
-            log.warning(f"skipped: {path} is not a run folder (no recipe.yaml in it)")
-        elif not path.is_file():
-            folders.append(path)
-    if not folders:
-        raise UserError("none of these is a run folder; give some, like runs/debug")
     for output in filter(None, (options.output, options.latex)):
         check_writable(output)
-    runs = read_runs(folders)
+    runs = read_runs(find_runs(options.runs))
     atomic_write(
         options.output,
         render_page(runs, title=options.title, data=options.data, tutorial=options.tutorial),
