@@ -25,6 +25,7 @@ from cifar_dist.utils.suggest import closest
 COMMANDS = {
     "train": "train a recipe, or resume it",
     "prepare": "convert CIFAR-100 for training",
+    "runs": "list runs: state, progress, accuracy, time left",
     "evaluate": "evaluate a checkpoint of a run",
     "report": "compare runs in an HTML page",
     "predict": "classify images",

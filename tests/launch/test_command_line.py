@@ -165,6 +165,7 @@ def test_second_ctrl_c_quits_and_a_forwarded_duplicate_does_not(
         ("cifar_dist.cli recipes", 0),
         ("cifar_dist.train --version", 0),
         ("cifar_dist.train recipes/debig.yaml", 2),
+        ("cifar_dist.runs absent", 2),
         *((f"cifar_dist.{name} --help", 0) for name in cli.COMMANDS),
     ],
 )
