@@ -1,8 +1,9 @@
-"""Compare runs on one HTML page: curves, means over seeds, paired tests, confusions."""
+"""Show runs on one HTML page: results, paired tests, curves, confusions."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from cifar_dist.utils.cli import command_parser
@@ -12,13 +13,20 @@ from cifar_dist.utils.errors import run_command
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "report",
-        "Compare runs on one self-contained HTML page: curves, mean and standard deviation over seeds, "
-        "paired tests, confusions, confident mistakes, augmented images, device hours.",
+        "Show runs on one self-contained HTML page: results, mean and standard deviation over seeds, "
+        "paired tests, curves, confusions with images, calibration, commands to repeat them.",
         "python -m cifar_dist.report runs/*",
         "python -m cifar_dist.report runs/r18_32_s0 runs/r18_32_s1 runs/r18_32_kd --latex table.tex",
+        "python -m cifar_dist.report runs --watch",
         "python -m cifar_dist.report runs/* --tutorial --output tutorial.html",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, or folders that contain some",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -38,12 +46,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="folder of the runs' data, if it has moved"
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="rewrite the page while the runs train, until all have finished or Ctrl-C",
+    )
     options = parser.parse_intermixed_args(arguments)
 
     # Imported after parsing, so that --help and mistakes answer at once.
     from cifar_dist.inference.stored_run import read_runs
     from cifar_dist.reporting.comparison import group_runs, latex_table
     from cifar_dist.reporting.page import render_page
+    from cifar_dist.reporting.watch import watch
     from cifar_dist.run_folder.find import find_runs
     from cifar_dist.utils.files import atomic_write, check_writable
     from cifar_dist.utils.log import log, log_to_terminal
@@ -51,11 +65,13 @@ def main(arguments: list[str]) -> int:
     log_to_terminal()
     for output in filter(None, (options.output, options.latex)):
         check_writable(output)
-    runs = read_runs(find_runs(options.runs))
-    atomic_write(
-        options.output,
-        render_page(runs, title=options.title, data=options.data, tutorial=options.tutorial),
-    )
+    render = partial(render_page, title=options.title, data=options.data, tutorial=options.tutorial)
+    if options.watch:
+        log.info(f"rewriting {options.output} while runs train; Ctrl-C writes the whole page")
+        runs = watch(partial(find_runs, options.runs), render, options.output)
+    else:
+        runs = read_runs(find_runs(options.runs))
+    atomic_write(options.output, render(runs))
     size = options.output.stat().st_size
     log.info(
         f"saved {options.output}: {len(runs)} run(s), {size / 1e3:,.0f} kB; open it in a browser"

@@ -73,7 +73,7 @@ def number(value: float) -> str:
     """Return a short decimal: 0.001, 0.25, 12, 1,200."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}"
+    return f"{value:.3g}"
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:

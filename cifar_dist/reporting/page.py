@@ -347,6 +347,11 @@ def render_page(
         if all(one[name] == value for one in facts_of)
     }
     on_cifar_100 = shared.get("data") == CIFAR_100
+    notices += [
+        f"{entry.name}: trained on {one['data']}."
+        for entry, one in zip(entries, facts_of, strict=True)
+        if one["data"] != CIFAR_100
+    ]
     plot = dot_plot(entries, REFERENCES if on_cifar_100 else ())
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),

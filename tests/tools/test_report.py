@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,7 +31,10 @@ from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.report import main
 from cifar_dist.reporting.charts import MAX_POINTS, Series, line_chart, number, thinned, ticks
 from cifar_dist.reporting.comparison import group_runs, latex_table, latex_text, paired_tests
+from cifar_dist.reporting.page import render_page
 from cifar_dist.reporting.tutorial import PUBLISHED, compare_with_published
+from cifar_dist.reporting.watch import watch
+from cifar_dist.run_folder.find import find_runs
 from cifar_dist.utils.errors import UserError
 
 HOSTILE = "<script>alert('x')</script>"
@@ -319,6 +325,50 @@ def test_command_writes_the_default_output(runs: Path) -> None:
     launch = Launch("cifar_dist.report", ["runs/other"], cwd=runs.parent)
     assert launch.wait() == [0], launch.output
     assert "report.html: 1 run(s)" in launch.output
+
+
+def test_watched_page_is_short_until_all_runs_have_finished(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, folder = tmp_path / "page.html", runs / "other"
+    finished = (folder / "summary.json").read_text()
+    (folder / "summary.json").unlink()
+    pages: list[str] = []
+
+    def find() -> list[Path]:
+        if output.exists():
+            pages.append(output.read_text())
+            (folder / "summary.json").write_text(finished)  # the training ends
+        return find_runs([runs / "empty", runs / "tiny_s0", folder])
+
+    (runs / "empty").mkdir()
+    read = watch(find, render_page, output, seconds=0.01)
+    assert [run.is_finished for run in read] == [True, True]
+    assert 'http-equiv="refresh"' in pages[0]
+    assert "other (not finished)" in pages[0]
+    assert capsys.readouterr().out.count("skipped:") == 1
+
+
+def test_interrupted_watch_writes_the_whole_page(runs: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "cifar_dist.report",
+        "runs/unfinished",
+        "runs/other",
+        "--watch",
+    ]
+    page = runs.parent / "report.html"
+    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True) as process:
+        while not page.exists() and process.poll() is None:
+            time.sleep(0.1)
+        assert 'http-equiv="refresh"' in page.read_text()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert "Reproduce" in page.read_text()
+    assert "report.html: 2 run(s)" in output
 
 
 def test_ticks_are_round_and_lines_are_thinned() -> None:
