@@ -52,11 +52,13 @@ class Series:
     points: Sequence[Point]
     band: Sequence[tuple[float, float]] = ()  # lowest and highest y of each point
     is_finished: bool = True  # otherwise the line is dotted
+    is_training: bool = False  # of the training images: a thin line
 
     @property
     def style(self) -> str:
         dash = self.group // COLORS % 3 if self.is_finished else 2
-        return f"c{self.group % COLORS}" + (f" dash{dash}" if dash else "")
+        styles = [f"c{self.group % COLORS}", f"dash{dash}" if dash else "", "thin"]
+        return " ".join(filter(None, styles if self.is_training else styles[:2]))
 
 
 def ticks(low: float, high: float, wanted: int = 5, *, whole: bool = False) -> list[float]:
@@ -148,17 +150,19 @@ def line_chart(
     y_label: str,
     frame: Frame = SMALL,
     style: str = "chart",
+    same_axes_as: Sequence[Series] = (),
 ) -> Markup | None:
     """Draw lines over whole epochs or steps; None if there are no points.
 
-    A frame with room at the right has the lines' names there and a tooltip for each point.
+    The axes span the points of `same_axes_as` as well. A frame with room at the right has the lines' names there and a tooltip for each point.
     """
     series = [line for line in series if line.points]
     if not series:
         return None
-    xs = [x for line in series for x, _ in line.points]
-    ys = [y for line in series for _, y in line.points]
-    ys += [y for line in series for pair in line.band for y in pair]
+    lines = [*series, *same_axes_as]
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    ys += [y for line in lines for pair in line.band for y in pair]
     axes = Axes(
         frame=frame,
         x=ticks(min(xs), max(xs), 10 if frame.width > SMALL.width else 5, whole=True),

@@ -27,7 +27,7 @@ STUDENT_T = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
 )
 NORMAL = 1.960
-MINUTES_BELOW_HOURS = 0.5
+MINUTES_BELOW_SECONDS = 2 * 3600
 SIGNIFICANCE_LEVEL = 0.05
 MIN_SEEDS = 3  # for an interval over the seeds: that of two would be 18 standard deviations wide
 
@@ -84,11 +84,12 @@ class Group:
         return sum(run.device_hours for run in self.runs)
 
     @property
-    def device_time(self) -> str:
-        """Like `2.31 GPU hours` or `3.4 CPU process minutes`."""
-        if self.device_hours < MINUTES_BELOW_HOURS:
-            return f"{60 * self.device_hours:.1f} {self.devices} minutes"
-        return f"{self.device_hours:.2f} {self.devices} hours"
+    def time_per_run(self) -> str:
+        """Wall-clock time, the mean over the runs, like `3.8 min`."""
+        seconds = self.mean("seconds") or 0.0
+        if seconds < MINUTES_BELOW_SECONDS:
+            return f"{seconds / 60:.1f} min"
+        return f"{seconds / 3600:.1f} h"
 
     @property
     def devices(self) -> str:

@@ -97,7 +97,11 @@ def run_details(run: Run, data: Path) -> Details:
         calibration_note=note,
         mistakes=confident_mistakes(logits, labels, test.images, names, count=NUM_MISTAKES),
         views=augmented_views(
-            run.recipe.augment, train, rows, num_images=NUM_VIEWS, epochs=VIEW_EPOCHS
+            run.recipe.augment,
+            train,
+            rows,
+            num_images=NUM_VIEWS,
+            epochs=min(VIEW_EPOCHS, run.recipe.run.epochs),
         ),
     )
 
@@ -113,12 +117,12 @@ def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     metrics = [
         ("top-5", f"{evaluation['top5']:.2f} %"),
         ("superclass top-1", f"{evaluation['superclass_top1']:.2f} %"),
-        ("errors inside the superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
-        ("errors outside the superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
+        ("wrong class, right superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
+        ("wrong superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
         ("expected calibration error", f"{evaluation['calibration']['ece']:.2f} %"),
     ]
     if without and without["top1"] is not None:
-        name = f"top-1 without {without['num_excluded']} near-duplicates"
+        name = f"top-1 without {without['num_excluded']} near-duplicates of training images"
         metrics.append((name, f"{without['top1']:.2f} %"))
     if evaluation.get("cifair"):
         metrics.append(("ciFAIR-100 top-1", f"{evaluation['cifair']['top1']:.2f} %"))
@@ -152,13 +156,14 @@ def superclass_map(
 def calibration(evaluation: dict[str, Any]) -> tuple[Markup, str]:
     """Return the reliability chart, and a sentence about the calibration."""
     before, temperature = evaluation["calibration"], evaluation.get("temperature")
-    lines = [("as trained", before)]
+    lines = [("the model", before)]
     note = f"Expected calibration error {before['ece']:.2f} %"
     if temperature and temperature["value"] != 1:
-        lines.append((f"at temperature {temperature['value']:.2f}", temperature))
+        value = f"{temperature['value']:.3f}"
+        lines.append((f"logits divided by {value}", temperature))
         note += (
-            f", and {temperature['ece']:.2f} % at temperature {temperature['value']:.3f}, which "
-            "minimizes the loss on the validation rows"
+            f"; {temperature['ece']:.2f} % with the logits divided by {value}, the temperature of "
+            "least loss on the validation rows"
         )
     drawn = [
         (

@@ -42,18 +42,19 @@ from cifar_dist.run_folder.evaluations import same_data
 from cifar_dist.utils.log import log, progress_bar
 
 TEST_TOP1 = ("eval", "top1", "test top-1, %")
-OTHER_CURVES = (  # kind of record, key, axis label
-    ("train", "loss", "training loss"),
-    ("eval", "loss", "test loss"),
-    ("train", "top1", "training top-1, %"),
-    ("eval", "val_top1", "validation top-1, %"),
-    ("train", "lr", "learning rate"),
+OTHER_CURVES = (  # axis label, and the (kind of record, key) pairs of its lines
+    ("loss: test (bold) and training (thin)", (("eval", "loss"), ("train", "loss"))),
+    (
+        "top-1, %: validation (bold) and training (thin)",
+        (("eval", "val_top1"), ("train", "top1")),
+    ),
+    ("learning rate", (("train", "lr"),)),
 )
 WIDE_CARD = Frame(width=860, height=300)
 MAX_CARDS = 6  # with more recipes, the plot of all results replaces the cards
 REFERENCES = (  # top-1 on CIFAR-100 that others report
-    ("ResNet-18 from scratch, best test epoch (the tutorial)", 44.26),
-    ("ResNet-18, 3x3 stem, 200 epochs (Westlake-AI/openmixup)", 76.42),
+    ("ResNet-18, 200 epochs, best test epoch (DocsaidLab/cifar100-training-demo)", 44.26),
+    ("ResNet-18 with 3x3 stem, 200 epochs (Westlake-AI/openmixup)", 76.42),
 )
 
 
@@ -89,10 +90,19 @@ class Entry:
         values = [y for _, y in points_of(self.runs[0], "eval", "top1")]
         return values[-1] if values else None
 
-    def chart(self, frame: Frame, style: str = "chart") -> Markup | None:
+    def chart(
+        self, frame: Frame, style: str = "chart", same_axes_as: Sequence[Entry] = ()
+    ) -> Markup | None:
+        """Draw test top-1, with the axes of other entries."""
         kind, key, label = TEST_TOP1
-        line = series(self, kind, key)
-        return line_chart([line], x_label="epoch", y_label=label, frame=frame, style=style)
+        return line_chart(
+            [series(self, kind, key)],
+            x_label="epoch",
+            y_label=label,
+            frame=frame,
+            style=style,
+            same_axes_as=[series(entry, kind, key) for entry in same_axes_as],
+        )
 
 
 def points_of(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
@@ -113,14 +123,19 @@ def series(entry: Entry, kind: str, key: str) -> Series:
         points=[(x, sum(ys) / len(ys)) for x, ys in values.items()],
         band=[(min(ys), max(ys)) for ys in values.values()] if len(lines) > 1 else (),
         is_finished=entry.group is not None,
+        is_training=kind == "train" and key != "lr",
     )
 
 
 def curve_charts(entries: Sequence[Entry]) -> list[Markup]:
-    """Return a small chart for each quantity that some run has recorded."""
+    """Return the small charts."""
     charts = [
-        line_chart([series(entry, kind, key) for entry in entries], x_label="epoch", y_label=label)
-        for kind, key, label in OTHER_CURVES
+        line_chart(
+            [series(entry, kind, key) for entry in entries for kind, key in lines],
+            x_label="epoch",
+            y_label=label,
+        )
+        for label, lines in OTHER_CURVES
     ]
     return [chart for chart in charts if chart is not None]
 
@@ -175,7 +190,10 @@ class DotPlot:
             marks.append("circles: seeds")
         if meaning:
             marks.append(f"line: 95 % interval, {meaning}")
-        return "; ".join(marks) + "."
+        text = "; ".join(marks) + "."
+        return (
+            f"{text} Their networks and training lengths differ." if self.has_references else text
+        )
 
 
 def dot_plot(entries: Sequence[Entry], references: Sequence[tuple[str, float]]) -> DotPlot | None:
@@ -226,14 +244,10 @@ def dot_plot(entries: Sequence[Entry], references: Sequence[tuple[str, float]]) 
     )
 
 
-def describe_interval(interval: Interval, runs: int) -> str:
-    """Return `95 % interval 43.30 to 45.22 (test images; one seed)`."""
-    over = (
-        interval.over
-        if interval.over == "seeds"
-        else (f"test images; {runs} seeds" if runs > 1 else "test images; one seed")
-    )
-    return f"95 % interval {interval.low:.2f} to {interval.high:.2f} ({over})"
+def describe_interval(interval: Interval) -> str:
+    """Return like `95 % interval 43.30 to 45.22 over the seeds`."""
+    text = f"95 % interval {interval.low:.2f} to {interval.high:.2f} over the {interval.over}"
+    return text if interval.over == "seeds" else f"{text}, without the influence of the seed"
 
 
 def describe_network(model: ModelConfig) -> str:
@@ -243,22 +257,26 @@ def describe_network(model: ModelConfig) -> str:
 
 
 def facts(entry: Entry, data: Path | None) -> dict[str, str]:
-    """Return what was trained where: data, hardware, processes, epochs, batch size, precision."""
-    run, config = entry.runs[0], entry.runs[0].recipe.run
+    """Return what was trained where: network, data, length, batch, optimizer, precision, hardware."""
+    run, recipe = entry.runs[0], entry.runs[0].recipe
     hardware = {str(one.environment.get("hardware") or "unknown hardware") for one in entry.runs}
     processes = run.summary.get("world_size") or run.environment.get("world_size") or 1
-    unit = "GPU" if run.environment.get("device") == "cuda" else "process"
-    plural = ("s" if unit == "GPU" else "es") if processes != 1 else ""
-    epochs = entry.group.mean("epochs") if entry.group else config.epochs
-    return {
-        "network": describe_network(run.recipe.model),
-        "data": training_data(run.recipe, run.environment, data or Path(run.recipe.data.path)),
+    parts = run.summary.get("micro_batches") or recipe.run.micro_batches
+    epochs = entry.group.mean("epochs") if entry.group else recipe.run.epochs
+    unit = ("GPU", "GPUs") if run.environment.get("device") == "cuda" else ("process", "processes")
+    values = {
+        "network": describe_network(recipe.model),
+        "data": training_data(recipe, run.environment, data or Path(recipe.data.path)),
         "epochs": f"{number(epochs or 0)} epoch{'s' if epochs != 1 else ''}",
-        "batch size": f"batch size {config.batch_size}",
-        "precision": config.precision,
-        "hardware": ", ".join(sorted(hardware)),
-        "processes": f"{processes} {unit}{plural}",
+        "batch": f"batch size {recipe.run.batch_size}"
+        + (f" in {parts} micro-batches" if parts and parts > 1 else ""),
+        "optimizer": f"{recipe.optim.name}, lr {recipe.optim.lr:g}",
+        "precision": recipe.run.precision,
+        "hardware": f"{', '.join(sorted(hardware))}, {processes} {unit[processes != 1]}",
     }
+    if recipe.averaging:
+        values["averaging"] = f"evaluated with averaged weights ({recipe.averaging.kind})"
+    return values
 
 
 def find_data(run: Run, data: Path | None) -> tuple[Path, str | None]:
@@ -344,7 +362,7 @@ def render_page(
     shared = {
         name: value
         for name, value in facts_of[0].items()
-        if all(one[name] == value for one in facts_of)
+        if all(one.get(name) == value for one in facts_of)
     }
     on_cifar_100 = shared.get("data") == CIFAR_100
     notices += [
@@ -377,6 +395,18 @@ def render_page(
         "tutorial": compare_with_published(groups) if tutorial else None,
         "top1_charts": top1_charts(entries),
         "charts": curve_charts(entries),
+        "curve_notes": [
+            note
+            for note, applies in (
+                ("Line: mean over the seeds", any(len(entry.runs) > 1 for entry in entries)),
+                (
+                    "band: from the lowest to the highest",
+                    any(len(entry.runs) > 1 for entry in entries),
+                ),
+                ("dotted: not finished", any(entry.group is None for entry in entries)),
+            )
+            if applies
+        ],
         "details": details,
         "notices": notices,
         "mean_std": mean_std,

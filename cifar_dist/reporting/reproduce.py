@@ -20,6 +20,7 @@ def reproduce(run: Run) -> str:
     versions = " ".join(f"{name}=={version}" for name, version in packages if version)
     teachers = zip(recipe.all_teachers, environment.get("teachers") or (), strict=False)
     file, commit = f"{recipe.name}.yaml", str(environment.get("commit") or "")
+    plural = "process" if processes == 1 else "processes"
     command = ["cifar-dist", "train", file]
     if run.origin:
         command += ["--fork", run.origin["run"]]
@@ -27,7 +28,7 @@ def reproduce(run: Run) -> str:
         command += ["--processes", str(processes)]
     return "\n".join(
         [
-            comment(f"{environment.get('hardware', 'unknown hardware')}, {processes} process(es)"),
+            comment(f"hardware: {environment.get('hardware', 'unknown')}, {processes} {plural}"),
             comment(f"Python {environment.get('python', '?')} {versions}"),
             comment(f"data: SHA-256 {environment.get('data', 'unknown')}"),
             *(comment(f"teacher {teacher.run}: SHA-256 {sha}") for teacher, sha in teachers),
@@ -51,9 +52,10 @@ def checkout(commit: str) -> str:
 
 
 def minimal(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as a nested dict without values that are the defaults."""
-    default = to_dict(Recipe(name=recipe.name))
-    return {"name": recipe.name, **without_defaults(to_dict(recipe), default)}
+    """Return the recipe as a nested dict of the name, the seed and what differs from the defaults."""
+    changed = without_defaults(to_dict(recipe), to_dict(Recipe(name=recipe.name)))
+    run = {"seed": recipe.run.seed} | changed.pop("run", {})
+    return {"name": recipe.name, "run": run, **changed}
 
 
 def without_defaults(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
