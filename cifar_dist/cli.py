@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a recipe, or resume it",
     "prepare": "convert CIFAR-100 for training",
     "runs": "list runs: state, progress, accuracy, time left",
+    "sweep": "choose hyper-parameters on validation rows",
     "evaluate": "evaluate a checkpoint of a run",
     "report": "compare runs in an HTML page",
     "predict": "classify images",

@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from cifar_dist.recipe.schema import ADAPTER, DataConfig, Recipe
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.recipe_files import apply_override, read_yaml
 from cifar_dist.utils.suggest import refuse_unknown_keys
+
+T = TypeVar("T")
 
 # Keys of other trainers and of earlier versions -> the key here.
 ALIASES = {
@@ -78,12 +80,17 @@ def data_path(raw: dict[str, Any]) -> Any:
 def validate(raw: dict[str, Any], *, where: str) -> Recipe:
     """Build a recipe from plain data; types are strict and unknown keys are an error."""
     refuse_unknown_keys(raw, Recipe, where=where, aliases=ALIASES)
+    return validate_with(ADAPTER, raw, where=where)
+
+
+def validate_with(adapter: TypeAdapter[T], raw: dict[str, Any], *, where: str) -> T:
+    """Build the adapter's config class from plain data; UserError with the keys at fault."""
     try:
         text = json.dumps(raw, allow_nan=False)
     except ValueError:
         raise UserError(f"{where}: contains a number that is not finite") from None
     try:
-        return ADAPTER.validate_json(text, strict=True)
+        return adapter.validate_json(text, strict=True)
     except ValidationError as error:
         problems = describe_errors(error.errors(), raw)
         raise UserError(f"{where}: {'; '.join(problems[:4])}") from None

@@ -13,7 +13,16 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "cifar_dist"
 PACKAGES = [  # from the bottom to the top; commands stand above all
     *("utils", "distributed", "data", "models", "losses", "optim", "distill", "evaluation"),
-    *("run_folder", "tracking", "recipe", "training", "inference", "exporting", "reporting"),
+    *(
+        "run_folder",
+        "tracking",
+        "recipe",
+        "training",
+        "tuning",
+        "inference",
+        "exporting",
+        "reporting",
+    ),
 ]
 COMMAND, API = len(PACKAGES), len(PACKAGES) + 1
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -57,6 +66,7 @@ def test_imports_point_down(path: Path) -> None:
         ("wandb", {"tracking"}),
         ("datasets", {"data/dataset.py"}),
         ("pydantic", {"recipe"}),
+        ("optuna", {"tuning"}),
         ("yaml", {"recipe", "utils/strict_yaml.py"}),
         ("albumentations", {"data/augment/albumentations_pipeline.py"}),
         ("cv2", {"data/augment/albumentations_pipeline.py"}),

@@ -1,0 +1,1 @@
+"""Choose hyper-parameters with Optuna: trials are run folders."""
