@@ -16,6 +16,7 @@ COLORS = 8  # CSS classes c0 to c7; further groups get another dash pattern
 MAX_POINTS = 80  # per line
 MARKED_POINTS = 15  # lines with at most this many points get a marker at each
 LETTER_WIDTH = 6.4  # mean width of a letter of 12 px
+LOG_SPAN = 20  # largest / smallest value above which an axis is logarithmic
 LABEL_DISTANCE = 16  # between the labels at the lines' ends
 
 Point = tuple[float, float]
@@ -28,7 +29,7 @@ class Frame:
     width: float = 460
     height: float = 270
     left: float = 48
-    right: float = 14
+    right: float = 20
     top: float = 30
     bottom: float = 42
 
@@ -113,7 +114,9 @@ class Axes:
         height = frame.height - frame.top - frame.bottom
         return frame.left + x * width, frame.height - frame.bottom - y * height
 
-    def draw(self, *, x_label: str, y_label: str) -> list[str]:
+    def draw(
+        self, *, x_label: str, y_label: str, x_texts: Sequence[str] | None = None
+    ) -> list[str]:
         left, bottom = self.to_pixels((self.x[0], self.y[0]))
         right, top = self.to_pixels((self.x[-1], self.y[-1]))
         parts = []
@@ -123,10 +126,11 @@ class Axes:
             parts.append(
                 f'<text class="tick end" x="{left - 6:.1f}" y="{y + 4:.1f}">{number(value)}</text>'
             )
-        for value in self.x:
+        texts = x_texts or [number(value) for value in self.x]
+        for value, text in zip(self.x, texts, strict=True):
             x, _ = self.to_pixels((value, self.y[0]))
             parts.append(
-                f'<text class="tick mid" x="{x:.1f}" y="{bottom + 17:.1f}">{number(value)}</text>'
+                f'<text class="tick mid" x="{x:.1f}" y="{bottom + 17:.1f}">{escape(text)}</text>'
             )
         parts.append(f'<path class="axis" d="M{left:.1f} {bottom:.1f}H{right:.1f}"/>')
         middle, below = (left + right) / 2, self.frame.height - 6
@@ -201,11 +205,15 @@ def markers(line: Series, points: Sequence[Point], axes: Axes, *, x_label: str) 
 
 
 def end_labels(series: Sequence[Series], axes: Axes) -> Iterable[str]:
-    """Yield the name of each line at the height of its last point, moved so that none overlap."""
+    """Yield the name of each line at the height of its last point, moved so that none overlap.
+
+    If there are too many lines, the highest ones get a name.
+    """
     frame = axes.frame
+    room = int((frame.height - frame.top - frame.bottom) / LABEL_DISTANCE) + 1
     ends = sorted(
         ((axes.to_pixels(line.points[-1]), line) for line in series), key=lambda end: end[0][1]
-    )
+    )[:room]
     heights: list[float] = []
     for (_, y), _ in ends:  # from the top
         heights.append(max(y, heights[-1] + LABEL_DISTANCE) if heights else y)
@@ -218,6 +226,49 @@ def end_labels(series: Sequence[Series], axes: Axes) -> Iterable[str]:
         parts = f'<path class="leader {line.style}" d="M{x + 4:.1f} {y:.1f}L{right - 3:.1f} {height:.1f}"/>'
         name = escape(shortened(line.name, frame.end_label_letters))
         yield f'{parts}<text class="name {line.style}" x="{right:.1f}" y="{height + 4:.1f}">{name}</text>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """A point of a scatter chart."""
+
+    x: float
+    y: float
+    tip: str
+    style: str
+    is_finished: bool
+
+
+def scatter_chart(
+    dots: Sequence[Dot], *, x_label: str, y_label: str, names: Sequence[str] = ()
+) -> Markup:
+    """Draw dots, hollow if not finished; `names` are the ticks at x = 0, 1, ...
+
+    Without names, the x axis is logarithmic if the values span more than LOG_SPAN.
+    """
+    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots]
+    is_log = not names and min(xs) > 0 and max(xs) / min(xs) > LOG_SPAN
+    to_axis = math.log10 if is_log else float
+    if names:
+        x_ticks: list[float] = [-0.5, *range(len(names)), len(names) - 0.5]
+        texts = ["", *(shortened(name, 70 // len(names)) for name in names), ""]
+    elif is_log:
+        first, last = math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs)))
+        x_ticks = [float(power) for power in range(first, last + 1)]
+        texts = [f"{10.0**power:g}" for power in x_ticks]
+    else:
+        x_ticks = ticks(min(xs), max(xs))
+        texts = [number(value) for value in x_ticks]
+    axes = Axes(frame=SMALL, x=x_ticks, y=ticks(min(ys), max(ys)))
+    parts = axes.draw(x_label=x_label, y_label=y_label, x_texts=texts)
+    for dot in sorted(dots, key=lambda dot: dot.is_finished):  # the finished ones on top
+        x, y = axes.to_pixels((to_axis(dot.x), dot.y))
+        style = f"{'dot' if dot.is_finished else 'ring'} {dot.style}"
+        parts.append(
+            f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4">'
+            f"<title>{escape(dot.tip)}</title></circle>"
+        )
+    return svg(parts, frame=SMALL, label=f"{y_label} over {x_label}")
 
 
 def reliability_chart(

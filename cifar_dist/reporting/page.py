@@ -36,6 +36,7 @@ from cifar_dist.reporting.comparison import (
     summarize_pairs,
 )
 from cifar_dist.reporting.details import Details, run_details
+from cifar_dist.reporting.parameters import parameter_charts
 from cifar_dist.reporting.reproduce import reproduce
 from cifar_dist.reporting.tutorial import compare_with_published
 from cifar_dist.run_folder.evaluations import same_data
@@ -312,6 +313,18 @@ def all_details(
     ]
 
 
+def not_cifar_100(entries: Sequence[Entry], facts_of: Sequence[dict[str, str]]) -> list[str]:
+    """Return a notice for each other data set that some entries were trained on."""
+    labels: dict[str, list[str]] = {}
+    for entry, one in zip(entries, facts_of, strict=True):
+        labels.setdefault(one["data"], []).append(entry.label)
+    return [
+        f"Trained on {data}" + (f": {', '.join(names)}." if len(labels) > 1 else ".")
+        for data, names in labels.items()
+        if data != CIFAR_100
+    ]
+
+
 def default_title(entries: Sequence[Entry], data: str | None) -> str:
     """Return the name of the only recipe, or like `3 recipes on CIFAR-100`."""
     if len(entries) == 1:
@@ -365,11 +378,7 @@ def render_page(
         if all(one.get(name) == value for one in facts_of)
     }
     on_cifar_100 = shared.get("data") == CIFAR_100
-    notices += [
-        f"{entry.name}: trained on {one['data']}."
-        for entry, one in zip(entries, facts_of, strict=True)
-        if one["data"] != CIFAR_100
-    ]
+    notices += not_cifar_100(entries, facts_of)
     plot = dot_plot(entries, REFERENCES if on_cifar_100 else ())
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("cifar_dist.reporting", "."),
@@ -395,6 +404,9 @@ def render_page(
         "tutorial": compare_with_published(groups) if tutorial else None,
         "top1_charts": top1_charts(entries),
         "charts": curve_charts(entries),
+        "parameters": parameter_charts(
+            [(run, entry.color) for entry in entries for run in entry.runs]
+        ),
         "curve_notes": [
             note
             for note, applies in (
@@ -403,7 +415,7 @@ def render_page(
                     "band: from the lowest to the highest",
                     any(len(entry.runs) > 1 for entry in entries),
                 ),
-                ("dotted: not finished", any(entry.group is None for entry in entries)),
+                ("Dotted: not finished", any(entry.group is None for entry in entries)),
             )
             if applies
         ],

@@ -23,6 +23,7 @@ from cifar_dist.reporting.comparison import STUDENT_T, Group
 from cifar_dist.reporting.details import superclass_map
 from cifar_dist.reporting.images import confused_pairs
 from cifar_dist.reporting.page import Entry, dot_plot, render_page, series
+from cifar_dist.reporting.parameters import parameter_charts
 from cifar_dist.reporting.reproduce import reproduce
 
 ROOT = Path(__file__).parents[2]
@@ -272,3 +273,29 @@ def test_text_has_the_contrast_of_wcag_aa(theme: str) -> None:
             assert contrast(colors[name], colors[background]) >= 4.5, (name, background)
     assert contrast(colors["text"], colors["chip"]) >= 4.5
     assert contrast(colors["bar"], colors["card"]) >= 3
+
+
+# ----------------------------------------------------------------------------- parameters
+
+
+def test_results_are_drawn_over_each_key_in_which_the_recipes_differ() -> None:
+    runs = []
+    for index, lr in enumerate((0.001, 0.01, 0.1, 0.3, 0.5, 1.0)):
+        optim = dataclasses.replace(Recipe(name="x").optim, lr=lr, name="sgd" if index else "adamw")
+        recipe = dataclasses.replace(Recipe(name=f"trial_{index}"), optim=optim)
+        records = [record | {"val_top1": 10.0 * index} for record in evaluations(1, 2)]
+        summary = {"finished": True, "top1": 1.0} if index else {}
+        runs.append((stored_run(recipe=recipe, records=records, summary=summary), "c0"))
+    assert parameter_charts(runs[:5]) == []
+    charts = {
+        re.findall(r'class="label mid"[^>]*>([^<]+)<', chart)[0]: chart
+        for chart in parameter_charts(runs)
+    }
+    assert set(charts) == {"optim.lr", "optim.name"}
+    chart = charts["optim.lr"]
+    assert "validation top-1" in chart
+    assert (chart.count('"dot c0"'), chart.count('"ring c0"')) == (5, 1)
+    assert ">0.001<" in chart  # a logarithmic axis
+    assert ">0.01<" in chart
+    assert "trial_3: 30.00 % at epoch 2, optim.lr = 0.3" in chart
+    assert "&#34;adamw&#34;" in charts["optim.name"]
