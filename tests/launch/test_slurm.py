@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from compare import assert_same_bits
 from launcher import Launch
 from slurm_cluster import ENDED, ROOT, Cluster, two_nodes, unavailable_reason, wait_until
@@ -482,3 +483,54 @@ def test_teacher_logits_and_student_are_three_jobs(
     wait_until(lambda: cluster("squeue", "-h") == "", seconds=400)
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("slurm-*.out")))
     assert (tmp_path / "runs/student/summary.json").exists(), logs
+
+
+@pytest.mark.fault
+def test_preempted_trial_of_a_sweep_is_resumed_elsewhere(
+    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
+) -> None:
+    """Two workers, one of which is preempted: each trial has the bits of an undisturbed run."""
+    run = {"epochs": 120, "eval_every_epochs": 60, "save_every_minutes": 60}
+    path = recipe(run=run, tracking={"mode": "off"})
+    rates = [0.001, 0.002, 0.003, 0.004]
+    sweep = {
+        "recipe": str(path),
+        "set": {"data.val_size": 20},
+        "search": {"optim.lr": {"choices": rates}},
+        "sampler": {"name": "grid"},
+    }
+    (tmp_path / "lr.yaml").write_text(yaml.safe_dump(sweep))
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")  # sweep.sh runs slurm/train.sh
+    one_node = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    options = ["--partition=low", "--array=0-1", "--exclusive", *one_node]
+    job = cluster.submit(*options, ROOT / "slurm/sweep.sh", tmp_path / "lr.yaml", cwd=tmp_path)
+    folders = [tmp_path / f"lr/trial_{number:04d}" for number in range(len(rates))]
+
+    def both_train() -> bool:
+        return sum((folder / "metrics.jsonl").exists() for folder in folders) >= 2
+
+    wait_until(both_train, seconds=120, message=lambda: outputs(tmp_path))
+    high = ["--partition=high", "--exclusive", *one_node]
+    higher = cluster.submit(*high, "--wrap=sleep 15", cwd=tmp_path)
+    cluster.wait(higher, "COMPLETED")
+
+    def all_finished() -> bool:
+        return all((folder / "predictions.safetensors").exists() for folder in folders)
+
+    wait_until(all_finished, seconds=300, message=lambda: outputs(tmp_path))
+    wait_until(lambda: cluster("squeue", "-h", "-j", job) == "", seconds=60)
+    text = outputs(tmp_path)
+    assert "; requeued" in text
+    assert "lr/best.yaml" in text
+    logs = [file.read_text() for file in sorted((tmp_path / "lr/logs").glob("*.txt"))]
+    assert any("resuming from step" in log for log in logs)
+    for number, rate in enumerate(rates):
+        words = ["data.val_size=20", f"optim.lr={rate}", f"name=alone_{number}"]
+        ranks = Launch("train", [path, *words], cwd=tmp_path)
+        assert ranks.wait(600) == [0], ranks.output
+        assert_same_bits(tmp_path / f"runs/alone_{number}", folders[number])
+
+
+def outputs(folder: Path) -> str:
+    """Return the output of all jobs."""
+    return "\n".join(file.read_text() for file in sorted(folder.glob("slurm-*.out")))
