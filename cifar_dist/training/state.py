@@ -28,6 +28,7 @@ from cifar_dist.training.pace import Pace
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
+NOT_FINITE = "not finite"  # in the error of a training that diverged
 POLL_SECONDS = 1.0  # how often ranks agree on stopping and saving
 
 
@@ -90,7 +91,7 @@ class TrainState:
             log.warning(f"step {first}: not finite: {terms}; skipped {skipped} step(s)")
             return
         raise UserError(
-            f"step {first}: not finite: {terms}; {skipped} step(s) since then changed no weight and "
+            f"step {first}: {NOT_FINITE}: {terms}; {skipped} step(s) since then changed no weight and "
             "nothing of it was saved. Lower optim.lr, set optim.max_grad_norm, try "
             "run.precision=fp32, or skip single steps with run.on_nonfinite=skip"
         )

@@ -23,6 +23,7 @@ from optuna.trial import Trial, TrialState
 from cifar_dist.distributed import signals
 from cifar_dist.recipe.sweep import format_value
 from cifar_dist.training.lock import lock_holder, run_lock
+from cifar_dist.training.state import NOT_FINITE
 from cifar_dist.tuning.results import ranking, read_result
 from cifar_dist.tuning.study import SweepFolder, ask, values_of
 from cifar_dist.utils.errors import USER_ERROR, UserError
@@ -81,13 +82,12 @@ def train_trial(run: SweepFolder, trial: Trial, processes: str, *, is_last_attem
     is_pruned, code = train(run, number, values_of(frozen), processes, trial)
     if is_pruned or code == signals.STOPPED:
         return
-    value = read_result(run, number).value
     if code == 0:
-        run.study.tell(number, value)
+        run.study.tell(number, read_result(run, number).value)
     elif code == USER_ERROR or is_last_attempt:
         message = f"trial_{number:04d} failed: {last_error(run.log_file(number))}"
-        if value is None:  # as the others would
-            raise UserError(message)
+        if NOT_FINITE not in message:
+            raise UserError(f"{message}; the trial is resumed when the sweep is started again")
         run.study.tell(number, state=TrialState.FAIL)
         log.warning(message)
 

@@ -487,15 +487,15 @@ def test_teacher_logits_and_student_are_three_jobs(
 
 @pytest.mark.fault
 def test_preempted_trial_of_a_sweep_is_resumed_elsewhere(
-    tmp_path: Path, recipe: RecipeMaker, cluster: Cluster
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path, cluster: Cluster
 ) -> None:
     """Two workers, one of which is preempted: each trial has the bits of an undisturbed run."""
-    run = {"epochs": 120, "eval_every_epochs": 60, "save_every_minutes": 60}
-    path = recipe(run=run, tracking={"mode": "off"})
+    run = {"epochs": 30, "eval_every_epochs": 10, "batch_size": 25, "save_every_minutes": 60}
+    path = recipe(run=run, data={"path": str(middle_data)}, tracking={"mode": "off"})
     rates = [0.001, 0.002, 0.003, 0.004]
     sweep = {
         "recipe": str(path),
-        "set": {"data.val_size": 20},
+        "set": {"data.val_size": 100},
         "search": {"optim.lr": {"choices": rates}},
         "sampler": {"name": "grid"},
     }
@@ -525,7 +525,7 @@ def test_preempted_trial_of_a_sweep_is_resumed_elsewhere(
     logs = [file.read_text() for file in sorted((tmp_path / "lr/logs").glob("*.txt"))]
     assert any("resuming from step" in log for log in logs)
     for number, rate in enumerate(rates):
-        words = ["data.val_size=20", f"optim.lr={rate}", f"name=alone_{number}"]
+        words = ["data.val_size=100", f"optim.lr={rate}", f"name=alone_{number}"]
         ranks = Launch("train", [path, *words], cwd=tmp_path)
         assert ranks.wait(600) == [0], ranks.output
         assert_same_bits(tmp_path / f"runs/alone_{number}", folders[number])

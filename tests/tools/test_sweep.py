@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -287,11 +288,21 @@ def test_worker_killed_in_a_trial_changes_nothing(sweep_file: Any, tmp_path: Pat
     assert main([str(file)]) == 0  # finished: no training
 
 
+def test_diverging_trial_fails_and_the_others_are_trained(sweep_file: Any) -> None:
+    search = {"optim.lr": {"choices": [1e30, 0.1]}}
+    file = sweep_file(search=search, set={"data.val_size": 100, "run.epochs": 1})
+    output = finish(start_worker(file))
+    assert re.search(r"trial_0000 failed: step \d: not finite: ", output)
+    states = [trial.state for trial in open_sweep(file).trials]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE]
+
+
 def test_broken_trial_ends_the_sweep_with_its_error(sweep_file: Any, tmp_path: Path) -> None:
     file = sweep_file(set={"data.val_size": 100, "data.path": "nowhere", "data.source": None})
     output = finish(start_worker(file), code=2)
     assert output.count("error:") == 1
     assert "error: trial_0000 failed: nowhere has no data" in output
+    assert [trial.state for trial in open_sweep(file).trials] == [TrialState.RUNNING]
 
 
 # ----------------------------------------------------------------------------- many kills
