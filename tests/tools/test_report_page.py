@@ -21,8 +21,10 @@ from cifar_dist.recipe.schema import Recipe
 from cifar_dist.reporting.charts import WIDE, Series, line_chart, reliability_chart
 from cifar_dist.reporting.comparison import STUDENT_T, Group
 from cifar_dist.reporting.details import superclass_map
+from cifar_dist.reporting.dot_plot import dot_plot
+from cifar_dist.reporting.entries import Entry, series
 from cifar_dist.reporting.images import confused_pairs
-from cifar_dist.reporting.page import Entry, dot_plot, render_page, series
+from cifar_dist.reporting.page import render_page
 from cifar_dist.reporting.parameters import parameter_charts
 from cifar_dist.reporting.reproduce import reproduce
 
