@@ -167,9 +167,7 @@ def render_page(
         "tutorial": compare_with_published(groups) if tutorial else None,
         "top1_charts": top1_charts(entries),
         "charts": curve_charts(entries),
-        "parameters": parameter_charts(
-            [(run, entry.color) for entry in entries for run in entry.runs]
-        ),
+        "parameters": parameter_charts([(entry.runs[0], entry.color) for entry in entries]),
         "curve_notes": curve_notes(entries),
         "details": details,
         "notices": notices,

@@ -12,18 +12,19 @@ from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.diff import seed_free_config
 from cifar_dist.reporting.charts import Dot, scatter_chart
 
-MIN_RUNS = 6
+MIN_RECIPES = 6
 MAX_KEYS = 9
 
 
 def parameter_charts(runs: Sequence[tuple[Run, str]]) -> list[Markup]:
-    """Return a chart for each key that differs, given runs with their color; nothing for few runs.
+    """Return a chart for each key that differs, given a run of each recipe with its color.
 
+    Returns nothing for few recipes.
     The result is top-1 of the last evaluation, on validation rows if all runs have them.
     """
     results = [(run, color, last_evaluation(run)) for run, color in runs]
     results = [result for result in results if "top1" in result[2]]
-    if len(results) < MIN_RUNS:
+    if len(results) < MIN_RECIPES:
         return []
     metric = "val_top1" if all("val_top1" in last for _, _, last in results) else "top1"
     label = "validation top-1, %" if metric == "val_top1" else "test top-1, %"
