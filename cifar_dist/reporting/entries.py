@@ -156,6 +156,9 @@ def facts(entry: Entry, data: Path | None) -> dict[str, str]:
         "precision": recipe.run.precision,
         "hardware": f"{', '.join(sorted(hardware))}, {processes} {unit[processes != 1]}",
     }
+    if recipe.all_teachers:
+        teachers = ", ".join(teacher.run for teacher in recipe.all_teachers)
+        values["teacher"] = f"distilled from {teachers}"
     if recipe.averaging:
         values["averaging"] = f"evaluated with averaged weights ({recipe.averaging.kind})"
     return values

@@ -239,6 +239,7 @@ def test_page_lists_losses_and_teacher_of_a_student(
     assert "arcface: {weight: 1.0, scale: 8.0" in text
     assert f"# teacher {runs / 'other'}: SHA-256 " in text
     assert "head: cosine" in text
+    assert f"<li>distilled from {runs / 'other'}</li>" in text
 
 
 def test_page_without_data_has_metrics_but_no_images(runs: Path, data: Path) -> None:
