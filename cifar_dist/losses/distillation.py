@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.margin import ArcFace
 from cifar_dist.models.heads import HeadName, Outputs
-from cifar_dist.utils.config import Angle, Index, NonNegative, Positive, config
+from cifar_dist.utils.config import Angle, Factor, Index, NonNegative, Positive, config
 
 
 def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
@@ -29,11 +29,15 @@ class DistillationLoss(Loss):
     """Base class: a loss with a teacher, whose weight rises linearly over `warmup_epochs` epochs.
 
     Epoch i of n has i / n of the weight, counted from 1, as in the code of Zhao et al. 2022
-    (megvii-research/mdistiller).
+    (megvii-research/mdistiller). `standardize` first gives each sample's logits mean 0 and standard
+    deviation 1 over the classes, so that only their shape is compared and the best T does not depend on
+    the teacher's logit scale. Sun et al. 2024, arXiv 2403.01427; their code divides by C - 1 in the
+    deviation, like a T that is 0.5 % larger at 100 classes.
     """
 
     needs_teacher: ClassVar[bool] = True
     warmup_epochs: Index = 0  # epochs over which the weight rises linearly; 0: none
+    standardize: bool = False  # first give the logits of each sample mean 0 and deviation 1
 
     def weight_at(self, epoch: int) -> float:
         if epoch >= self.warmup_epochs:
@@ -42,7 +46,11 @@ class DistillationLoss(Loss):
 
     def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         assert teacher_logits is not None
-        return self.compare(outputs.logits, teacher_logits, labels)
+        student, teacher = outputs.logits, teacher_logits
+        if self.standardize:
+            classes = student.shape[-1:]
+            student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
+        return self.compare(student, teacher, labels)
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -53,19 +61,12 @@ class DistillationLoss(Loss):
 class Distill(DistillationLoss):
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)). Hinton et al. 2015, arXiv 1503.02531.
 
-    T^2 makes the size of the gradient independent of T. `standardize` first gives each sample's
-    logits mean 0 and standard deviation 1 over the classes, so that only their shape is compared and
-    the best T does not depend on the teacher's logit scale. Sun et al. 2024, arXiv 2403.01427; their
-    code divides by C - 1 in the deviation, like a T that is 0.5 % larger at 100 classes.
+    T^2 makes the size of the gradient independent of T.
     """
 
     temperature: Positive = 4.0  # divisor of the logits
-    standardize: bool = False  # first give the logits of each sample mean 0 and deviation 1
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        if self.standardize:
-            classes = student.shape[-1:]
-            student, teacher = (F.layer_norm(x, classes, eps=1e-7) for x in (student, teacher))
         temperature = self.temperature
         return temperature**2 * kl_divergence(teacher / temperature, student / temperature)
 
@@ -85,6 +86,10 @@ class MarginDistill(DistillationLoss):
     scale: Positive = 8.0  # factor on the cosines in the losses of teacher and student
     margin: Angle = 0.35  # added to the angle of the true class, in radians
     straight_through: bool = True  # ignore the margin in the gradient
+
+    def __post_init__(self) -> None:
+        if self.standardize:
+            raise ValueError("margin_distill needs cosines: remove standardize")
 
     def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         arcface = ArcFace(
@@ -148,6 +153,54 @@ class Dist(DistillationLoss):
 
         terms = self.inter * distance(1) + self.intra * distance(0).mean()
         return self.temperature**2 * terms
+
+
+@config
+class TransformedTeacher(DistillationLoss):
+    """KL(q || softmax(student)) times the sum of p^gamma, where q is p^gamma, normalized.
+
+    p is the teacher's softmax; unlike in `Distill` the student has no temperature. The factor is larger
+    for uncertain teachers; without it (`weighted: false`) this is TTM, otherwise WTTM. Zheng and Yang
+    2024, arXiv 2402.11148; settings of their code (github zkxufo/TTM): gamma 0.1 or 0.2.
+    """
+
+    gamma: Factor = 0.2  # exponent of the teacher's probabilities; 1 / temperature
+    weighted: bool = True  # multiply by the sum of the teacher's probabilities to the power gamma
+
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        divergence = kl_divergence(self.gamma * teacher, student)
+        if not self.weighted:
+            return divergence
+        power_sum = (self.gamma * teacher.log_softmax(1)).logsumexp(1).exp()
+        return power_sum * divergence
+
+
+@config
+class MultiLevel(DistillationLoss):
+    """Sum over temperatures T of three comparisons of P = softmax(logits / T), [B, C].
+
+    T^2 * KL for each sample, |P P' - Q Q'|^2 / B over pairs of samples and |P' P - Q' Q|^2 / C over pairs
+    of classes, Q of the teacher. The last two compare the samples of a micro-batch; the sum over
+    pairs of classes is given to each sample. Jin et al. 2023, CVPR, eq. 2, 6 and 9; not included are the
+    two augmentations of an image and the masks of their code (github Jin-Ying/Multi-Level-Logit-Distillation).
+    """
+
+    temperatures: tuple[Positive, ...] = (2.0, 3.0, 4.0, 5.0, 6.0)  # divisors of the logits
+    batch: NonNegative = 1.0  # weight of the comparison over pairs of samples
+    classes: NonNegative = 1.0  # weight of the comparison over pairs of classes
+
+    def compare(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros_like(student[:, 0])
+        for temperature in self.temperatures:
+            total = total + temperature**2 * kl_divergence(
+                teacher / temperature, student / temperature
+            )
+            p, q = ((x / temperature).softmax(1) for x in (student, teacher))
+            # The mean over the samples is the sum over all pairs, divided by B.
+            total = total + self.batch * (p @ p.T - q @ q.T).square().sum(1)
+            over_classes = (p.T @ p - q.T @ q).square().sum() / student.shape[1]
+            total = total + self.classes * over_classes
+        return total
 
 
 @config

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import BinaryCrossEntropy, CrossEntropy
-from cifar_dist.losses.distillation import DecoupledDistill, Dist, Distill, LogitMse, MarginDistill
+from cifar_dist.losses.distillation import (
+    DecoupledDistill,
+    Dist,
+    Distill,
+    LogitMse,
+    MarginDistill,
+    MultiLevel,
+    TransformedTeacher,
+)
 from cifar_dist.losses.margin import ArcFace, CosFace, LargeMarginSoftmax, SphereFace
 from cifar_dist.losses.metric import Contrastive, SupCon, Triplet
 
@@ -24,6 +32,8 @@ LOSSES: dict[str, type[Loss]] = {
     "margin_distill": MarginDistill,
     "dkd": DecoupledDistill,
     "dist": Dist,
+    "wttm": TransformedTeacher,
+    "mlkd": MultiLevel,
     "logit_mse": LogitMse,
 }
 

@@ -30,7 +30,7 @@ from cifar_dist.utils.errors import USER_ERROR, UserError
 from cifar_dist.utils.log import log
 from cifar_dist.utils.units import format_duration
 
-CHECK_SECONDS = 0.5
+CHECK_SECONDS = 0.2
 ORPHAN_SECONDS = 120  # for the ranks of a killed worker to save and exit
 MAX_ATTEMPTS = 3  # at a training that crashes, for example by lack of memory
 # Variables of the launcher that started this worker, which a training would join.

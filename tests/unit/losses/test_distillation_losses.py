@@ -17,7 +17,16 @@ from cifar_dist.data.dataset import Split
 from cifar_dist.distill.teacher import TeacherEnsemble
 from cifar_dist.losses.base import Loss
 from cifar_dist.losses.classification import CrossEntropy
-from cifar_dist.losses.distillation import DecoupledDistill, Dist, Distill, LogitMse, MarginDistill
+from cifar_dist.losses.distillation import (
+    DecoupledDistill,
+    Dist,
+    Distill,
+    DistillationLoss,
+    LogitMse,
+    MarginDistill,
+    MultiLevel,
+    TransformedTeacher,
+)
 from cifar_dist.losses.margin import ArcFace
 from cifar_dist.losses.registry import LOSSES
 from cifar_dist.models.heads import Outputs
@@ -28,6 +37,9 @@ DISTILLATION: list[Loss] = [
     Distill(temperature=1, standardize=True),
     DecoupledDistill(),
     Dist(),
+    DecoupledDistill(temperature=1, standardize=True),
+    TransformedTeacher(gamma=1.0),
+    MultiLevel(),
     LogitMse(),
     MarginDistill(),
 ]
@@ -198,6 +210,92 @@ def test_values_and_gradients_match_the_published_formulas_in_float64(kind: str,
     (oracle,) = torch.autograd.grad((weights * expected).sum(), precise)
     torch.testing.assert_close(gradient.double(), oracle, rtol=1e-4, atol=1e-4)
     assert oracle.abs().max() > 1
+
+
+def ttm_as_published(student: Tensor, teacher: Tensor, gamma: float, *, weighted: bool) -> Tensor:
+    """Return KL(p^gamma / U || q) for TTM, times U, the sum of p^gamma, for WTTM (Zheng and Yang 2024)."""
+    power = teacher.softmax(1).pow(gamma)
+    total = power.sum(1)
+    target, result = power / total[:, None], student.softmax(1)
+    divergence = (target * (target / result).log()).sum(1)
+    return total * divergence if weighted else divergence
+
+
+def mlkd_as_published(student: Tensor, teacher: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    """Return the mean over the batch of Jin et al. 2023, eq. 2, 6 and 9, summed over the temperatures."""
+    rows, classes = student.shape
+    total = student.new_zeros(())
+    for temperature in temperatures:
+        p, q = ((logits / temperature).softmax(1) for logits in (student, teacher))
+        total = total + temperature**2 * (q * (q / p).log()).sum() / rows
+        for equation, divisor in (("ic,jc->ij", rows), ("ic,id->cd", classes)):
+            grams = [torch.einsum(equation, x, x) for x in (q, p)]
+            total = total + (grams[0] - grams[1]).pow(2).sum() / divisor
+    return total
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+def test_transformed_teacher_matches_the_published_formula(gamma: float, weighted: bool):
+    student, teacher = (randn(16, 100, seed=seed).double() for seed in (0, 1))
+    student.requires_grad_()
+    loss = TransformedTeacher(gamma=gamma, weighted=weighted)
+    result = loss.compare(student, teacher, torch.zeros(16))
+    expected = ttm_as_published(student, teacher, gamma, weighted=weighted)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.arange(1.0, 17.0)
+    (gradient,) = torch.autograd.grad((weights * result).sum(), student, retain_graph=True)
+    (oracle,) = torch.autograd.grad((weights * expected).sum(), student)
+    torch.testing.assert_close(gradient, oracle, rtol=1e-10, atol=1e-10)
+
+
+def test_transformed_teacher_at_gamma_1_is_distill_at_temperature_1():
+    student, teacher = randn(6, 10), randn(6, 10, seed=1)
+    expected = apply(Distill(temperature=1), student, teacher)
+    for weighted in (False, True):
+        result = apply(TransformedTeacher(gamma=1.0, weighted=weighted), student, teacher)
+        torch.testing.assert_close(result, expected)
+
+
+def test_multi_level_matches_the_published_formula():
+    student, teacher = (randn(16, 100, seed=seed).double() for seed in (0, 1))
+    student.requires_grad_()
+    loss = MultiLevel()
+    result = loss.compare(student, teacher, torch.zeros(16)).mean()
+    expected = mlkd_as_published(student, teacher, loss.temperatures)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    gradients = [
+        torch.autograd.grad(value, student, retain_graph=True)[0] for value in (result, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_multi_level_without_pairs_is_the_sum_of_distill_over_the_temperatures():
+    student, teacher = randn(6, 10), randn(6, 10, seed=1)
+    result = apply(MultiLevel(batch=0, classes=0, temperatures=(2.0, 4.0)), student, teacher)
+    expected = sum(apply(Distill(temperature=t), student, teacher) for t in (2, 4))
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(
+    "loss", [DecoupledDistill(), Dist(), TransformedTeacher(), MultiLevel()], ids=repr
+)
+def test_any_logit_loss_can_standardize(loss: DistillationLoss):
+    """As in the code of Sun et al. 2024, up to their divisor C - 1."""
+    student, teacher, labels = randn(16, 100), randn(16, 100, seed=1), torch.arange(16)
+    normalized = [
+        (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
+        for x in (student, teacher)
+    ]
+    result = apply(replace(loss, standardize=True), student, teacher, labels)
+    expected = apply(loss, normalized[0], normalized[1], labels)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(result, apply(loss, student, teacher, labels))
+
+
+def test_margin_distill_cannot_standardize():
+    with pytest.raises(ValueError, match="margin_distill needs cosines"):
+        MarginDistill(standardize=True)
 
 
 def test_dist_hand_computed():

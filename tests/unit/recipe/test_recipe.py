@@ -138,7 +138,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ),
         (
             "name: a\nteacher: {run: runs/b}",
-            ["no loss uses the teacher", "distill, dkd, dist, logit_mse"],
+            ["no loss uses the teacher", "dkd, dist, wttm, mlkd, logit_mse"],
         ),
         ("name: a\nteacher: {placement: sharded}", ["teacher.run", "required"]),
         ("name: a\nteacher: {run: runs/b, placement: split}", ["teacher.placement", "sharded"]),
