@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cifar_dist.utils.cli import command_parser
-from cifar_dist.utils.errors import is_main_rank, run_command
+from cifar_dist.utils.errors import UserError, is_main_rank, run_command
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +17,7 @@ def main(arguments: list[str]) -> int:
         "python -m cifar_dist.evaluate runs/debug",
         "accelerate launch -m cifar_dist.evaluate runs/r50_224 --cifair ciFAIR-100",
         "python -m cifar_dist.evaluate runs/r18_32 --tta-flip --output with_flips",
+        "python -m cifar_dist.evaluate runs/r18_32 --corruptions --ood data/other",
     )
     parser.add_argument("run", type=Path, help="run folder, like runs/debug")
     parser.add_argument(
@@ -32,6 +33,20 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--cifair", type=Path, metavar="FOLDER", help="also evaluate on ciFAIR-100 (folder or zip)"
+    )
+    parser.add_argument(
+        "--corruptions",
+        nargs="?",
+        const="generated",
+        metavar="FOLDER",
+        help="also evaluate on corrupted test images: on 14 of the 15 kinds of CIFAR-100-C at five "
+        "severities, generated, or on its published files in FOLDER",
+    )
+    parser.add_argument(
+        "--ood",
+        type=Path,
+        metavar="FOLDER",
+        help="also measure how well the test images are told from those of another prepared data set",
     )
     parser.add_argument(
         "--near-duplicates",
@@ -53,6 +68,7 @@ def main(arguments: list[str]) -> int:
         "--tta-flip; otherwise nothing is written",
     )
     options = parser.parse_args(arguments)
+    check_robustness_options(options.corruptions, options.ood, options.split)
 
     # Imported after parsing, so that --help and mistakes answer at once.
     from cifar_dist.distributed.context import DistContext
@@ -75,6 +91,8 @@ def main(arguments: list[str]) -> int:
         split=options.split,
         tta_flip=options.tta_flip,
         data=options.data,
+        corruptions=options.corruptions,
+        ood=options.ood,
         output=options.output,
     )
     if job.output is not None and is_main_rank():
@@ -92,6 +110,16 @@ def main(arguments: list[str]) -> int:
         if context.is_main:
             store_evaluation(job, evaluation)
     return 0
+
+
+def check_robustness_options(corruptions: str | None, ood: Path | None, split: str) -> None:
+    """Raise UserError if a folder of --corruptions or --ood does not exist, or with another split."""
+    folders = {"--corruptions": corruptions, "--ood": ood}
+    for option, folder in folders.items():
+        if folder is not None and split != "test":
+            raise UserError(f"{option} needs the test split; remove it, or --split {split}")
+        if folder not in (None, "generated") and not Path(folder).is_dir():
+            raise UserError(f"{option} {folder}: is not a folder; give an existing one")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from cifar_dist.data.corruptions import SEVERITIES
 from cifar_dist.data.dataset import Hierarchy
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
+from cifar_dist.evaluation.robustness import corruption_table
 from cifar_dist.evaluation.scores import (
     bootstrap_interval,
     choose_temperature,
@@ -30,6 +32,7 @@ from cifar_dist.utils.files import atomic_write, write_json
 from cifar_dist.utils.log import log
 
 VAL_PREDICTIONS = "val_predictions.safetensors"
+CORRUPTIONS_CSV = "corruptions.csv"
 
 
 def build_report(
@@ -48,6 +51,7 @@ def build_report(
     logits, labels = evaluation.logits, evaluation.labels
     report = compute_metrics(logits, labels, hierarchy)
     report |= {"temperature": None, "without_near_duplicates": None, "cifair": None}
+    report |= {"corruptions": None, "ood": None}  # see evaluation/robustness.py
     if val is not None:
         value = choose_temperature(val.logits, val.labels)
         report["temperature"] = {
@@ -170,6 +174,7 @@ def write_evaluation(
 ) -> None:
     """Write evaluation.json, classes.csv, both confusion tables and the predictions for `val`.
 
+    corruptions.csv is written if the report has them, and otherwise removed, as it would be outdated.
     `ensemble` chooses its weights from the predictions for the validation rows.
     """
     if val is not None:
@@ -184,6 +189,12 @@ def write_evaluation(
     )
     atomic_write(folder / "confusion.csv", confusion_csv(table, hierarchy.fine))
     atomic_write(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
+    if corruptions := report["corruptions"]:
+        header = ["corruption", *(f"severity {severity}" for severity in SEVERITIES), "mean"]
+        lines = ([kind, *values] for kind, values in corruption_table(corruptions))
+        atomic_write(folder / CORRUPTIONS_CSV, to_csv(header, lines))
+    else:
+        (folder / CORRUPTIONS_CSV).unlink(missing_ok=True)
     write_json(folder / "evaluation.json", report)  # last: it names the checkpoint of the others
 
 

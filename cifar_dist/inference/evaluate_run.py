@@ -10,11 +10,13 @@ import torch
 
 from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import (
+    DIGEST,
     Hierarchy,
     Split,
     classes_digest,
     data_digest,
     load_split,
+    read_digest,
     read_hierarchy,
 )
 from cifar_dist.data.ingest.cifair import cifair_split
@@ -22,6 +24,7 @@ from cifar_dist.data.ingest.near_duplicates import read_list
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
 from cifar_dist.evaluation.report import build_report, log_report, write_evaluation
+from cifar_dist.evaluation.robustness import evaluate_corruptions, log_robustness, ood_scores
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.recipe.runs import load_model, load_run, weights_digest
 from cifar_dist.recipe.schema import Recipe
@@ -49,6 +52,8 @@ class EvalJob:
     data: Path
     split: EvalSplit
     tta_flip: bool
+    corruptions: str | None  # "generated", or the folder of CIFAR-100-C
+    ood: Path | None  # the folder of out-of-distribution data
     output: Path | None  # None: log the metrics only
     to_run_folder: bool  # whether `output` is RUN/evaluation
     is_default: bool  # the newest checkpoint on the test split, without test-time augmentation
@@ -73,18 +78,22 @@ def plan_evaluation(
     split: EvalSplit = "test",
     tta_flip: bool = False,
     data: Path | None = None,
+    corruptions: str | None = None,
+    ood: Path | None = None,
     output: Path | None = None,
 ) -> EvalJob:
     """Read the run and decide where to write the result.
 
     RUN/evaluation is reserved for the default evaluation on the run's own data; UserError if
-    `output` is that folder and anything else is to be evaluated.
+    `output` is that folder and anything else is to be evaluated, or if `ood` is the data itself.
     """
     recipe, checkpoint_path = load_run(run, checkpoint)
     data = data or Path(recipe.data.path)
     environment = read_metadata(run, "environment.json")
     summary = read_metadata(run, "summary.json")
     is_same_data = same_data(environment, data)
+    if ood is not None:
+        check_ood(ood, {environment.get("data"), data_digest(data)}, data)
     is_default = checkpoint is None and split == "test" and not tta_flip
     default_output = run / EVALUATION_FOLDER
     if output is None and is_default:
@@ -108,6 +117,8 @@ def plan_evaluation(
         data=data,
         split=split,
         tta_flip=tta_flip,
+        corruptions=corruptions,
+        ood=ood,
         output=output,
         to_run_folder=to_run_folder,
         is_default=is_default,
@@ -116,6 +127,17 @@ def plan_evaluation(
         can_repair=is_last and bool(summary.get("finished")),
         threads=recipe.run.threads or environment.get("threads"),
     )
+
+
+def check_ood(ood: Path, known: set[str | None], data: Path) -> None:
+    """Raise UserError if `ood` is no data set, has a `known` digest, or the test split of `data`."""
+    if not (ood / DIGEST).exists():
+        raise UserError(f"--ood {ood}: has no data; give a folder written by cifar_dist.prepare")
+    test_digests = {read_digest(root)["test"]["sha256"] for root in (ood, data)}
+    if data_digest(ood) in known or len(test_digests) == 1:
+        raise UserError(
+            f"--ood {ood}: is the data of the run, not out of distribution; give another data set"
+        )
 
 
 def evaluate_run(
@@ -185,6 +207,22 @@ def evaluate_run(
         else None,
         cifair=cifair_result,
     )
+    if job.corruptions is not None:
+        report["corruptions"] = evaluate_corruptions(
+            job.corruptions,
+            split,
+            lambda corrupted: evaluate_rows(corrupted, rows).metrics["top1"],
+            show_progress=context.is_main,
+        )
+    if job.ood is not None:
+        other = load_split(job.ood, "test", device, recipe.data.place)
+        other_result = evaluate_rows(other, torch.arange(len(other.labels)))
+        report["ood"] = {
+            "data": str(job.ood),
+            "digest": data_digest(job.ood),
+            "rows": len(other.labels),
+            **ood_scores(result.logits, other_result.logits),
+        }
     return RunEvaluation(result=result, val=val, report=report, hierarchy=hierarchy)
 
 
@@ -196,6 +234,7 @@ def log_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
     if job.tta_flip:
         title += ", mean of each image and its mirror image"
     log_report(evaluation.report, title)
+    log_robustness(evaluation.report)
 
 
 def store_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:
