@@ -13,6 +13,7 @@ from torch import Tensor
 from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import Hierarchy, load_split, read_hierarchy
 from cifar_dist.evaluation.report import compute_metrics
+from cifar_dist.evaluation.robustness import corruption_table
 from cifar_dist.evaluation.scores import confusion, merge_classes
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.reporting.charts import reliability_chart
@@ -33,9 +34,9 @@ FULL_COLOR = 30.0  # percent of a class's images at which a cell of the confusio
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell of the confusion map of superclasses."""
+    """A cell of the confusion map of superclasses, or of the map of corruptions."""
 
-    share: float  # percent of the images of the row's superclass
+    share: float  # percent of the images of the row's superclass; top-1 under a corruption
     opacity: float
     is_correct: bool
 
@@ -49,6 +50,8 @@ class Details:
     metrics: list[tuple[str, str]]
     has_evaluation: bool
     superclasses: list[tuple[str, list[Cell]]]
+    corruptions: list[tuple[str, list[Cell]]]
+    corruptions_note: str
     pairs: list[ConfusedPair]
     classes: list[dict[str, Any]]  # of evaluation.json, the lowest recall first
     reliability: Markup
@@ -83,6 +86,8 @@ def run_details(run: Run, data: Path) -> Details:
         metrics=headline_metrics(evaluation),
         has_evaluation=run.evaluation is not None,
         superclasses=superclass_map(logits, labels, hierarchy),
+        corruptions=corruption_map(evaluation.get("corruptions")),
+        corruptions_note=corruptions_note(evaluation.get("corruptions")),
         pairs=confused_pairs(
             logits,
             labels,
@@ -126,6 +131,11 @@ def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
         metrics.append((name, f"{without['top1']:.2f} %"))
     if evaluation.get("cifair"):
         metrics.append(("ciFAIR-100 top-1", f"{evaluation['cifair']['top1']:.2f} %"))
+    if corruptions := evaluation.get("corruptions"):
+        metrics.append(("mean corruption error", f"{corruptions['mean_corruption_error']:.2f} %"))
+    if ood := evaluation.get("ood"):
+        name = f"AUROC against {Path(ood['data']).name} (energy score)"
+        metrics.append((name, f"{ood['energy']['auroc']:.2f} %"))
     return metrics
 
 
@@ -151,6 +161,27 @@ def superclass_map(
         )
         for i, (name, row) in enumerate(zip(hierarchy.coarse, shares.tolist(), strict=True))
     ]
+
+
+def corruption_map(corruptions: dict[str, Any] | None) -> list[tuple[str, list[Cell]]]:
+    """Return top-1 of severities 1 to 5 and its mean, a (name, cells) pair per corruption.
+
+    The opacity is the error, on the same scale for all models.
+    """
+    return [
+        (words(kind), [Cell(share=top1, opacity=1 - top1 / 100, is_correct=False) for top1 in row])
+        for kind, row in (corruption_table(corruptions) if corruptions else ())
+    ]
+
+
+def corruptions_note(corruptions: dict[str, Any] | None) -> str:
+    """Return where the corrupted images are from, and their mean error."""
+    if corruptions is None:
+        return ""
+    return (
+        f"Source of the images: {corruptions['source']}. Mean corruption error "
+        f"{corruptions['mean_corruption_error']:.2f} %, not divided by that of AlexNet."
+    )
 
 
 def calibration(evaluation: dict[str, Any]) -> tuple[Markup, str]:
