@@ -51,7 +51,6 @@ class Details:
     has_evaluation: bool
     superclasses: list[tuple[str, list[Cell]]]
     corruptions: list[tuple[str, list[Cell]]]
-    corruptions_note: str
     pairs: list[ConfusedPair]
     classes: list[dict[str, Any]]  # of evaluation.json, the lowest recall first
     reliability: Markup
@@ -87,7 +86,6 @@ def run_details(run: Run, data: Path) -> Details:
         has_evaluation=run.evaluation is not None,
         superclasses=superclass_map(logits, labels, hierarchy),
         corruptions=corruption_map(evaluation.get("corruptions")),
-        corruptions_note=corruptions_note(evaluation.get("corruptions")),
         pairs=confused_pairs(
             logits,
             labels,
@@ -172,16 +170,6 @@ def corruption_map(corruptions: dict[str, Any] | None) -> list[tuple[str, list[C
         (words(kind), [Cell(share=top1, opacity=1 - top1 / 100, is_correct=False) for top1 in row])
         for kind, row in (corruption_table(corruptions) if corruptions else ())
     ]
-
-
-def corruptions_note(corruptions: dict[str, Any] | None) -> str:
-    """Return where the corrupted images are from, and their mean error."""
-    if corruptions is None:
-        return ""
-    return (
-        f"Source of the images: {corruptions['source']}. Mean corruption error "
-        f"{corruptions['mean_corruption_error']:.2f} %, not divided by that of AlexNet."
-    )
 
 
 def calibration(evaluation: dict[str, Any]) -> tuple[Markup, str]:
