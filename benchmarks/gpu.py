@@ -45,7 +45,7 @@ def floor_milliseconds(config: ModelConfig, batch_size: int, gpu: Gpu) -> float:
     writes the weight and two moments). Launches are not counted, and activations that are saved in
     32 bits count as 16.
     """
-    model = meta_model(config)
+    model = meta_model(config, 100)
     with FakeTensorMode(allow_non_fake_inputs=True):
         activations, flops = activation_bytes(model.to_empty(device="cpu"))  # float32, one image
     compute = 3 * flops * batch_size / gpu.flops

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from cifar_dist.utils.cli import command_parser
@@ -46,6 +45,7 @@ def main(arguments: list[str]) -> int:
         format_predictions,
         predict,
         read_rows,
+        to_json,
     )
     from cifar_dist.inference.trained_model import load_trained_model
     from cifar_dist.reporting.images import png
@@ -62,12 +62,12 @@ def main(arguments: list[str]) -> int:
     truths = None
     if options.rows:
         data = options.data or Path(model.recipe.data.path)
-        images, truths = read_rows(options.rows, data, model.fine)
+        images, truths = read_rows(options.rows, data, model.fine, model.recipe.data.labels)
     else:
         images = find_images(options.images)
     predictions = predict(model, images, truths)
     if options.json:
-        write_json(options.json, [asdict(prediction) for prediction in predictions])
+        write_json(options.json, [to_json(prediction) for prediction in predictions])
     if options.save_image:
         drawing = draw_predictions(list(images.values()), predictions)
         atomic_write(options.save_image, png(drawing))

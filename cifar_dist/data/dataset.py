@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +22,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cifar_dist.data.ingest.pickles import (
-    COARSE_CLASSES,
-    FINE_CLASSES,
-    PIXELS,
-    RawMeta,
-    RawSplit,
-)
+from cifar_dist.data.ingest.pickles import PIXELS, RawMeta, RawSplit
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_folder, atomic_write, read_json, write_json
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 Place = Literal["device", "host"]  # where the images are stored
+Labels = Literal["fine", "coarse"]  # the classes, or the superclasses
+# Of digest.json: CIFAR-100, CIFAR-10, synthetic data, or any other data.
+Content = Literal["official", "cifar10", "sample", "other"]
 OFFICIAL_DIGEST = "b07d8a0b9728eb970a33da019a42d584d4a541ff6b4e09c43f41b5e4b58321b6"  # of CIFAR-100
 TABLE, INFO, DIGEST = "data-00000-of-00001.arrow", "dataset_info.json", "digest.json"
 DATASET = "dataset_dict.json"
@@ -46,7 +44,7 @@ class Split:
     """
 
     images: Tensor  # uint8 [N, 3, 32, 32]
-    labels: Tensor  # int64 [N], fine
+    labels: Tensor  # int64 [N]
     on_host: bool = False  # do not copy or transform all images at once
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -64,29 +62,31 @@ def write_dataset(
     test: RawSplit,
     meta: RawMeta,
     *,
-    content: Literal["official", "sample", "other"],
+    content: Content,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a DatasetDict of train and test to `root` atomically, with `extra_files` added to it."""
     import datasets  # takes two seconds to import, and training machines need not have it
 
-    features = datasets.Features(
-        {
-            "image": datasets.List(datasets.Value("uint8"), length=PIXELS),
-            "fine_label": datasets.ClassLabel(names=meta.fine_label_names),
-            "coarse_label": datasets.ClassLabel(names=meta.coarse_label_names),
-            "filename": datasets.Value("string"),
-        }
-    )
+    length = train.images.shape[1]
+    columns: dict[str, Any] = {
+        "image": datasets.List(datasets.Value("uint8"), length=length),
+        "fine_label": datasets.ClassLabel(names=meta.fine_label_names),
+        "coarse_label": datasets.ClassLabel(names=meta.coarse_label_names),
+        "filename": datasets.Value("string"),
+    }
+    if not meta.coarse_label_names:
+        del columns["coarse_label"]
+    features = datasets.Features(columns)
     with atomic_folder(root) as folder:
         write_json(folder / DATASET, {"splits": SPLITS})
         digest: dict[str, Any] = {"content": content}
         for name, raw in zip(SPLITS, (train, test), strict=True):
-            images = pa.FixedSizeListArray.from_arrays(pa.array(raw.images.reshape(-1)), PIXELS)
-            table = pa.table(
-                [images, raw.fine_labels, raw.coarse_labels, raw.filenames],
-                schema=features.arrow_schema,
-            )
+            images = pa.FixedSizeListArray.from_arrays(pa.array(raw.images.reshape(-1)), length)
+            arrays = [images, raw.fine_labels, raw.coarse_labels, raw.filenames]
+            if not meta.coarse_label_names:
+                del arrays[2]
+            table = pa.table(arrays, schema=features.arrow_schema)
             # save_to_disk would split the table into 50 chunks, so it only writes an empty one.
             sha256 = content_digest(raw, meta)
             empty = datasets.Dataset(
@@ -143,9 +143,18 @@ def data_digest(root: Path) -> str:
     return hashlib.sha256("".join(digest[name]["sha256"] for name in SPLITS).encode()).hexdigest()
 
 
-def class_names(root: Path) -> tuple[str, ...]:
-    """Return the names of the 100 fine classes, ordered by label."""
-    return tuple(_read_meta(root, "train").fine_label_names)
+def class_names(root: Path, labels: Labels = "fine") -> tuple[str, ...]:
+    """Return the names of the classes, ordered by label; UserError without such labels."""
+    meta = _read_meta(root, "train")
+    if labels == "fine":
+        return tuple(meta.fine_label_names)
+    if not meta.coarse_label_names:
+        raise no_superclasses_error(root)
+    return tuple(meta.coarse_label_names)
+
+
+def no_superclasses_error(data: object) -> UserError:
+    return UserError(f"data.labels=coarse: {data} has no superclasses; use data.labels=fine")
 
 
 def classes_digest(names: Sequence[str]) -> str:
@@ -155,25 +164,25 @@ def classes_digest(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hierarchy:
-    """Names of the fine classes, of the superclasses, and the mapping between them."""
+    """Names of the classes, of their superclasses if they have any, and the mapping between them."""
 
     fine: tuple[str, ...]
-    coarse: tuple[str, ...]
-    coarse_of_fine: Tensor  # int64 [100]; -1 for a class without images
+    coarse: tuple[str, ...]  # empty without superclasses
+    coarse_of_fine: Tensor  # int64 [C]; -1 for a class without images or superclass
 
 
-def read_hierarchy(root: Path) -> Hierarchy:
-    """Read the class names from the metadata and each class's superclass from the rows."""
-    meta = _read_meta(root, "train")
-    coarse_of_fine = torch.full((len(meta.fine_label_names),), -1)
-    for name in SPLITS:
+def read_hierarchy(root: Path, labels: Labels = "fine") -> Hierarchy:
+    """Read the class names from the metadata and each class's superclass from the rows.
+
+    Superclasses as labels have no superclasses themselves.
+    """
+    fine = class_names(root, labels)
+    coarse = _read_meta(root, "train").coarse_label_names if labels == "fine" else []
+    coarse_of_fine = torch.full((len(fine),), -1)
+    for name in SPLITS if coarse else ():
         raw = read_split(root, name)
         coarse_of_fine[torch.tensor(raw.fine_labels)] = torch.tensor(raw.coarse_labels)
-    return Hierarchy(
-        fine=tuple(meta.fine_label_names),
-        coarse=tuple(meta.coarse_label_names),
-        coarse_of_fine=coarse_of_fine,
-    )
+    return Hierarchy(fine=fine, coarse=tuple(coarse), coarse_of_fine=coarse_of_fine)
 
 
 def load_split(
@@ -181,6 +190,7 @@ def load_split(
     name: Literal["train", "test"],
     device: torch.device | str = "cpu",
     place: Place = "device",
+    labels: Labels = "fine",
 ) -> Split:
     """Load a split onto `device` and verify its digest; raise UserError if the files are corrupt.
 
@@ -188,11 +198,14 @@ def load_split(
     """
     table = _open_table(root, name)
     _verify(root, name, table)
-    return _to_split(table, device, place)
+    return _to_split(table, device, place, labels)
 
 
 def open_splits(
-    root: Path, device: torch.device | str, place: Place = "device"
+    root: Path,
+    device: torch.device | str,
+    place: Place = "device",
+    labels: Labels = "fine",
 ) -> tuple[Split, Split, Callable[[], None]]:
     """Return the train and test splits, and a function that finishes their verification.
 
@@ -201,7 +214,7 @@ def open_splits(
     the files are corrupt.
     """
     tables = {name: _open_table(root, name) for name in SPLITS}
-    train, test = (_to_split(tables[name], device, place) for name in SPLITS)
+    train, test = (_to_split(tables[name], device, place, labels) for name in SPLITS)
     pool = ThreadPoolExecutor(len(tables), "digest")  # last: it would delay the copies above
     verifications = [pool.submit(_verify, root, name, table) for name, table in tables.items()]
     pool.shutdown(wait=False)
@@ -221,7 +234,8 @@ def read_split(root: Path, name: Literal["train", "test"]) -> RawSplit:
 def _open_table(root: Path, name: str) -> Any:
     """Memory-map the single record batch of a split after checking types, sizes and label ranges."""
     path = root / name / TABLE
-    rows = read_digest(root)[name]["rows"]
+    rows, meta = read_digest(root)[name]["rows"], _read_meta(root, name)
+    classes = {"fine_label": meta.fine_label_names, "coarse_label": meta.coarse_label_names}
     with _report_corruption(root, path):
         with pa.memory_map(str(path)) as file:
             batches = list(pa.ipc.open_stream(file))
@@ -236,10 +250,10 @@ def _open_table(root: Path, name: str) -> Any:
         image = batch.column("image")
         if image.type != pa.list_(pa.uint8(), PIXELS):
             raise ValueError(f"has images of type {image.type}")
-        for column, classes in ("fine_label", FINE_CLASSES), ("coarse_label", COARSE_CLASSES):
-            labels = _labels(batch, column)
-            if not (labels.min() >= 0 and labels.max() < classes):
-                raise ValueError(f"has labels outside 0..{classes - 1}")
+        for column in (column for column, names in classes.items() if names):
+            labels, last = _labels(batch, column), len(classes[column]) - 1
+            if not (labels.min() >= 0 and labels.max() <= last):
+                raise ValueError(f"has labels outside 0..{last}")
     return batch
 
 
@@ -250,7 +264,7 @@ def _verify(root: Path, name: str, table: Any) -> RawSplit:
         raw = RawSplit(
             images=_images(table),
             fine_labels=_labels(table, "fine_label"),
-            coarse_labels=_labels(table, "coarse_label"),
+            coarse_labels=_labels(table, "coarse_label" if meta.coarse_label_names else None),
             filenames=table.column("filename").to_pylist(),
         )
         if content_digest(raw, meta) != expected["sha256"]:
@@ -258,11 +272,13 @@ def _verify(root: Path, name: str, table: Any) -> RawSplit:
     return raw
 
 
-def _to_split(table: Any, device: torch.device | str, place: Place) -> Split:
+def _to_split(table: Any, device: torch.device | str, place: Place, of: Labels) -> Split:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        images = torch.from_numpy(_images(table)).view(-1, 3, 32, 32)
-        labels = torch.from_numpy(_labels(table, "fine_label"))
+        flat = torch.from_numpy(_images(table))
+        side = math.isqrt(flat.shape[1] // 3)
+        images = flat.view(-1, 3, side, side)
+        labels = torch.from_numpy(_labels(table, f"{of}_label"))
     on_host = place == "host"
     return Split(
         images=images if on_host else images.to(device), labels=labels.to(device), on_host=on_host
@@ -270,12 +286,15 @@ def _to_split(table: Any, device: torch.device | str, place: Place) -> Split:
 
 
 def _images(table: Any) -> np.ndarray:
-    """uint8 [N, 3072], without a copy. `to_numpy` would import pandas."""
-    return np.from_dlpack(table.column("image").flatten()).reshape(-1, PIXELS)
+    """uint8 [N, 3 * S * S], without a copy. `to_numpy` would import pandas."""
+    column = table.column("image")
+    return np.from_dlpack(column.flatten()).reshape(-1, column.type.list_size)
 
 
-def _labels(table: Any, name: str) -> np.ndarray:
-    """int64 [N]"""
+def _labels(table: Any, name: str | None) -> np.ndarray:
+    """int64 [N], or [0] without a column"""
+    if name is None:
+        return np.empty(0, np.int64)
     return np.from_dlpack(table.column(name).cast(pa.int64()))
 
 
@@ -294,10 +313,9 @@ def _read_meta(root: Path, name: str) -> RawMeta:
     path = root / name / INFO
     try:
         features = _read_json(root, path)["features"]
-        return RawMeta(
-            fine_label_names=list(features["fine_label"]["names"]),
-            coarse_label_names=list(features["coarse_label"]["names"]),
-        )
+        fine = list(features["fine_label"]["names"])
+        coarse = list(features["coarse_label"]["names"]) if "coarse_label" in features else []
+        return RawMeta(fine_label_names=fine, coarse_label_names=coarse)
     except (KeyError, TypeError) as error:
         raise _corruption_error(root, path, f"lacks {error}") from error
 

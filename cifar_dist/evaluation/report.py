@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cifar_dist.data.corruptions import SEVERITIES
-from cifar_dist.data.dataset import Hierarchy
+from cifar_dist.data.dataset import OFFICIAL_DIGEST, Hierarchy
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.metrics import classification_metrics
 from cifar_dist.evaluation.robustness import corruption_table
@@ -64,7 +64,8 @@ def build_report(
         report["without_near_duplicates"] = {
             **excluding_rows(logits, labels, near_duplicates["test_rows"]),
             "found_by": {name: near_duplicates[name] for name in ("min_detail", "min_layout")},
-            "note": "found by cifar_dist.near_duplicates; a lower bound: ciFAIR lists 891",
+            "note": "found by cifar_dist.near_duplicates; a lower bound"
+            + (": ciFAIR lists 891" if near_duplicates["data"] == OFFICIAL_DIGEST else ""),
         }
     if cifair is not None:
         result, published = cifair
@@ -73,7 +74,10 @@ def build_report(
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dict[str, Any]:
-    """Return all metrics of f32 [N, C] logits and int64 [N] labels; accuracies in percent."""
+    """Return all metrics of f32 [N, C] logits and int64 [N] labels; accuracies in percent.
+
+    Those of superclasses are left out if the data have none.
+    """
     predicted = logits.argmax(1)
     low, high = bootstrap_interval(predicted == labels)
     table = confusion(labels, predicted, logits.shape[1])
@@ -86,13 +90,21 @@ def compute_metrics(logits: Tensor, labels: Tensor, hierarchy: Hierarchy) -> dic
             "confidence": 0.95,
             "method": "percentile bootstrap over the rows, in the limit of many resamples",
         },
-        **superclass_scores(labels, predicted, hierarchy.coarse_of_fine),
+        **(
+            superclass_scores(labels, predicted, hierarchy.coarse_of_fine)
+            if hierarchy.coarse
+            else {}
+        ),
         "rows": len(labels),
         "calibration": {"ece": calibration.ece, **asdict(calibration)},
         "classes": [
             {
                 "class": name,
-                "superclass": class_name(hierarchy.coarse, int(coarse)),
+                **(
+                    {"superclass": class_name(hierarchy.coarse, int(coarse))}
+                    if hierarchy.coarse
+                    else {}
+                ),
                 **asdict(scores),
                 "most_confused_with": class_name(hierarchy.fine, scores.most_confused_with),
             }
@@ -144,12 +156,14 @@ def log_report(report: dict[str, Any], title: str) -> None:
         f"{title}: loss {report['loss']:.4f}  top1 {report['top1']:.2f} %  "
         f"top5 {report['top5']:.2f} %"
     )
-    log.info(
-        f"  95 % interval of top1 {interval['low']:.2f} to {interval['high']:.2f} %  superclass top1 "
-        f"{report['superclass_top1']:.2f} %  errors inside the superclass "
-        f"{report['errors_inside_superclass']:.2f} %, outside "
-        f"{report['errors_outside_superclass']:.2f} %"
-    )
+    line = f"  95 % interval of top1 {interval['low']:.2f} to {interval['high']:.2f} %"
+    if "superclass_top1" in report:
+        line += (
+            f"  superclass top1 {report['superclass_top1']:.2f} %  errors inside the superclass "
+            f"{report['errors_inside_superclass']:.2f} %, outside "
+            f"{report['errors_outside_superclass']:.2f} %"
+        )
+    log.info(line)
     line = f"  expected calibration error {report['calibration']['ece']:.2f} %"
     if temperature := report["temperature"]:
         line += f"; {temperature['ece']:.2f} % at {describe_temperature(temperature['value'])}"
@@ -172,7 +186,7 @@ def write_evaluation(
     hierarchy: Hierarchy,
     val: EvalResult | None = None,
 ) -> None:
-    """Write evaluation.json, classes.csv, both confusion tables and the predictions for `val`.
+    """Write evaluation.json, classes.csv, the confusion tables and the predictions for `val`.
 
     corruptions.csv is written if the report has them, and otherwise removed, as it would be outdated.
     `ensemble` chooses its weights from the predictions for the validation rows.
@@ -182,13 +196,14 @@ def write_evaluation(
         metadata = {"weights": report["weights"]}
         atomic_write(folder / VAL_PREDICTIONS, save(tensors, metadata=metadata))
     table = confusion(evaluation.labels, evaluation.logits.argmax(1), evaluation.logits.shape[1])
-    coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     classes = report["classes"]
     atomic_write(
         folder / "classes.csv", to_csv(list(classes[0]), [row.values() for row in classes])
     )
     atomic_write(folder / "confusion.csv", confusion_csv(table, hierarchy.fine))
-    atomic_write(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
+    if hierarchy.coarse:
+        coarse = merge_classes(table, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+        atomic_write(folder / "superclass_confusion.csv", confusion_csv(coarse, hierarchy.coarse))
     if corruptions := report["corruptions"]:
         header = ["corruption", *(f"severity {severity}" for severity in SEVERITIES), "mean"]
         lines = ([kind, *values] for kind, values in corruption_table(corruptions))

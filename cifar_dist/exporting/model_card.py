@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cifar_dist.data.ingest.archive import DATASETS
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.recipe.schema import to_yaml
 from cifar_dist.run_folder.results import last_checkpoint, read_metadata
@@ -36,12 +37,13 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
     summary = read_metadata(run, "summary.json")
     environment = read_metadata(run, "environment.json")
     recipe, size = trained.recipe, trained.recipe.model.image_size
+    published = next((one for one in DATASETS.values() if trained.trained_on == one.name), None)
     tags = [
         "image-classification",
-        *(["cifar-100"] if trained.is_cifar_100 else []),
+        *([published.name.lower()] if published else []),
         recipe.model.backbone,
     ]
-    datasets = "datasets: [cifar100]\n" if trained.is_cifar_100 else ""
+    datasets = f"datasets: [{published.key}]\n" if published else ""
     shape = (
         "uint8 [N, 3, 32, 32], RGB"
         if uint8

@@ -156,7 +156,7 @@ def evaluate_run(
         raise UserError(
             f"--near-duplicates lists rows of the test split; remove it, or --split {job.split}"
         )
-    hierarchy = read_hierarchy(job.data)
+    hierarchy = read_hierarchy(job.data, recipe.data.labels)
     classes = load_progress(job.checkpoint).get("classes")
     if classes not in (None, classes_digest(hierarchy.fine)):
         raise UserError(
@@ -181,21 +181,21 @@ def evaluate_run(
         raise UserError("this run has no validation rows (data.val_size is 0); use --split test")
     val, train_rows = None, None
     if recipe.data.val_size:
-        train = load_split(job.data, "train", device, recipe.data.place)
+        train = load_split(job.data, "train", device, recipe.data.place, recipe.data.labels)
         train_rows, val_rows = split_train_val(train.labels, recipe.data.val_size)
         val = evaluate_rows(train, val_rows)
     if job.split == "val":
         assert val is not None
         report = build_report(val, hierarchy)
         return RunEvaluation(result=val, val=val, report=report, hierarchy=hierarchy)
-    split = load_split(job.data, job.split, device, recipe.data.place)
+    split = load_split(job.data, job.split, device, recipe.data.place, recipe.data.labels)
     rows = torch.arange(len(split.labels))
     if job.split == "train" and train_rows is not None:
         rows = train_rows
     result = evaluate_rows(split, rows)
     cifair_result = None
     if cifair is not None:
-        cifair_images, published = cifair_split(cifair, job.data, device)
+        cifair_images, published = cifair_split(cifair, job.data, device, recipe.data.labels)
         cifair_rows = torch.arange(len(cifair_images.labels))
         cifair_result = evaluate_rows(cifair_images, cifair_rows), published
     report = build_report(

@@ -79,7 +79,9 @@ def cache_teacher(
         lock = run_lock(folder, folder.with_name(f"{folder.name}.lock"), remedy="teacher.cache=...")
         context.run_on_main(lambda: stack.enter_context(lock))
         weights = context.run_on_main(find_teacher, teacher)
-        context.run_on_main(check_teacher, teacher, weights, Path(recipe.data.path))
+        context.run_on_main(
+            check_teacher, teacher, weights, Path(recipe.data.path), recipe.data.labels
+        )
         fingerprint = context.run_on_main(cache_fingerprint, recipe, weights)
         views, rows, num_classes = fingerprint["shape"]
         total = views * rows
@@ -98,7 +100,7 @@ def cache_teacher(
             return 0
 
         data = Path(recipe.data.path)
-        split = load_split(data, "train", device, recipe.data.place)
+        split = load_split(data, "train", device, recipe.data.place, recipe.data.labels)
         mesh = rank_mesh(device, context.world_size, over=teacher.shard_over) if sharded else None
         runner = TeacherRunner(
             recipe, split, build_online_teacher(teacher, weights, num_classes, device, mesh)

@@ -6,9 +6,9 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy
 import torch
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from cifar_dist.data.augment.image_ops import SIDE
-from cifar_dist.data.dataset import load_split
+from cifar_dist.data.dataset import Labels, load_split
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
@@ -32,7 +32,7 @@ TOP = 5
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
     label: str
-    superclass: str
+    superclass: str  # "" if unknown or without superclasses
     probability: float  # 0 to 1
 
 
@@ -108,13 +108,15 @@ def files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def read_rows(rows: str, data: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+def read_rows(
+    rows: str, data: Path, names: Sequence[str], labels: Labels
+) -> tuple[dict[str, Tensor], list[str]]:
     """Return the images and true classes of `rows`: test:0-99, train:5 or test."""
     match = re.fullmatch(r"(train|test)(?::(\d+)(?:-(\d+))?)?", rows)
     if match is None:
         raise UserError(f"--rows {rows}: write test:0-99, train:5 or test")
     name = cast(Literal["train", "test"], match[1])
-    split = load_split(data, name)
+    split = load_split(data, name, labels=labels)
     first = int(match[2] or 0)
     last = int(match[3] or match[2] or len(split.labels) - 1)
     if not first <= last < len(split.labels):
@@ -148,6 +150,15 @@ def predict(
     ]
 
 
+def to_json(prediction: Prediction) -> dict[str, Any]:
+    """Return the fields, without a superclass where there is none."""
+    fields = asdict(prediction)
+    for score in fields["scores"]:
+        if not score["superclass"]:
+            del score["superclass"]
+    return fields
+
+
 def format_predictions(predictions: Sequence[Prediction]) -> str:
     """Return text for the terminal, one line per image."""
     width = min(40, max(len(prediction.image) for prediction in predictions))
@@ -157,10 +168,11 @@ def format_predictions(predictions: Sequence[Prediction]) -> str:
         mark = ""
         if prediction.truth is not None:
             mark = "  correct" if prediction.truth == best.label else f"  is {prediction.truth}"
+        superclass = f" ({best.superclass})" if best.superclass else ""
         rest = ", ".join(f"{score.label} {100 * score.probability:.0f}" for score in others)
         lines.append(
-            f"{prediction.image[-width:]:<{width}}  {100 * best.probability:5.1f} %  {best.label} "
-            f"({best.superclass}){mark}  [{rest}]"
+            f"{prediction.image[-width:]:<{width}}  {100 * best.probability:5.1f} %  {best.label}"
+            f"{superclass}{mark}  [{rest}]"
         )
     return "\n".join(lines)
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_dist.data.dataset import no_data_error, read_hierarchy
+from cifar_dist.data.dataset import Labels, no_data_error, read_hierarchy
+from cifar_dist.data.ingest.archive import CIFAR_100
 from cifar_dist.evaluation.evaluator import block_size
 from cifar_dist.evaluation.report import class_name, describe_temperature
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.classifier import Classifier
-from cifar_dist.recipe.runs import CIFAR_100, load_model, load_run, training_data, weights_digest
+from cifar_dist.recipe.runs import load_model, load_run, training_data, weights_digest
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.run_folder.evaluations import read_evaluation, read_matching_evaluation, same_data
 from cifar_dist.run_folder.results import read_metadata
@@ -29,15 +30,15 @@ class TrainedModel:
     recipe: Recipe
     checkpoint: Path
     model: Classifier
-    fine: tuple[str, ...]
-    superclass: tuple[str, ...]  # of each fine class; "" if unknown
+    fine: tuple[str, ...]  # the class names
+    superclass: tuple[str, ...]  # of each class; "" if unknown or without superclasses
     trained_on: str  # see training_data
     evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
     temperature: float | None  # chosen on validation rows by `evaluate`
 
     @property
     def is_cifar_100(self) -> bool:
-        return self.trained_on == CIFAR_100
+        return self.trained_on == CIFAR_100.name
 
     @property
     def temperature_note(self) -> str | None:
@@ -73,7 +74,7 @@ def load_trained_model(
     """Load a checkpoint of a run (default: the newest) on the accelerator, or on the CPU."""
     recipe, checkpoint_path = load_run(run, checkpoint)
     data = data or Path(recipe.data.path)
-    fine, superclass = class_names(run, data)
+    fine, superclass = class_names(run, data, recipe.data.labels)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
     weights = weights_digest(recipe, checkpoint_path)
@@ -91,8 +92,8 @@ def load_trained_model(
     )
 
 
-def class_names(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the fine classes and their superclasses, from the data or from the stored evaluation."""
+def class_names(run: Path, data: Path, labels: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the classes and their superclasses, from the data or from the stored evaluation."""
     environment = read_metadata(run, "environment.json")
     if (data / "digest.json").exists():
         if not same_data(environment, data):
@@ -100,7 +101,7 @@ def class_names(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]
                 f"{data} is not the data that {run} was trained on; give the path of that data "
                 "with --data"
             )
-        hierarchy = read_hierarchy(data)
+        hierarchy = read_hierarchy(data, labels)
         groups = hierarchy.coarse_of_fine.tolist()
         return hierarchy.fine, tuple(class_name(hierarchy.coarse, group) or "" for group in groups)
     evaluation = read_evaluation(run)
@@ -111,4 +112,4 @@ def class_names(run: Path, data: Path) -> tuple[tuple[str, ...], tuple[str, ...]
     ):
         raise no_data_error(data)  # the class names are unknown
     rows = evaluation["classes"]
-    return tuple(row["class"] for row in rows), tuple(row["superclass"] or "" for row in rows)
+    return tuple(row["class"] for row in rows), tuple(row.get("superclass") or "" for row in rows)

@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.augment.padded_images import padded_bytes
 from cifar_dist.data.batches import check_val_size, num_steps_per_epoch
-from cifar_dist.data.dataset import Place, class_names, read_digest
+from cifar_dist.data.dataset import Place, class_names, no_superclasses_error, read_digest
+from cifar_dist.data.ingest.archive import CIFAR_100
+from cifar_dist.data.ingest.preparation import find_published
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.models.classifier import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
@@ -93,7 +95,7 @@ def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
         )
     has_data = (data / "digest.json").exists()
     rows = read_digest(data)["train"]["rows"] if has_data else 50_000
-    classes = len(class_names(data)) if has_data else 100
+    classes = num_classes(recipe)
     check_val_size(recipe.data.val_size, classes=classes, rows=rows)
     steps = num_steps_per_epoch(rows - recipe.data.val_size, run.batch_size)
     micro_batches = run.micro_batches or 1
@@ -101,12 +103,12 @@ def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
     passes = 2 if recipe.optim.sam else 1
     states = optimizer_states(recipe.optim) + 2 * (passes - 1)
     configs, unknown = online_teachers(recipe)
-    model = meta_model(recipe.model)
+    model = meta_model(recipe.model, classes)
     freeze(model, recipe.model.freeze, epoch=None)
     build_optimizer(recipe.optim, model, find_unfreeze_epochs(model, recipe.model.freeze))
     if recipe.augment.albumentations:
         Pipeline(recipe.augment.albumentations)
-    teachers = [meta_model(config) for config in configs]
+    teachers = [meta_model(config, classes) for config in configs]
     with FakeTensorMode(allow_non_fake_inputs=True):
         cost = estimate(
             model.to_empty(device="cpu"),
@@ -156,13 +158,24 @@ def data_bytes(recipe: Recipe, rows: int) -> int:
     return size
 
 
-def meta_model(config: ModelConfig) -> Classifier:
+def num_classes(recipe: Recipe) -> int:
+    """Return the number of classes of the recipe's data, or of its source if they are missing."""
+    path, labels = Path(recipe.data.path), recipe.data.labels
+    if (path / "digest.json").exists():
+        return len(class_names(path, labels))
+    published = find_published(recipe.data.source) or CIFAR_100
+    if labels not in published.num_classes:
+        raise no_superclasses_error(published.name)
+    return published.num_classes[labels]
+
+
+def meta_model(config: ModelConfig, num_classes: int) -> Classifier:
     """The model on the meta device: shapes only, so the largest costs nothing.
 
     timm may read a few numbers while it builds; FakeTensorMode then stands in for a CPU.
     """
     with torch.device("meta"):
-        return build_model(replace(config, pretrained=False, weights=None), 100)
+        return build_model(replace(config, pretrained=False, weights=None), num_classes)
 
 
 def online_teachers(recipe: Recipe) -> tuple[list[ModelConfig], list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.data.dataset import DIGEST, OFFICIAL_DIGEST, data_digest, read_digest
+from cifar_dist.data.ingest.archive import CIFAR_10, CIFAR_100
 from cifar_dist.data.ingest.preparation import SYNTHETIC
 from cifar_dist.models.classifier import Classifier, build_model
 from cifar_dist.recipe.load import load_recipe
@@ -18,8 +19,6 @@ from cifar_dist.run_folder.checkpoint import (
     load_tensors,
 )
 from cifar_dist.utils.errors import UserError
-
-CIFAR_100 = "CIFAR-100"
 
 
 def load_run(folder: Path, checkpoint: str | None = None) -> tuple[Recipe, Path]:
@@ -54,20 +53,23 @@ def eval_weights_file(recipe: Recipe, saved: Path) -> str:
 
 
 def training_data(recipe: Recipe, environment: dict[str, Any], data: Path) -> str:
-    """Return what a run was trained on: CIFAR_100, or a description of other data.
+    """Return what a run was trained on: `CIFAR-100`, or a description of other data or labels.
 
     `environment` is its environment.json, and `data` the folder of its data, which may be absent.
     """
     digest = environment.get("data")
-    if digest is None:
-        return "unknown data"
+    name = "unknown data" if digest is None else _data_name(recipe, digest, data)
+    return name if recipe.data.labels == "fine" else f"the superclasses of {name}"
+
+
+def _data_name(recipe: Recipe, digest: str, data: Path) -> str:
     if digest == OFFICIAL_DIGEST:
-        return CIFAR_100
+        return CIFAR_100.name
     is_present = (data / DIGEST).exists() and data_digest(data) == digest
     content = read_digest(data)["content"] if is_present else recipe.data.source
     if content == SYNTHETIC:
         return "synthetic data, not CIFAR-100"
-    return "other data in the layout of CIFAR-100"
+    return CIFAR_10.name if content in (CIFAR_10.content, CIFAR_10.url) else "other data"
 
 
 def weights_digest(recipe: Recipe, saved: Path) -> str:

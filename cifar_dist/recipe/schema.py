@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from cifar_dist.data.augment.augmentation import AugmentConfig
-from cifar_dist.data.dataset import Place
+from cifar_dist.data.dataset import Labels, Place
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.distributed.tree_sum import GradReduceDtype, Reduction
 from cifar_dist.losses.base import Loss
@@ -95,6 +95,7 @@ class DataConfig:
     path: str = "data/cifar100"  # folder of the prepared data
     # archive, folder or URL from which missing data are prepared; sample: synthetic data; null: none
     source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+    labels: Labels = "fine"  # fine: the classes; coarse: the superclasses of CIFAR-100
     # device: images in device memory; host: in the page cache of the host, copied for each step
     place: Place = "device"
     shuffle: bool = True  # a new order of the training images in each epoch

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.dataset import class_names, classes_digest, data_digest, read_digest
+from cifar_dist.data.dataset import Labels, class_names, classes_digest, data_digest, read_digest
 from cifar_dist.distill.logit_cache import check_cache
 from cifar_dist.distill.teacher import TeacherConfig, TeacherWeights
 from cifar_dist.losses.registry import logit_scale
@@ -81,15 +81,17 @@ def find_teacher(config: TeacherConfig) -> TeacherWeights:
     )
 
 
-def check_teacher(config: TeacherConfig, teacher: TeacherWeights, data: Path) -> None:
+def check_teacher(
+    config: TeacherConfig, teacher: TeacherWeights, data: Path, labels: Labels
+) -> None:
     """Log what a teacher is; warn of other data and an unfinished training.
 
-    UserError if its classes are not those of `data`, in the same order.
+    UserError if its classes are not these labels of `data`, in the same order.
     """
-    if teacher.classes not in (None, classes_digest(class_names(data))):
+    if teacher.classes not in (None, classes_digest(class_names(data, labels))):
         raise UserError(
-            f"teacher.run={config.run}: was trained on other classes than those of {data}, or in "
-            "another order, so it would teach wrong labels; train a teacher on this data"
+            f"teacher.run={config.run}: was trained on other classes than the {labels} labels of "
+            f"{data}, or in another order, so it would teach wrong labels; train a teacher on them"
         )
     accuracy = "" if teacher.top1 is None else f", top1 {teacher.top1:.2f} %"
     step = "" if teacher.step is None else f" at step {teacher.step}"
@@ -105,7 +107,7 @@ def check_teacher(config: TeacherConfig, teacher: TeacherWeights, data: Path) ->
 def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]:
     """Return everything that a teacher's logits for the recipe's views depend on."""
     data, augment = Path(recipe.data.path), asdict(recipe.augment)
-    rows, classes = read_digest(data)["train"]["rows"], len(class_names(data))
+    rows, classes = read_digest(data)["train"]["rows"], len(class_names(data, recipe.data.labels))
     del augment["repeated"]  # repeated copies are views like any other
     del augment["workers"]  # images do not depend on who makes them
     if recipe.augment.views == "all":

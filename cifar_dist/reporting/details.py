@@ -49,7 +49,7 @@ class Details:
     num_images: int
     metrics: list[tuple[str, str]]
     has_evaluation: bool
-    superclasses: list[tuple[str, list[Cell]]]
+    superclasses: list[tuple[str, list[Cell]]]  # empty if the data have none
     corruptions: list[tuple[str, list[Cell]]]
     pairs: list[ConfusedPair]
     classes: list[dict[str, Any]]  # of evaluation.json, the lowest recall first
@@ -63,10 +63,11 @@ def run_details(run: Run, data: Path) -> Details:
     """Return the details of a run with predictions; `data` is the folder of its data."""
     assert run.predictions is not None
     logits, labels = run.predictions
+    of = run.recipe.data.labels
     hierarchy, test, train = (
-        read_hierarchy(data),
-        load_split(data, "test"),
-        load_split(data, "train"),
+        read_hierarchy(data, of),
+        load_split(data, "test", labels=of),
+        load_split(data, "train", labels=of),
     )
     evaluation = run.evaluation or compute_metrics(logits, labels, hierarchy)
     rows = torch.arange(len(train.labels))
@@ -117,13 +118,14 @@ def words(name: str) -> str:
 def headline_metrics(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the (name, value) pairs at the top of a run's details."""
     without = evaluation.get("without_near_duplicates")
-    metrics = [
-        ("top-5", f"{evaluation['top5']:.2f} %"),
-        ("superclass top-1", f"{evaluation['superclass_top1']:.2f} %"),
-        ("wrong class, right superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
-        ("wrong superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
-        ("expected calibration error", f"{evaluation['calibration']['ece']:.2f} %"),
-    ]
+    metrics = [("top-5", f"{evaluation['top5']:.2f} %")]
+    if "superclass_top1" in evaluation:
+        metrics += [
+            ("superclass top-1", f"{evaluation['superclass_top1']:.2f} %"),
+            ("wrong class, right superclass", f"{evaluation['errors_inside_superclass']:.2f} %"),
+            ("wrong superclass", f"{evaluation['errors_outside_superclass']:.2f} %"),
+        ]
+    metrics.append(("expected calibration error", f"{evaluation['calibration']['ece']:.2f} %"))
     if without and without["top1"] is not None:
         name = f"top-1 without {without['num_excluded']} near-duplicates of training images"
         metrics.append((name, f"{without['top1']:.2f} %"))

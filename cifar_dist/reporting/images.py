@@ -98,7 +98,10 @@ def confused_pairs(
     count: int,
     examples: int,
 ) -> list[ConfusedPair]:
-    """Return the most frequent pairs of true and predicted class; `superclass_of` is int64 [C]."""
+    """Return the most frequent pairs of true and predicted class; `superclass_of` is int64 [C].
+
+    -1 stands for a class without superclass.
+    """
     confidence, predicted = logits.softmax(1).max(1)
     wrong = confusion(labels, predicted, logits.shape[1]).fill_diagonal_(0)
     largest = wrong.flatten().argsort(descending=True, stable=True)[:count].tolist()
@@ -114,7 +117,7 @@ def confused_pairs(
                 predicted=names[other],
                 count=int(wrong[truth, other]),
                 of=int((labels == truth).sum()),
-                same_superclass=bool(superclass_of[truth] == superclass_of[other]),
+                same_superclass=bool(superclass_of[truth] == superclass_of[other] >= 0),
                 images=[data_uri(images[row]) for row in shown.tolist()],
             )
         )

@@ -11,8 +11,8 @@ import jinja2
 
 from cifar_dist import __version__
 from cifar_dist.data.dataset import DIGEST, no_data_error
+from cifar_dist.data.ingest.archive import CIFAR_100
 from cifar_dist.inference.stored_run import Run
-from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.reporting.charts import LOW, SMALL, Frame
 from cifar_dist.reporting.comparison import (
     Group,
@@ -92,7 +92,7 @@ def not_cifar_100(entries: Sequence[Entry], facts_of: Sequence[dict[str, str]]) 
     return [
         f"Trained on {data}" + (f": {', '.join(names)}." if len(labels) > 1 else ".")
         for data, names in labels.items()
-        if data != CIFAR_100
+        if data != CIFAR_100.name
     ]
 
 
@@ -140,7 +140,7 @@ def render_page(
         for name, value in facts_of[0].items()
         if all(one.get(name) == value for one in facts_of)
     }
-    on_cifar_100 = shared.get("data") == CIFAR_100
+    on_cifar_100 = shared.get("data") == CIFAR_100.name
     notices += not_cifar_100(entries, facts_of)
     plot = dot_plot(entries, REFERENCES if on_cifar_100 else ())
     templates = jinja2.Environment(

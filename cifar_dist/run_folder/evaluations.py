@@ -13,8 +13,7 @@ from cifar_dist.utils.log import log
 
 EVALUATION_FOLDER = "evaluation"  # in a run folder: the newest checkpoint on the test split
 REQUIRED_KEYS = {  # used by the report page; evaluations by older versions may lack some
-    *("top1", "top5", "top1_interval", "superclass_top1", "errors_inside_superclass"),
-    *("errors_outside_superclass", "calibration", "classes"),
+    *("top1", "top5", "top1_interval", "calibration", "classes"),
 }
 
 
@@ -38,7 +37,7 @@ def read_evaluation(run: Path) -> dict[str, Any] | None:
 
 def _is_class_list(classes: Any) -> bool:
     return isinstance(classes, list) and all(
-        isinstance(row, dict) and {"class", "superclass"} <= row.keys() for row in classes
+        isinstance(row, dict) and "class" in row for row in classes
     )
 
 

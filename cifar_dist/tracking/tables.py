@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_dist.data.dataset import load_split, read_hierarchy
+from cifar_dist.data.dataset import Labels, load_split, read_hierarchy
 from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.evaluation.scores import class_scores, confusion, merge_classes
 
@@ -24,11 +24,11 @@ def select_rows(logits: Tensor, labels: Tensor) -> list[int]:
     return list(dict.fromkeys(worst + list(range(min(NUM_IMAGES, len(labels))))))
 
 
-def log_predictions(run: Any, result: EvalResult, data: Path) -> None:
+def log_predictions(run: Any, result: EvalResult, data: Path, labels: Labels) -> None:
     """Log tables of the test split's predictions, classes and confusions."""
     import wandb
 
-    hierarchy, test = read_hierarchy(data), load_split(data, "test")
+    hierarchy, test = read_hierarchy(data, labels), load_split(data, "test")
     if len(result.labels) != len(test.labels):
         return
     names, probabilities = hierarchy.fine, result.logits.softmax(1)
@@ -39,7 +39,6 @@ def log_predictions(run: Any, result: EvalResult, data: Path) -> None:
         confidence = round(100 * float(probabilities[row, predicted]), 2)
         rows.append([row, image, names[label], names[predicted], confidence, label == predicted])
     counts = confusion(result.labels, result.logits.argmax(1), len(names))
-    coarse = merge_classes(counts, hierarchy.coarse_of_fine, len(hierarchy.coarse))
     classes = [
         [name, one.count, one.recall, one.precision, other, one.confused_count]
         for name, one in zip(names, class_scores(counts), strict=True)
@@ -47,14 +46,15 @@ def log_predictions(run: Any, result: EvalResult, data: Path) -> None:
     ]
     columns = ["test row", "image", "true", "predicted", "confidence, %", "correct"]
     class_columns = ["class", "images", "top-1, %", "precision, %", "most confused with", "count"]
-    run.log(
-        {
-            "predictions": wandb.Table(columns=columns, data=rows),
-            "classes": wandb.Table(columns=class_columns, data=classes),
-            "confusion": confusion_table(counts, names),
-            "superclass_confusion": confusion_table(coarse, hierarchy.coarse),
-        }
-    )
+    tables = {
+        "predictions": wandb.Table(columns=columns, data=rows),
+        "classes": wandb.Table(columns=class_columns, data=classes),
+        "confusion": confusion_table(counts, names),
+    }
+    if hierarchy.coarse:
+        coarse = merge_classes(counts, hierarchy.coarse_of_fine, len(hierarchy.coarse))
+        tables["superclass_confusion"] = confusion_table(coarse, hierarchy.coarse)
+    run.log(tables)
 
 
 def confusion_table(table: Tensor, names: tuple[str, ...]) -> Any:

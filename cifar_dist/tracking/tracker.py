@@ -212,6 +212,7 @@ class Tracker:
     ) -> None:
         """Start or resume the run; resolved recipe and environment become its config."""
         self.folder, self.data, self.teachers = folder, Path(recipe["data"]["path"]), teachers
+        self.labels = recipe["data"]["labels"]
         self.mode, reason = decide_mode(config.mode)
         log.info(f"W&B: {self.mode} ({reason})")
         if self.mode == "off":
@@ -265,7 +266,7 @@ class Tracker:
     def log_final(self, result: EvalResult) -> None:
         """Log tables and artifacts; if that fails, the curves are still uploaded."""
         try:
-            log_predictions(self.run, result, self.data)
+            log_predictions(self.run, result, self.data, self.labels)
             log_inputs(self.run, self.data, self.teachers)
             model = model_artifact(self.folder)
             if model is not None:

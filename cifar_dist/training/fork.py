@@ -48,6 +48,11 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
             f"--fork {folder}: was trained on other data ({progress['data'][:12]}, not {data[:12]}); "
             "fork a run on the same data, or use its weights: model.weights"
         )
+    if origin.data.labels != recipe.data.labels:
+        raise UserError(
+            f"--fork {folder}: was trained on the {origin.data.labels} labels, so neither its classes nor "
+            f"its validation rows fit data.labels={recipe.data.labels}; use its weights: model.weights"
+        )
     parent = Fork(**progress["origin"]) if progress.get("origin") else None
     val_size = min(origin.data.val_size, parent.val_size if parent else origin.data.val_size)
     if recipe.data.val_size > val_size:

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 
 import cifar_dist
 from cifar_dist.data.batches import num_steps_per_epoch
-from cifar_dist.data.dataset import SPLITS, data_digest, read_digest, read_split
+from cifar_dist.data.dataset import SPLITS, class_names, data_digest, read_digest, read_split
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.recipe.schema import Recipe, to_yaml
@@ -137,6 +137,7 @@ def check_data(recipe: Recipe, context: DistContext) -> Check:
     def digest() -> str:
         for split in SPLITS:
             read_split(path, split)
+        class_names(path, recipe.data.labels)
         rows = read_digest(path)["train"]["rows"]
         num_steps_per_epoch(rows - recipe.data.val_size, recipe.run.batch_size)
         return data_digest(path)[:12]

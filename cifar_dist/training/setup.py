@@ -154,7 +154,9 @@ def setup(
     start = origin.start
 
     data = recipe.data
-    train_split, test_split, check_data = open_splits(Path(data.path), device, data.place)
+    train_split, test_split, check_data = open_splits(
+        Path(data.path), device, data.place, data.labels
+    )
     rows, val_rows = torch.arange(len(train_split.labels)), None
     if data.val_size:
         rows, val_rows = split_train_val(train_split.labels, data.val_size)
@@ -256,7 +258,7 @@ def find_origin(
     teachers = context.run_on_main(find_teacher_weights, recipe)
     context.run_on_main(check_caches, recipe, teachers)
     digests = [teacher.digest for teacher in teachers]
-    names = class_names(Path(recipe.data.path))
+    names = class_names(Path(recipe.data.path), recipe.data.labels)
     start = context.run_on_main(find_start, recipe, data=digest, teachers=digests, fork=fork)
     micro_batches = start.micro_batches or recipe.run.micro_batches or context.world_size
     check_world_size(recipe, micro_batches=micro_batches, world_size=context.world_size)
@@ -280,7 +282,7 @@ def find_origin(
 def find_teacher_weights(recipe: Recipe) -> list[TeacherWeights]:
     teachers = [find_teacher(teacher) for teacher in recipe.all_teachers]
     for config, teacher in zip(recipe.all_teachers, teachers, strict=True):
-        check_teacher(config, teacher, Path(recipe.data.path))
+        check_teacher(config, teacher, Path(recipe.data.path), recipe.data.labels)
     return teachers
 
 

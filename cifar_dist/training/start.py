@@ -12,6 +12,7 @@ import torch
 from cifar_dist import __version__
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.dataset import data_digest, read_digest
+from cifar_dist.data.ingest.archive import DATASETS
 from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext
@@ -22,7 +23,7 @@ from cifar_dist.models.weights import read_weights
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import schedule_problem
 from cifar_dist.recipe.diff import recipe_diff
-from cifar_dist.recipe.dry_run import meta_model
+from cifar_dist.recipe.dry_run import meta_model, num_classes
 from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
@@ -56,7 +57,7 @@ def check_names(recipe: Recipe) -> None:
 def describe_model(recipe: Recipe) -> str:
     """Return the backbone and its size; UserError if a name is unknown or the model cannot be built."""
     check_names(recipe)
-    parameters = num_parameters(meta_model(recipe.model))
+    parameters = num_parameters(meta_model(recipe.model, num_classes(recipe)))
     return f"{recipe.model.backbone}, {parameters:,} parameters"
 
 
@@ -94,7 +95,8 @@ def ensure_data(recipe: Recipe) -> bool:
         )
     if not has_data and is_main_rank():
         assert source is not None
-        prepare(source, path)
+        # A folder with the name of a data set must not be filled with another one.
+        prepare(source, path, dataset=DATASETS.get(path.name))
     waited = 0
     while not (path / "digest.json").exists():
         if signals.stop_signal():

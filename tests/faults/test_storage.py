@@ -22,7 +22,7 @@ from compare import assert_same_bits
 from launcher import Launch, train
 from small_data import small_data, write_pickles
 
-from cifar_dist.data.ingest.archive import FOLDER
+from cifar_dist.data.ingest.archive import CIFAR_100
 from cifar_dist.data.ingest.preparation import prepare
 from cifar_dist.distill.logit_cache import CacheWriter
 from cifar_dist.exporting.formats import export
@@ -94,7 +94,7 @@ def test_full_disk_keeps_the_last_checkpoint(
 def test_prepare_on_a_full_disk_names_the_path(tmp_path: Path, small_disk: Path) -> None:
     """Both the download and the dataset; nothing but the part of the download is left."""
     write_pickles(tmp_path, *small_data())
-    source = tmp_path / FOLDER
+    source = tmp_path / CIFAR_100.folder
     fill(small_disk, free=100_000)
     message = "No space left on device; free space or choose another path"
     output = small_disk / "data"

@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from cifar_dist.data.ingest.archive import FOLDER
-from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
+from cifar_dist.data.ingest.archive import CIFAR_10, CIFAR_100
+from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawMeta, RawSplit
 from cifar_dist.data.ingest.synthetic import draw_synthetic, pickle_members
 from cifar_dist.utils.files import atomic_write
 
 
 def first_rows(raw: RawSplit, rows: int) -> RawSplit:
+    return select_rows(raw, np.arange(rows))
+
+
+def select_rows(raw: RawSplit, rows: np.ndarray) -> RawSplit:
     return replace(
         raw,
-        images=raw.images[:rows],
-        fine_labels=raw.fine_labels[:rows],
-        coarse_labels=raw.coarse_labels[:rows],
-        filenames=raw.filenames[:rows],
+        images=raw.images[rows],
+        fine_labels=raw.fine_labels[rows],
+        coarse_labels=raw.coarse_labels[rows] if len(raw.coarse_labels) else raw.coarse_labels,
+        filenames=[raw.filenames[row] for row in rows],
     )
 
 
 def small_data() -> tuple[RawSplit, RawSplit, RawMeta]:
     train, test, meta = draw_synthetic(train_per_class=1, test_per_class=1)
     return first_rows(train, 64), first_rows(test, 23), meta
+
+
+def with_classes(count: int) -> tuple[RawSplit, RawSplit, RawMeta]:
+    """Return `small_data` with `count` classes and without superclasses."""
+    train, test, meta = small_data()
+    train, test = (
+        replace(raw, fine_labels=raw.fine_labels % count, coarse_labels=np.empty(0, np.int64))
+        for raw in (train, test)
+    )
+    return (
+        train,
+        test,
+        RawMeta(fine_label_names=meta.fine_label_names[:count], coarse_label_names=[]),
+    )
+
+
+def cifar_10_members(train: RawSplit, test: RawSplit, meta: RawMeta) -> dict[str, bytes]:
+    """Return the seven files of CIFAR-10, with the training rows in five batches."""
+    rows = np.array_split(np.arange(len(train.images)), 5)
+    parts = [select_rows(train, some) for some in rows]
+    files = dict(zip([*CIFAR_10.train, CIFAR_10.test], [*parts, test], strict=True))
+    contents: dict[str, dict[bytes, Any]] = {
+        name: {
+            b"batch_label": BATCH_LABELS[name].encode(),
+            b"labels": raw.fine_labels.tolist(),
+            b"data": raw.images,
+            b"filenames": [filename.encode() for filename in raw.filenames],
+        }
+        for name, raw in files.items()
+    }
+    contents[CIFAR_10.meta] = {
+        b"num_cases_per_batch": len(parts[0].images),
+        b"label_names": [name.encode() for name in meta.fine_label_names],
+        b"num_vis": 3072,
+    }
+    return {name: pickle.dumps(content, protocol=2) for name, content in contents.items()}
 
 
 def quick_recipe(folder: Path, name: str, data_path: Path, **sections: dict[str, Any]) -> Path:
@@ -47,4 +89,4 @@ def quick_recipe(folder: Path, name: str, data_path: Path, **sections: dict[str,
 def write_pickles(folder: Path, train: RawSplit, test: RawSplit, meta: RawMeta) -> None:
     """Write the three pickle files in CIFAR's layout to `folder`/cifar-100-python."""
     for name, data in pickle_members(train, test, meta).items():
-        atomic_write(folder / FOLDER / name, data)
+        atomic_write(folder / CIFAR_100.folder / name, data)

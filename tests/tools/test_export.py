@@ -26,7 +26,6 @@ from cifar_dist.exporting.model_card import model_card
 from cifar_dist.inference.trained_model import load_trained_model
 from cifar_dist.models.classifier import ModelConfig, build_model
 from cifar_dist.models.timm_folder import timm_state
-from cifar_dist.recipe.runs import CIFAR_100
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.run_folder.checkpoint import save_checkpoint, to_cpu
 from cifar_dist.utils.errors import UserError
@@ -278,7 +277,7 @@ def test_model_card_is_valid_and_has_the_metrics(make_run: RunMaker, data: Path)
     assert "| top-1, % of the test split | 12.35 |" in body or "12.34" in body
     assert digest in body
     assert "averaged weights" in body
-    assert "other data in the layout of CIFAR-100" in body
+    assert "on other data (100 classes)" in body
 
 
 def test_model_card_of_an_unfinished_run_has_the_metrics_of_its_weights(make_run: RunMaker) -> None:
@@ -303,7 +302,7 @@ def test_model_card_names_data_resizing_and_temperature(make_run: RunMaker, tmp_
     assert "cifar" not in card.split("---\n")[1].replace("library_name: cifar_dist", "")
 
     trained = load_trained_model(make_run("large", image_size=48))
-    official = replace(trained, trained_on=CIFAR_100)
+    official = replace(trained, trained_on="CIFAR-100")
     for to, uint8, resized in (("timm", False, True), ("onnx", True, False)):
         card = model_card(official, run, to=to, uint8=uint8, check="")
         header = yaml.safe_load(card.split("---\n")[1])

@@ -21,7 +21,7 @@ from cifar_dist.evaluation.scores import choose_temperature
 from cifar_dist.inference.prediction import SUFFIXES, find_images, read_image
 from cifar_dist.predict import main
 from cifar_dist.recipe.load import load_recipe
-from cifar_dist.recipe.runs import CIFAR_100, training_data
+from cifar_dist.recipe.runs import training_data
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
@@ -89,7 +89,7 @@ def test_training_data_other_than_cifar_100_are_named(
     digest = synthetic / "digest.json"
     digest.write_text(digest.read_text().replace('"other"', '"sample"'))
     for data, what in (
-        (middle_data, "other data in the layout of CIFAR-100"),
+        (middle_data, "other data"),
         (synthetic, "synthetic data, not CIFAR-100"),
     ):
         assert main([str(run), "--rows", "test:0", "--data", str(data)]) == 0
@@ -98,7 +98,7 @@ def test_training_data_other_than_cifar_100_are_named(
         assert f"Trained on {what}: tiny." in page.read_text()
 
     recipe, environment = load_recipe(run / "recipe.yaml"), {"data": OFFICIAL_DIGEST}
-    assert training_data(recipe, environment, tmp_path / "absent") == CIFAR_100
+    assert training_data(recipe, environment, tmp_path / "absent") == "CIFAR-100"
     assert training_data(recipe, {"data": "a"}, middle_data).startswith("other data")
     debug = replace(recipe, data=replace(recipe.data, source="sample"))
     assert training_data(debug, {"data": "a"}, tmp_path / "absent").startswith("synthetic data")

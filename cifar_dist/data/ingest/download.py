@@ -60,7 +60,7 @@ def download(
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
         if digest.hexdigest() != md5:
             part.unlink()
-            raise UserError(f"{url} is not CIFAR-100 (its MD5 differs); {remedy}")
+            raise UserError(f"{url} is not the published archive (its MD5 differs); {remedy}")
 
 
 def _check_host(url: str, remedy: str) -> None:
@@ -102,5 +102,5 @@ def _receive(response: HTTPResponse, part: Path, offset: int) -> int | None:
             bar.update(len(chunk))
             if file.tell() > MAX_ARCHIVE_BYTES:
                 part.unlink()
-                raise ValueError("the file is larger than CIFAR-100")
+                raise ValueError("the file is larger than any CIFAR archive")
     return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
@@ -11,94 +12,129 @@ import numpy as np
 from cifar_dist.data.ingest.safe_pickle import Matrix, safe_loads
 from cifar_dist.utils.errors import UserError
 
-FINE_CLASSES, COARSE_CLASSES, PIXELS = 100, 20, 3 * 32 * 32
-BATCH_LABELS = {"train": "training batch 1 of 1", "test": "testing batch 1 of 1"}
+PIXELS = 3 * 32 * 32
+BATCH_LABELS = {
+    "train": "training batch 1 of 1",  # of CIFAR-100, like test
+    "test": "testing batch 1 of 1",
+    **{f"data_batch_{n}": f"training batch {n} of 5" for n in range(1, 6)},  # of CIFAR-10
+    "test_batch": "testing batch 1 of 1",
+}
 MAX_BYTES = 250_000_000  # train has 155 million, or 225 million if Python 3 writes protocol 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RawSplit:
-    """One split as in its pickle file; each row of `images` has the 3 x 32 x 32 bytes of an image."""
+    """The rows of one split; each row of `images` has the 3 x S x S bytes of an image."""
 
-    images: np.ndarray  # uint8 [N, 3072], C order
-    fine_labels: np.ndarray  # int64 [N], 0..99
-    coarse_labels: np.ndarray  # int64 [N], 0..19
+    images: np.ndarray  # uint8 [N, 3 * S * S], C order
+    fine_labels: np.ndarray  # int64 [N]
+    coarse_labels: np.ndarray  # int64 [N], or [0] without superclasses
     filenames: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawMeta:
-    """The names of the 100 fine and the 20 coarse classes, ordered by label."""
+    """The names of the classes and of the superclasses, ordered by label."""
 
     fine_label_names: list[str]
-    coarse_label_names: list[str]
+    coarse_label_names: list[str]  # empty without superclasses
 
 
-def read_pickle(source: BinaryIO, split: Literal["train", "test"]) -> RawSplit:
-    """Read a split from an untrusted pickle; raise UserError unless it has CIFAR's structure.
+def read_pickle(source: BinaryIO, file: str, meta: RawMeta) -> RawSplit:
+    """Read the rows of an untrusted pickle; raise UserError unless it has CIFAR's structure.
 
-    154 MB take 0.3 s on one core.
+    `file` is its name, a key of BATCH_LABELS. Its labels must be those of `meta`. 154 MB take 0.3 s on
+    one core.
     """
-    keys = {"batch_label", "coarse_labels", "data", "filenames", "fine_labels"}
+    labels = {"fine_labels", "coarse_labels"} if meta.coarse_label_names else {"labels"}
     try:
-        value = _fields(source, keys)
-        if _text(value["batch_label"]) != BATCH_LABELS[split]:
-            raise ValueError(f"batch_label is not {BATCH_LABELS[split]!r}")
-        return _parse_split(value, _texts(value, "filenames"))
+        value = _fields(source, {"batch_label", "data", "filenames", *labels})
+        if _text(value["batch_label"]) != BATCH_LABELS[file]:
+            raise ValueError(f"batch_label is not {BATCH_LABELS[file]!r}")
+        return _parse_split(value, _texts(value, "filenames"), meta)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise _invalid(split, error) from error
+        raise _invalid(file, error) from error
 
 
-def read_cifair_pickle(source: BinaryIO) -> RawSplit:
+def read_cifair_pickle(source: BinaryIO, meta: RawMeta) -> RawSplit:
     """Read ciFAIR-100's test split, which has CIFAR's structure without filenames, likewise."""
     try:
         value = _fields(
             source, {"coarse_labels", "data", "fine_labels"}, optional={"batch_label", "filenames"}
         )
-        return _parse_split(value, ["" for _ in _images(value["data"])])
+        return _parse_split(value, ["" for _ in _images(value["data"])], meta)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"the test pickle is invalid: {error}; use the official ciFAIR-100 files"
         ) from error
 
 
-def _parse_split(value: dict[str, Any], filenames: list[str]) -> RawSplit:
+def _parse_split(value: dict[str, Any], filenames: list[str], meta: RawMeta) -> RawSplit:
+    fine, coarse = meta.fine_label_names, meta.coarse_label_names
+    if not coarse:
+        value |= {"fine_labels": value["labels"], "coarse_labels": []}
     raw = RawSplit(
         images=_images(value["data"]),
-        fine_labels=_labels(value, "fine_labels", FINE_CLASSES),
-        coarse_labels=_labels(value, "coarse_labels", COARSE_CLASSES),
+        fine_labels=_labels(value, "fine_labels", len(fine)),
+        coarse_labels=_labels(value, "coarse_labels", len(coarse)),
         filenames=filenames,
     )
-    rows = {len(raw.fine_labels), len(raw.coarse_labels), len(raw.filenames)}
+    rows = {len(raw.fine_labels), len(raw.filenames)}
+    if coarse:
+        rows.add(len(raw.coarse_labels))
     if rows != {len(raw.images)}:
         raise ValueError("the numbers of images, labels and filenames differ")
     check_hierarchy(raw)
     return raw
 
 
-def read_meta(source: BinaryIO) -> RawMeta:
-    """Read the class names from an untrusted pickle; raise UserError unless it has that structure."""
+def concatenate(parts: Sequence[RawSplit]) -> RawSplit:
+    """Return the rows of all parts."""
+    return RawSplit(
+        images=np.concatenate([part.images for part in parts]),
+        fine_labels=np.concatenate([part.fine_labels for part in parts]),
+        coarse_labels=np.concatenate([part.coarse_labels for part in parts]),
+        filenames=[name for part in parts for name in part.filenames],
+    )
+
+
+def read_meta(source: BinaryIO, file: Literal["meta", "batches.meta"] = "meta") -> RawMeta:
+    """Read the class names from an untrusted pickle; raise UserError unless it has that structure.
+
+    `meta` is the file of CIFAR-100, `batches.meta` that of CIFAR-10, which has no superclasses.
+    """
     try:
-        value = _fields(source, {"fine_label_names", "coarse_label_names"})
-        fine, coarse = _texts(value, "fine_label_names"), _texts(value, "coarse_label_names")
-        if (len(set(fine)), len(set(coarse))) != (FINE_CLASSES, COARSE_CLASSES):
-            raise ValueError("it does not have 100 fine and 20 coarse class names")
-        if (len(fine), len(coarse)) != (FINE_CLASSES, COARSE_CLASSES) or "" in fine + coarse:
-            raise ValueError("a class name is empty or repeated")
+        if file == "meta":
+            value = _fields(source, {"fine_label_names", "coarse_label_names"})
+            fine, coarse = _texts(value, "fine_label_names"), _texts(value, "coarse_label_names")
+        else:
+            value = _fields(source, {"label_names", "num_cases_per_batch", "num_vis"})
+            fine, coarse = _texts(value, "label_names"), []
+        for names in (fine, coarse) if file == "meta" else (fine,):
+            if len(names) < 2:
+                raise ValueError("it has fewer than two classes")
+            if len(set(names)) != len(names) or "" in names:
+                raise ValueError("a class name is empty or repeated")
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise _invalid("meta", error) from error
+        raise _invalid(file, error) from error
     return RawMeta(fine_label_names=fine, coarse_label_names=coarse)
 
 
 def check_hierarchy(*splits: RawSplit) -> None:
     """Raise ValueError unless each fine class has one coarse class, the same in all `splits`."""
-    pairs = {p for s in splits for p in zip(s.fine_labels, s.coarse_labels, strict=True)}
+    pairs = {
+        pair
+        for split in splits
+        if len(split.coarse_labels)
+        for pair in zip(split.fine_labels, split.coarse_labels, strict=True)
+    }
     if len(pairs) != len({fine for fine, _ in pairs}):
         raise ValueError("a fine class has two coarse classes")
 
 
 def _invalid(file: str, error: Exception) -> UserError:
-    return UserError(f"the {file} pickle is invalid: {error}; use the official CIFAR-100 files")
+    name = "CIFAR-100" if file in ("train", "test", "meta") else "CIFAR-10"
+    return UserError(f"the {file} pickle is invalid: {error}; use the official {name} files")
 
 
 def _fields(
@@ -106,7 +142,7 @@ def _fields(
 ) -> dict[str, Any]:
     data = source.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ValueError("it is larger than any CIFAR-100 file")
+        raise ValueError("it is larger than any CIFAR file")
     value = safe_loads(data)
     if type(value) is not dict or len(value) > len(keys) + len(optional):
         raise ValueError(f"it is not a dict with the keys {sorted(keys)}")

@@ -1,4 +1,4 @@
-"""Convert CIFAR-100, or synthetic data, to the Arrow dataset that training reads."""
+"""Convert CIFAR-100, CIFAR-10 or synthetic data to the Arrow dataset that training reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cifar_dist.data.dataset import (
     DATASET,
@@ -18,18 +18,26 @@ from cifar_dist.data.dataset import (
     INFO,
     SPLITS,
     TABLE,
+    Content,
     content_digest,
     data_digest,
     read_digest,
     read_split,
     write_dataset,
 )
-from cifar_dist.data.ingest.archive import FOLDER, OFFICIAL_MD5, is_official, read_members
+from cifar_dist.data.ingest.archive import (
+    CIFAR_100,
+    DATASETS,
+    Published,
+    read_members,
+    wrong_data_error,
+)
 from cifar_dist.data.ingest.download import download
 from cifar_dist.data.ingest.pickles import (
     RawMeta,
     RawSplit,
     check_hierarchy,
+    concatenate,
     read_meta,
     read_pickle,
 )
@@ -37,28 +45,35 @@ from cifar_dist.data.ingest.synthetic import draw_synthetic, pickle_members
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import folder_lock
 
-OFFICIAL_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-ARCHIVE_MD5 = {OFFICIAL_URL: "eb9058c3a382ffc7106e4002c42a8d85"}
 SYNTHETIC = "sample"
 CLUTTER = re.compile(  # of file managers, of the caches of `datasets`, and of NFS
     r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini|cache-.*\.arrow|\.nfs.*", re.IGNORECASE
 )
 REMEDY = "choose another folder (--output of prepare, data.path of a recipe)"  # train prepares too
 
-Content = Literal["official", "sample", "other"]
-
 
 def prepare(
-    source: str | None, output: Path, *, allow_unofficial: bool = False, force: bool = False
+    source: str | None,
+    output: Path,
+    *,
+    dataset: Published | None = None,
+    allow_unofficial: bool = False,
+    force: bool = False,
 ) -> None:
     """Write the dataset that `load_split` reads to `output`, unless `output` has that data already.
 
-    `source` is an http(s) URL, an archive, a folder, "sample", or None for the official URL. Its
-    three files must be the published ones (by MD5) unless `allow_unofficial`. After a UserError
-    nothing is left behind except a partial download, which the next call resumes.
+    `source` is an http(s) URL, an archive, a folder, "sample", or None for the URL of `dataset`. It must
+    contain `dataset`, or either of them if that is None. Its files must be the published ones (by MD5)
+    unless `allow_unofficial`. After a UserError nothing is left behind except a partial download, which
+    the next call resumes.
     """
     started = time.monotonic()
-    source = source or OFFICIAL_URL
+    source = source or (dataset or CIFAR_100).url
+    published_url = find_published(source)
+    dataset = dataset or published_url
+    if dataset and published_url not in (None, dataset):
+        assert published_url
+        raise wrong_data_error(source, published_url, [dataset])
     output = output.expanduser().resolve()
     with folder_lock(output.parent, remedy=REMEDY):
         for path in output.parent.iterdir():  # left by a killed process
@@ -66,25 +81,31 @@ def prepare(
                 shutil.rmtree(path, ignore_errors=True)
         _refuse_foreign_files(output)
         existing = None if force else _read_existing(output)
-        expected = SYNTHETIC if source == SYNTHETIC else None if allow_unofficial else "official"
+        expected = None
+        if source == SYNTHETIC:
+            expected = SYNTHETIC
+        elif dataset and not allow_unofficial:
+            expected = dataset.content
         if existing is not None and expected is not None:
             _report_existing(output, same=existing["content"] == expected)
             return
         content: Content
         if source == SYNTHETIC:
-            content, members = "sample", pickle_members(*draw_synthetic())
+            published, content, members = CIFAR_100, "sample", pickle_members(*draw_synthetic())
         else:
-            members = _read_source(source, output)
-            content = "official" if is_official(members) else "other"
-            if content != expected and expected is not None:
-                command = _command(output, "--allow-unofficial", "--source", source)
-                raise UserError(f"{source} is not the official CIFAR-100; to use it, run {command}")
-        train, test, meta = _parse(members, source)
+            published, members = _read_source(source, output, dataset)
+            content = published.content if published.is_official(members) else "other"
+            if content == "other" and not allow_unofficial:
+                command = _command(output, published, "--allow-unofficial", "--source", source)
+                raise UserError(
+                    f"{source} is not the official {published.name}; to use it, run {command}"
+                )
+        train, test, meta = _parse(published, members, source)
         if existing is not None:
             digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
             _report_existing(output, same=all(existing[s]["sha256"] == digests[s] for s in SPLITS))
             return
-        pickles = {f"{FOLDER}/{name}": data for name, data in members.items()}
+        pickles = {f"{published.folder}/{name}": data for name, data in members.items()}
         write_dataset(
             output,
             train,
@@ -102,12 +123,22 @@ def prepare(
     )
 
 
-def _command(output: Path, *options: str) -> str:
+def find_published(source: str | None) -> Published | None:
+    """Return the data set of which `source` is the official URL, or None."""
+    return next((one for one in DATASETS.values() if one.url == source), None)
+
+
+def _command(output: Path, dataset: Published | None, *options: str) -> str:
     words = ["python", "-m", "cifar_dist.prepare", *options, "--output", str(output)]
+    if dataset and dataset is not CIFAR_100:
+        words[3:3] = ["--dataset", dataset.key]
     return f"`{shlex.join(words)}`"
 
 
-def _read_source(source: str, output: Path) -> dict[str, bytes]:
+def _read_source(
+    source: str, output: Path, dataset: Published | None
+) -> tuple[Published, dict[str, bytes]]:
+    candidates = (dataset,) if dataset else tuple(DATASETS.values())
     if not source.startswith(("http://", "https://")):
         path = Path(source).expanduser()
         if not path.exists():
@@ -115,26 +146,34 @@ def _read_source(source: str, output: Path) -> dict[str, bytes]:
                 f"{source} does not exist; give an archive, a folder or a URL "
                 "(--source of prepare, data.source of a recipe)"
             )
-        return read_members(path)
+        return read_members(path, candidates)
     # Named after the URL, so that a download never resumes that of another URL.
     key = hashlib.sha256(source.encode()).hexdigest()[:8]
     part = output.with_name(f"{output.name}.{key}.part")
-    remedy = f"get the file in another way and run {_command(output, '--source', 'FILE')}"
-    download(source, part, md5=ARCHIVE_MD5.get(source), remedy=remedy)
+    command = _command(output, dataset, "--source", "FILE")
+    remedy = f"get the file in another way and run {command}"
+    published = find_published(source)
+    download(source, part, md5=published.archive_md5 if published else None, remedy=remedy)
     try:
-        return read_members(part)
+        return read_members(part, candidates)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     finally:
         part.unlink()
 
 
-def _parse(members: dict[str, bytes], source: str) -> tuple[RawSplit, RawSplit, RawMeta]:
+def _parse(
+    published: Published, members: dict[str, bytes], source: str
+) -> tuple[RawSplit, RawSplit, RawMeta]:
     try:
-        train = read_pickle(io.BytesIO(members["train"]), "train")
-        test = read_pickle(io.BytesIO(members["test"]), "test")
+        meta = read_meta(io.BytesIO(members[published.meta]), published.meta)
+        *parts, test = (
+            read_pickle(io.BytesIO(members[name]), name, meta)
+            for name in (*published.train, published.test)
+        )
+        train = concatenate(parts) if parts[1:] else parts[0]  # without a copy
         check_hierarchy(train, test)
-        return train, test, read_meta(io.BytesIO(members["meta"]))
+        return train, test, meta
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -152,7 +191,7 @@ def _report_existing(output: Path, *, same: bool) -> None:
     if not same:
         raise UserError(
             f"{output} contains other data; {REMEDY}, or replace it with "
-            f"{_command(output, '--force')} and your --source or --sample"
+            f"{_command(output, None, '--force')} and your --source or --sample"
         )
     print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
 
@@ -168,7 +207,7 @@ def _refuse_foreign_files(output: Path) -> None:
     known |= {f"{split}/{name}" for split in SPLITS for name in (TABLE, INFO, "state.json")}
     with suppress(UserError):
         if read_digest(output)["content"] == SYNTHETIC:
-            known |= {f"{FOLDER}/{name}" for name in OFFICIAL_MD5}
+            known |= {f"{CIFAR_100.folder}/{name}" for name in CIFAR_100.md5}
     if foreign := sorted(names - known):
         raise UserError(f"{output} contains {foreign[0]}, which is not part of a dataset; {REMEDY}")
 

@@ -217,7 +217,7 @@ def _name(module: Any, name: Any) -> Name:
     if not isinstance(module, str) or not isinstance(name, str):
         raise ValueError("a name is not a text")
     if (symbol := _NAMES.get((module, name))) is None:
-        raise ValueError(f"it names {module:.40}.{name:.40}, which no CIFAR-100 file needs")
+        raise ValueError(f"it names {module:.40}.{name:.40}, which no CIFAR file needs")
     return symbol
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from small_data import first_rows, small_data
+from small_data import first_rows, small_data, with_classes
 
 from cifar_dist.data.dataset import (
     DIGEST,
@@ -26,6 +26,7 @@ from cifar_dist.data.dataset import (
     load_split,
     open_splits,
     read_digest,
+    read_hierarchy,
     read_split,
     write_dataset,
 )
@@ -62,6 +63,45 @@ def test_loaded_data_equal_the_written_data(written: Path) -> None:
     digest = read_digest(written)
     assert (digest["content"], digest["train"]["rows"], digest["test"]["rows"]) == ("other", 64, 23)
     assert not [path for path in written.parent.iterdir() if path != written]
+
+
+@pytest.mark.parametrize("count", [2, 10, 12])
+def test_any_number_of_classes_without_superclasses(tmp_path: Path, count: int) -> None:
+    datasets = pytest.importorskip("datasets")
+    train, test, meta = with_classes(count)
+    root = tmp_path / "data"
+    write_dataset(root, train, test, meta, content="other")
+    assert class_names(root) == read_hierarchy(root).fine == tuple(meta.fine_label_names)
+    assert read_hierarchy(root).coarse == ()
+    assert load_split(root, "train").labels.max() == count - 1
+    assert np.array_equal(read_split(root, "test").fine_labels, test.fine_labels)
+    assert read_digest(root)["train"]["sha256"] == content_digest(train, meta)
+    assert set(datasets.load_from_disk(root)["train"].features) == {
+        "image",
+        "fine_label",
+        "filename",
+    }
+    for ask in (class_names, read_hierarchy):
+        with pytest.raises(
+            UserError, match=r"labels=coarse: .*data has no superclasses; use data\.labels"
+        ):
+            ask(root, "coarse")
+    wrong = replace(train, fine_labels=train.fine_labels + 1)
+    write_dataset(root, wrong, test, meta, content="other")
+    assert_refused(root, rf"labels outside 0\.\.{count - 1}")
+
+
+def test_superclasses_are_labels_of_the_same_images(written: Path) -> None:
+    fine = load_split(written, "train")
+    for coarse in (
+        load_split(written, "train", labels="coarse"),
+        open_splits(written, "cpu", labels="coarse")[0],
+    ):
+        assert torch.equal(coarse.labels, read_hierarchy(written).coarse_of_fine[fine.labels])
+        assert torch.equal(coarse.images, fine.images)
+    hierarchy = read_hierarchy(written, "coarse")
+    assert hierarchy.fine == class_names(written, "coarse") == tuple(META.coarse_label_names)
+    assert (hierarchy.coarse, hierarchy.coarse_of_fine.tolist()) == ((), [-1] * 20)
 
 
 def test_datasets_library_opens_it(written: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -21,10 +22,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_data import first_rows, small_data
+from small_data import cifar_10_members, first_rows, small_data, with_classes
 
 from cifar_dist.data.ingest import archive, safe_pickle
-from cifar_dist.data.ingest.archive import is_official, read_members
+from cifar_dist.data.ingest.archive import CIFAR_10, CIFAR_100, DATASETS, Published, read_members
 from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawSplit, read_meta, read_pickle
 from cifar_dist.data.ingest.synthetic import pickle_members
 from cifar_dist.utils.errors import UserError
@@ -45,16 +46,21 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_watch)
 
 
-def read(data: bytes, split: Any = "train") -> RawSplit:
-    return read_pickle(io.BytesIO(data), split)
+def read(data: bytes, split: str = "train") -> RawSplit:
+    return read_pickle(io.BytesIO(data), split, META)
 
 
-def fields(raw: RawSplit, **overrides: Any) -> dict[Any, Any]:
+def labels_of(raw: RawSplit) -> dict[bytes, list[int]]:
+    """Return the labels as in a file of CIFAR-100, or of CIFAR-10 without superclasses."""
+    fine, coarse = raw.fine_labels.tolist(), raw.coarse_labels.tolist()
+    return {b"fine_labels": fine, b"coarse_labels": coarse} if coarse else {b"labels": fine}
+
+
+def fields(raw: RawSplit, file: str = "train", **overrides: Any) -> dict[Any, Any]:
     return {
         b"filenames": [name.encode() for name in raw.filenames],
-        b"batch_label": BATCH_LABELS["train"].encode(),
-        b"fine_labels": raw.fine_labels.tolist(),
-        b"coarse_labels": raw.coarse_labels.tolist(),
+        b"batch_label": BATCH_LABELS[file].encode(),
+        **labels_of(raw),
         b"data": np.array(raw.images),
     } | {key.encode(): value for key, value in overrides.items()}
 
@@ -66,7 +72,7 @@ def same(one: RawSplit, other: RawSplit) -> bool:
     )
 
 
-def python2(raw: RawSplit, protocol: int, order: bytes = b"I00\n", version: int = 1) -> bytes:
+def python2(raw: RawSplit, protocol: int, file: str = "train") -> bytes:
     """Return a pickle as numpy 1 under Python 2 wrote it, with byte strings as source or by length."""
 
     def text(value: bytes) -> bytes:
@@ -93,15 +99,15 @@ def python2(raw: RawSplit, protocol: int, order: bytes = b"I00\n", version: int 
     dtype = b"cnumpy\ndtype\n(" + text(b"u1") + integer(0) + integer(1) + b"tR("
     dtype += integer(3) + text(b"|") + b"NNN" + integer(-1) * 2 + integer(0) + b"tb"
     matrix = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + integer(0) + b"t"
-    matrix += (
-        text(b"b") + b"tR(" + integer(version) + b"(" + integer(rows) + integer(columns) + b"t"
-    )
-    matrix += dtype + order + text(raw.images.tobytes()) + b"tb"
+    matrix += text(b"b") + b"tR(" + integer(1) + b"(" + integer(rows) + integer(columns) + b"t"
+    matrix += dtype + b"I00\n" + text(raw.images.tobytes()) + b"tb"
     values = {
         b"data": matrix,
-        b"batch_label": text(BATCH_LABELS["train"].encode()),
-        b"fine_labels": items([integer(label) for label in raw.fine_labels.tolist()]),
-        b"coarse_labels": items([integer(label) for label in raw.coarse_labels.tolist()]),
+        b"batch_label": text(BATCH_LABELS[file].encode()),
+        **{
+            name: items([integer(label) for label in labels])
+            for name, labels in labels_of(raw).items()
+        },
         b"filenames": items([text(name.encode()) for name in raw.filenames]),
     }
     pairs = [text(key) + value for key, value in values.items()]
@@ -136,6 +142,77 @@ def test_meta_reads_back() -> None:
     assert read_meta(io.BytesIO(MEMBERS["meta"])) == META
 
 
+TRAIN_10, TEST_10, META_10 = with_classes(10)
+# The published batches.meta, byte for byte, as Python 2 wrote it.
+OFFICIAL_META_10 = (
+    b"\x80\x02}q\x01(U\x13num_cases_per_batchq\x02M\x10'U\x0blabel_namesq\x03]q\x04(U\x08airplaneq\x05"
+    b"U\nautomobileq\x06U\x04birdq\x07U\x03catq\x08U\x04deerq\tU\x03dogq\nU\x04frogq\x0bU\x05horseq\x0c"
+    b"U\x04shipq\rU\x05truckq\x0eeU\x07num_visq\x0fM\x00\x0cu."
+)
+
+
+def read_10(data: bytes, file: str = "data_batch_2") -> RawSplit:
+    return read_pickle(io.BytesIO(data), file, META_10)
+
+
+def test_official_meta_of_cifar_10_reads_back() -> None:
+    assert hashlib.md5(OFFICIAL_META_10).hexdigest() == CIFAR_10.md5["batches.meta"]
+    meta = read_meta(io.BytesIO(OFFICIAL_META_10), "batches.meta")
+    names = "airplane automobile bird cat deer dog frog horse ship truck"
+    assert meta.fine_label_names == names.split()
+    assert meta.coarse_label_names == []
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_cifar_10_reads_back(protocol: int) -> None:
+    content = fields(TRAIN_10, "data_batch_2")
+    assert same(read_10(pickle.dumps(content, protocol=protocol)), TRAIN_10)
+    if protocol in (0, 2):
+        data = python2(TRAIN_10, protocol, "data_batch_2")
+        assert pickle.loads(data, encoding="bytes").keys() == content.keys()
+        assert same(read_10(data), TRAIN_10)
+
+
+TINY_10 = first_rows(TRAIN_10, 2)
+WRONG_10 = {
+    "another batch": (fields(TINY_10, "data_batch_1"), "batch_label is not 'training batch 2 of 5'"),
+    "CIFAR-100's keys": (fields(TINY) | {b"batch_label": b"training batch 2 of 5"}, "with the keys"),
+    "a label of 10": (fields(TINY_10, "data_batch_2", labels=[0, 10]), "labels contains values outside 0..9"),
+    "a label of -1": (fields(TINY_10, "data_batch_2", labels=[0, -1]), "outside 0..9"),
+    "a missing label": (fields(TINY_10, "data_batch_2", labels=[0]), "numbers of images, labels and"),
+    "no rows": (fields(first_rows(TRAIN_10, 0), "data_batch_2", labels=[]), "rows of 3072 bytes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_10)
+def test_other_content_is_not_cifar_10(name: str) -> None:
+    value, reason = WRONG_10[name]
+    with pytest.raises(UserError, match=reason) as caught:
+        read_10(pickle.dumps(value, protocol=4))
+    assert str(caught.value).startswith("the data_batch_2 pickle is invalid: ")
+    assert str(caught.value).endswith("; use the official CIFAR-10 files")
+
+
+def test_hostile_pickles_are_refused_as_cifar_10_too() -> None:
+    global WATCHING
+    read_10(python2(TINY_10, 0, "data_batch_2"))  # triggers what Python itself imports on first use
+    EVENTS.clear()
+    accepted = []
+    cases = hostile(TINY_10, "data_batch_2")
+    for slow in ("a million lists", "deep nesting"):  # the interpreter is the same
+        del cases[slow]
+    for name, data in cases.items():
+        WATCHING = True
+        try:
+            read_10(data)
+            accepted.append(name)
+        except UserError:
+            continue
+        finally:
+            WATCHING = False
+    assert (accepted, EVENTS) == ([], [])
+
+
 class Call:
     def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
         self.reduced = (function, arguments) if state is None else (function, arguments, state)
@@ -144,15 +221,20 @@ class Call:
         return self.reduced
 
 
-def hostile() -> dict[str, bytes]:
+def hostile(tiny: RawSplit, file: str = "train") -> dict[str, bytes]:
+    """Return damaged, hostile and wrong variants of a valid pickle by name."""
+
+    def content(**overrides: Any) -> dict[Any, Any]:
+        return fields(tiny, file, **overrides)
+
     def stream(body: bytes) -> bytes:
         return b"\x80\x02" + body + b"."
 
     def with_data(value: Any, protocol: int = 2) -> bytes:
-        return pickle.dumps(fields(TINY, data=value), protocol=protocol)
+        return pickle.dumps(content(data=value), protocol=protocol)
 
-    good = python2(TINY, 2)
-    images = np.array(TINY.images)
+    good = python2(tiny, 2, file)
+    images = np.array(tiny.images)
     huge = (2**40).to_bytes(8, "little")
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tU\x01btR"
     cases = {
@@ -243,36 +325,36 @@ def hostile() -> dict[str, bytes]:
         "SETITEM of a list": stream(b"]U\x01aNs"),
         "SETITEM of a repeated key": stream(b"}U\x01aNsU\x01aNs"),
         "SETITEM without a value": stream(b"}s"),
-        "a list": pickle.dumps([fields(TINY)], protocol=2),
-        "an extra key": pickle.dumps(fields(TINY, more=1), protocol=2),
+        "a list": pickle.dumps([content()], protocol=2),
+        "an extra key": pickle.dumps(content(more=1), protocol=2),
         "a repeated key": good[:-2] + b"U\x0bbatch_labelU\x15training batch 1 of 1u.",
         "a number as key": pickle.dumps({1: 2}, protocol=2),
         "a list as key": stream(b"}]Ns"),
         "test for train": MEMBERS["test"],
         "meta for train": MEMBERS["meta"],
-        "a fine label of 100": pickle.dumps(fields(TINY, fine_labels=[0, 100]), protocol=2),
-        "a fine label of -1": pickle.dumps(fields(TINY, fine_labels=[0, -1]), protocol=2),
-        "a coarse label of 20": pickle.dumps(fields(TINY, coarse_labels=[0, 20]), protocol=2),
-        "a missing label": pickle.dumps(fields(TINY, fine_labels=[1]), protocol=2),
-        "an extra label": pickle.dumps(fields(TINY, coarse_labels=[1, 1, 1]), protocol=2),
-        "labels of bool": pickle.dumps(fields(TINY, fine_labels=[True, False]), protocol=2),
-        "labels of text": pickle.dumps(fields(TINY, fine_labels=["1", "2"]), protocol=2),
-        "labels as an array": pickle.dumps(fields(TINY, fine_labels=np.array([1, 2])), protocol=2),
-        "labels as a matrix": pickle.dumps(fields(TINY, fine_labels=images), protocol=2),
-        "two superclasses": pickle.dumps(fields(TINY, fine_labels=[5, 5], coarse_labels=[1, 2]), protocol=2),
-        "a missing filename": pickle.dumps(fields(TINY, filenames=[b"a"]), protocol=2),
-        "filenames of numbers": pickle.dumps(fields(TINY, filenames=[1, 2]), protocol=2),
-        "a lone surrogate, protocol 0": pickle.dumps(fields(TINY, filenames=["\ud800", "a"]), protocol=0),
-        "a lone surrogate, protocol 2": pickle.dumps(fields(TINY, filenames=["\ud800", "a"]), protocol=2),
-        "a filename that is not a text": pickle.dumps(fields(TINY, filenames=[b"\xff", b"a"]), protocol=2),
+        "a fine label of 100": pickle.dumps(content(fine_labels=[0, 100]), protocol=2),
+        "a fine label of -1": pickle.dumps(content(fine_labels=[0, -1]), protocol=2),
+        "a coarse label of 20": pickle.dumps(content(coarse_labels=[0, 20]), protocol=2),
+        "a missing label": pickle.dumps(content(fine_labels=[1]), protocol=2),
+        "an extra label": pickle.dumps(content(coarse_labels=[1, 1, 1]), protocol=2),
+        "labels of bool": pickle.dumps(content(fine_labels=[True, False]), protocol=2),
+        "labels of text": pickle.dumps(content(fine_labels=["1", "2"]), protocol=2),
+        "labels as an array": pickle.dumps(content(fine_labels=np.array([1, 2])), protocol=2),
+        "labels as a matrix": pickle.dumps(content(fine_labels=images), protocol=2),
+        "two superclasses": pickle.dumps(content(fine_labels=[5, 5], coarse_labels=[1, 2]), protocol=2),
+        "a missing filename": pickle.dumps(content(filenames=[b"a"]), protocol=2),
+        "filenames of numbers": pickle.dumps(content(filenames=[1, 2]), protocol=2),
+        "a lone surrogate, protocol 0": pickle.dumps(content(filenames=["\ud800", "a"]), protocol=0),
+        "a lone surrogate, protocol 2": pickle.dumps(content(filenames=["\ud800", "a"]), protocol=2),
+        "a filename that is not a text": pickle.dumps(content(filenames=[b"\xff", b"a"]), protocol=2),
     }  # fmt: skip
-    for key in ("data", "filenames", "fine_labels"):
-        others = {name: value for name, value in fields(TINY).items() if name != key.encode()}
-        cases[f"no {key}"] = pickle.dumps(others, protocol=2)
+    for key in (b"data", b"filenames", *labels_of(tiny)):
+        others = {name: value for name, value in content().items() if name != key}
+        cases[f"no {key.decode()}"] = pickle.dumps(others, protocol=2)
     return cases
 
 
-HOSTILE = hostile()
+HOSTILE = hostile(TINY)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -337,7 +419,7 @@ def test_audit_hook_detects_the_lookups_of_pickle_load() -> None:
 
 @pytest.mark.parametrize("key", ["fine_label_names", "coarse_label_names"])
 @pytest.mark.parametrize(
-    "names", [[], ["a"], ["a"] * 100, ["a"] * 20, list(map(str, range(101))), 7]
+    "names", [[], ["a"], ["a"] * 100, ["a"] * 20, [*map(str, range(100)), ""], 7]
 )
 def test_wrong_meta_is_refused(key: str, names: Any) -> None:
     value = {
@@ -413,9 +495,9 @@ def write_archive(path: Path, *extra: tarfile.TarInfo, without: str = "", prefix
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.xz"])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_archives_are_read(tmp_path: Path, name: str, prefix: str) -> None:
-    members = read_members(write_archive(tmp_path / name, prefix=prefix))
-    assert members == MEMBERS
-    assert not is_official(members)
+    published, members = read_members(write_archive(tmp_path / name, prefix=prefix))
+    assert (published, members) == (CIFAR_100, MEMBERS)
+    assert not published.is_official(members)
 
 
 def test_folders_are_read(tmp_path: Path) -> None:
@@ -423,7 +505,7 @@ def test_folders_are_read(tmp_path: Path) -> None:
     inner.mkdir()
     for name, data in MEMBERS.items():
         (inner / name).write_bytes(data)
-    assert read_members(tmp_path) == read_members(inner) == MEMBERS
+    assert read_members(tmp_path) == read_members(inner) == (CIFAR_100, MEMBERS)
     (inner / "meta").unlink()
     with pytest.raises(UserError, match="meta is missing"):
         read_members(inner)
@@ -453,7 +535,7 @@ def test_archives_cannot_access_other_files(tmp_path: Path, name: str) -> None:
 def test_other_members_of_an_archive_are_ignored(tmp_path: Path) -> None:
     extra = entry("../../owned", 4), entry("/owned", 4), entry("l", kind=tarfile.SYMTYPE, link="/")
     path = write_archive(tmp_path / "a.tar.gz", *extra)
-    assert read_members(path) == MEMBERS
+    assert read_members(path) == (CIFAR_100, MEMBERS)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -469,7 +551,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path, kind: bytes, name: str)
     bomb = tmp_path / "a.tar.gz"
     header = entry(name, 2**33, kind).tobuf(tarfile.GNU_FORMAT)
     bomb.write_bytes(gzip.compress(header) + gzip.compress(bytes(20_000_000), 1) * 30)
-    with pytest.raises(UserError, match=r"more than CIFAR-100|too large"):
+    with pytest.raises(UserError, match=r"more than CIFAR|too large"):
         read_members(bomb)
 
 
@@ -526,9 +608,10 @@ def write_parquet(path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), path)
 
 
-CIFAR_10 = [
+FILES_10 = [
     f"cifar-10-batches-py/{name}" for name in ("data_batch_1", "test_batch", "batches.meta")
 ]
+FILES_100 = [f"cifar-100-python/{name}" for name in MEMBERS]
 IMAGES = [f"cat/{n}.{kind}" for n in range(600) for kind in ("png", "JPEG")]
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a zip archive": (write_zip, "is a zip archive, which has to be unpacked first"),
@@ -536,8 +619,8 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "npy": (lambda path: np.save(path.open("wb"), TINY.images), "is a NumPy file"),
     "Parquet": (write_parquet, "is a Parquet file"),
     "one of the three": (lambda path: path.write_bytes(MEMBERS["train"]), "is a single pickle file"),
-    "CIFAR-10": (lambda path: write_tar(path, *CIFAR_10), "is CIFAR-10, not CIFAR-100"),
-    "a folder of CIFAR-10": (lambda path: write_folder(path, *CIFAR_10), "is CIFAR-10, not CIFAR-100"),
+    "CIFAR-10": (lambda path: write_tar(path, *FILES_10), "is CIFAR-10, not CIFAR-100"),
+    "a folder of CIFAR-10": (lambda path: write_folder(path, *FILES_10), "is CIFAR-10, not CIFAR-100"),
     "the files of CIFAR-10": (lambda path: write_folder(path, "data_batch_1"), "is CIFAR-10, not"),
     "images": (lambda path: write_folder(path, *IMAGES), "is a folder of image files"),
     "an archive of images": (lambda path: write_tar(path, *IMAGES), "is an archive of image files"),
@@ -552,11 +635,45 @@ def test_other_data_are_named_as_what_they_are(tmp_path: Path, name: str) -> Non
     write, what = OTHERS[name]
     write(tmp_path / "source")
     with pytest.raises(UserError) as caught:
-        read_members(tmp_path / "source")
+        read_members(tmp_path / "source", [CIFAR_100])
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/source is ")
     assert what in message
-    assert message.endswith("; " + archive.REMEDY)
+    assert f"; {CIFAR_100.remedy}" in message
+    if "CIFAR-10" not in name:
+        with pytest.raises(UserError, match=r"give cifar-100-python.* or cifar-10-python\.tar\.gz"):
+            read_members(tmp_path / "source")
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+@pytest.mark.parametrize("names", [FILES_100, ["cifar-100-binary/train.bin"], ["train"]])
+def test_cifar_100_is_named_where_cifar_10_is_expected(
+    tmp_path: Path, write: Callable[..., None], names: list[str]
+) -> None:
+    write(tmp_path / "source", *names)
+    with pytest.raises(
+        UserError, match="source is CIFAR-100, not CIFAR-10; give cifar-10-"
+    ) as caught:
+        read_members(tmp_path / "source", [CIFAR_10])
+    assert "or choose cifar100 (--dataset of prepare, data.path=data/cifar100" in str(caught.value)
+
+
+@pytest.mark.parametrize("published", DATASETS.values(), ids=DATASETS)
+def test_data_set_of_a_source_is_found(tmp_path: Path, published: Published) -> None:
+    """In an archive, a folder and its parent, which may contain other files."""
+    members = MEMBERS if published is CIFAR_100 else cifar_10_members(TRAIN_10, TEST_10, META_10)
+    folder = tmp_path / "downloads" / published.folder
+    folder.mkdir(parents=True)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for name, data in members.items():
+            tar.addfile(entry(f"{published.folder}/{name}", len(data)), io.BytesIO(data))
+            (folder / name).write_bytes(data)
+    (folder.parent / "test").touch()
+    for source in (tmp_path / "a.tar.gz", folder, folder.parent):
+        assert read_members(source) == read_members(source, [published]) == (published, members)
+    (folder / published.test).unlink()
+    with pytest.raises(UserError, match=f"{published.test} is missing; {published.remedy}"):
+        read_members(folder)
 
 
 REAL = os.environ.get("CIFAR100_ARCHIVE")
@@ -564,8 +681,8 @@ REAL = os.environ.get("CIFAR100_ARCHIVE")
 
 @pytest.mark.skipif(REAL is None, reason="CIFAR100_ARCHIVE is not set to the official archive")
 def test_official_pickles_match_pickle_load() -> None:
-    members = read_members(Path(str(REAL)))
-    assert is_official(members)
+    published, members = read_members(Path(str(REAL)))
+    assert published.is_official(members)
     for split in ("train", "test"):
         started = time.monotonic()
         raw = read(members[split], split)
@@ -589,9 +706,9 @@ NESTED = {  # a tuple instead of a module name, which a dict lookup would hash
 def test_nested_tuple_as_name_neither_hangs_nor_overflows_the_stack(shape: str) -> None:
     """Runs in a separate process, which could hang or crash."""
     script = (
-        "import sys\nfrom cifar_dist.data.ingest.pickles import read_pickle\n"
+        "import sys\nfrom cifar_dist.data.ingest.pickles import RawMeta, read_pickle\n"
         "from cifar_dist.utils.errors import UserError\n"
-        "try: read_pickle(sys.stdin.buffer, 'train')\n"
+        "try: read_pickle(sys.stdin.buffer, 'train', RawMeta(fine_label_names=['a'], coarse_label_names=['b']))\n"
         "except UserError as error: print(error)\n"
     )
     done = subprocess.run(

@@ -13,22 +13,33 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
-from small_data import first_rows, small_data, write_pickles
+from small_data import cifar_10_members, first_rows, small_data, with_classes, write_pickles
 
-from cifar_dist.data.dataset import class_names, content_digest, load_split, read_digest, read_split
+from cifar_dist.data.dataset import (
+    class_names,
+    content_digest,
+    data_digest,
+    load_split,
+    read_digest,
+    read_split,
+)
 from cifar_dist.data.ingest import download as download_module
+from cifar_dist.data.ingest.archive import CIFAR_10, CIFAR_100, DATASETS
 from cifar_dist.data.ingest.download import download
 from cifar_dist.data.ingest.pickles import RawSplit
 from cifar_dist.data.ingest.preparation import prepare
 from cifar_dist.data.ingest.synthetic import pickle_members
 from cifar_dist.distributed import signals
 from cifar_dist.recipe.load import load_recipe, validate
+from cifar_dist.recipe.runs import training_data
 from cifar_dist.recipe.schema import Recipe
 from cifar_dist.training.start import ensure_data
 from cifar_dist.utils.errors import UserError
@@ -47,6 +58,17 @@ def packed(train: RawSplit = TRAIN) -> bytes:
 
 
 ARCHIVE = packed()
+DATA_10 = with_classes(10)
+
+
+def packed_10() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in cifar_10_members(*DATA_10).items():
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -77,6 +99,69 @@ def test_archive_and_folder_give_the_same_data(source: str, output: Path, tmp_pa
         prepare(str(folder), tmp_path / name, allow_unofficial=True)
         assert read_digest(tmp_path / name) == read_digest(output)
     assert sorted(path.name for path in output.parent.iterdir()) == ["data"]
+
+
+def test_cifar_10_archive_and_folder_give_the_same_data(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(packed_10())
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, data in cifar_10_members(*DATA_10).items():
+        (folder / name).write_bytes(data)
+    train, test, meta = DATA_10
+    for source, dataset in ((tmp_path / "a.tar.gz", CIFAR_10), (folder, None)):
+        output = tmp_path / f"from_{source.name}"
+        prepare(str(source), output, dataset=dataset, allow_unofficial=True)
+        digest = read_digest(output)
+        assert digest["content"] == "other"
+        assert digest["train"] == {"rows": 64, "sha256": content_digest(train, meta)}
+        assert digest["test"] == {"rows": 23, "sha256": content_digest(test, meta)}
+        assert read_split(output, "train").filenames == train.filenames
+
+
+def test_data_set_other_than_expected_is_refused(source: str, output: Path, tmp_path: Path) -> None:
+    """The data set is that of the URL, of --dataset, or that after which data.path is named."""
+    source_10 = tmp_path / "ten.tar.gz"
+    source_10.write_bytes(packed_10())
+    is_10, is_100 = (
+        "is CIFAR-10, not CIFAR-100; give cifar-100-",
+        "is CIFAR-100, not CIFAR-10; give",
+    )
+    assert_refused(str(source_10), output, is_10, dataset=CIFAR_100, allow_unofficial=True)
+    assert_refused(source, output, is_100, dataset=CIFAR_10, allow_unofficial=True)
+    assert_refused(CIFAR_100.url, output, is_100, dataset=CIFAR_10)
+    for name, wrong, match in (("cifar100", str(source_10), is_10), ("cifar10", source, is_100)):
+        with pytest.raises(UserError, match=match):
+            ensure_data(recipe_with(output / name, wrong))
+    command = r"not the official CIFAR-10; to use it, run `.*--dataset cifar10 --allow-unofficial"
+    with pytest.raises(UserError, match=command):
+        ensure_data(recipe_with(output, str(source_10)))
+
+
+def test_published_files_are_recognized(
+    output: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Published MD5s are those of small files here; see test_official_meta_of_cifar_10_reads_back."""
+    members = cifar_10_members(*DATA_10)
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in members.items()}
+    small = replace(CIFAR_10, md5=md5)
+    monkeypatch.setitem(DATASETS, "cifar10", small)
+    source = tmp_path / "ten.tar.gz"
+    source.write_bytes(packed_10())
+    prepare(str(source), output, dataset=small)
+    assert read_digest(output)["content"] == "cifar10"
+    recipe = recipe_with(output, str(source))
+    environment = {"data": data_digest(output)}
+    assert training_data(recipe, environment, output) == "CIFAR-10"
+    at_url = recipe_with(output, CIFAR_10.url)
+    assert training_data(at_url, environment, tmp_path / "absent") == "CIFAR-10"
+    capsys.readouterr()
+    prepare(None, output, dataset=small)  # complete, so nothing is downloaded
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="contains other data"):
+        prepare(None, output, dataset=CIFAR_100)
 
 
 def test_synthetic_data_include_their_pickles(
@@ -195,7 +280,7 @@ def test_caches_and_clutter_of_other_programs_are_ignored(source: str, output: P
     assert not list(output.glob("test/cache-*.arrow"))
 
 
-def assert_refused(source: str | None, output: Path, match: str, **options: bool) -> None:
+def assert_refused(source: str | None, output: Path, match: str, **options: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
         prepare(source, output, **options)
     assert "\n" not in str(caught.value)
@@ -430,7 +515,7 @@ def test_download_larger_than_cifar_is_aborted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download_module, "MAX_ARCHIVE_BYTES", len(ARCHIVE) - 1)
-    with pytest.raises(UserError, match="larger than CIFAR-100"):
+    with pytest.raises(UserError, match="larger than any CIFAR archive"):
         download(server.url, tmp_path / "part")
     assert list(tmp_path.iterdir()) == []
 

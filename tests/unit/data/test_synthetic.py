@@ -62,8 +62,8 @@ def test_written_pickles_can_be_read(tmp_path: Path) -> None:
         "test",
         "train",
     ]
-    members = read_members(tmp_path)
+    _, members = read_members(tmp_path)
     meta = read_meta(io.BytesIO(members["meta"]))
     for name, raw in (("train", TRAIN), ("test", TEST)):
-        result = read_pickle(io.BytesIO(members[name]), name)  # type: ignore[arg-type]
+        result = read_pickle(io.BytesIO(members[name]), name, meta)
         assert content_digest(result, meta) == content_digest(raw, META)
