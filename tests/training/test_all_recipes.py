@@ -100,8 +100,6 @@ UNUSED = {
     "averaging.every_steps",
     "averaging.warmup",
     "model.embedding_size",  # the tutorial's is the default
-    "model.mean",  # lite0_224's header
-    "model.std",
     "model.weights",
     "optim.eps",
     "optim.gamma",  # a tenth, everywhere
