@@ -139,7 +139,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
     Labels say on which data a group was trained, unless it is the same for all.
     """
-    same_data = len({run.environment.get("data") for run in runs if run.is_finished}) <= 1
+    finished = [run for run in runs if run.is_finished]
+    same_data = (
+        len({(run.environment.get("data"), run.recipe.data.labels) for run in finished}) <= 1
+    )
     by_config: dict[str, list[Run]] = {}
     for run in runs:
         if run.is_finished:

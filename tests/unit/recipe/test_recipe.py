@@ -26,7 +26,8 @@ SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_fit_the_schema(path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.name == (f"kd_{path.stem}" if path.parent.name == "kd" else path.stem)
+    prefix = f"{path.parent.name}_" if path.parent.name in ("kd", "cifar10") else ""
+    assert recipe.name == prefix + path.stem
     assert recipe.run.micro_batches is not None, (
         "a published recipe says its number of micro-batches"
     )
