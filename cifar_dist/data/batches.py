@@ -56,42 +56,10 @@ def num_steps_per_epoch(rows: int, batch_size: int) -> int:
     """Return the number of full batches in an epoch; raise UserError if there is none."""
     if rows < batch_size:
         raise UserError(
-            f"run.batch_size={batch_size} exceeds the {max(rows, 0)} training rows; lower "
-            "run.batch_size or data.val_size"
+            f"run.batch_size={batch_size} exceeds the {rows} training rows; lower run.batch_size, or "
+            "use more rows (data.val_size, data.fraction, data.long_tail)"
         )
     return rows // batch_size
-
-
-def check_val_size(val_size: int, *, classes: int, rows: int) -> None:
-    """Raise UserError if `val_size` of `rows` rows cannot be split evenly over the classes."""
-    if val_size % classes or val_size >= rows:
-        raise UserError(
-            f"data.val_size={val_size}: must be a multiple of {classes} (the number of classes) "
-            f"below {rows} (the number of rows)"
-        )
-
-
-def split_train_val(labels: Tensor, val_size: int) -> tuple[Tensor, Tensor]:
-    """Return the training rows and `val_size` validation rows, stratified by class.
-
-    Both are ascending, int64. The split depends on the labels and on `val_size` alone, so all seeds
-    and recipes share it.
-    """
-    classes = int(labels.max()) + 1
-    check_val_size(val_size, classes=classes, rows=len(labels))
-    per_class = val_size // classes
-    smallest = int(torch.bincount(labels, minlength=classes).min())
-    if per_class >= smallest:
-        raise UserError(
-            f"data.val_size={val_size}: takes {per_class} rows of each class, but one class has only "
-            f"{smallest}; lower it"
-        )
-    order = torch.randperm(len(labels), generator=generator("holdout"))
-    by_class = order[torch.argsort(labels.cpu()[order], stable=True)]
-    first = torch.searchsorted(labels.cpu()[by_class].contiguous(), torch.arange(classes))
-    is_val = torch.zeros(len(labels), dtype=torch.bool)
-    is_val[by_class[(first[:, None] + torch.arange(per_class)).flatten()]] = True
-    return (~is_val).nonzero().flatten(), is_val.nonzero().flatten()
 
 
 def epoch_order(rows: Tensor, *, seed: int, epoch: int, shuffle: bool) -> Tensor:

@@ -46,6 +46,7 @@ class Split:
     images: Tensor  # uint8 [N, 3, 32, 32]
     labels: Tensor  # int64 [N]
     on_host: bool = False  # do not copy or transform all images at once
+    coarse_labels: Tensor | None = None  # int64 [N], on the CPU: superclasses of the labels, if any
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the images of `rows` (int64 [B]) on the device, uint8 [B, 3, 32, 32].
@@ -201,6 +202,11 @@ def load_split(
     return _to_split(table, device, place, labels)
 
 
+def read_labels(root: Path, name: Literal["train", "test"], labels: Labels = "fine") -> Tensor:
+    """Return the labels of a split, int64 [N], without verifying its digest."""
+    return _to_split(_open_table(root, name), "cpu", "host", labels).labels
+
+
 def open_splits(
     root: Path,
     device: torch.device | str,
@@ -279,9 +285,15 @@ def _to_split(table: Any, device: torch.device | str, place: Place, of: Labels) 
         side = math.isqrt(flat.shape[1] // 3)
         images = flat.view(-1, 3, side, side)
         labels = torch.from_numpy(_labels(table, f"{of}_label"))
+        coarse_labels = None
+        if of == "fine" and "coarse_label" in table.schema.names:
+            coarse_labels = torch.from_numpy(_labels(table, "coarse_label"))
     on_host = place == "host"
     return Split(
-        images=images if on_host else images.to(device), labels=labels.to(device), on_host=on_host
+        images=images if on_host else images.to(device),
+        labels=labels.to(device),
+        on_host=on_host,
+        coarse_labels=coarse_labels,
     )
 
 

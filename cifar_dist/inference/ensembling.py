@@ -98,11 +98,15 @@ def stack_logits(
     first_logits, first_labels = predictions[0]
     for run, (logits, labels) in zip(runs, predictions, strict=True):
         if not torch.equal(labels, first_labels) or logits.shape != first_logits.shape:
-            raise UserError(
-                f"{run.folder} has other {what} than {runs[0].folder}; combine runs with the same "
-                "data and data.val_size"
-            )
+            raise other_rows(run, runs[0], what)
     return torch.stack([logits for logits, _ in predictions]), first_labels
+
+
+def other_rows(run: Run, first: Run, what: str) -> UserError:
+    return UserError(
+        f"{run.folder} has other {what} than {first.folder}; combine runs with the same data and "
+        "data.val_size, fraction, long_tail and label_noise"
+    )
 
 
 def validation_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
@@ -129,6 +133,8 @@ def validation_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
                 f"{run.folder} has no stored predictions for the validation rows at its last "
                 f"checkpoint; run `python -m cifar_dist.evaluate {run.folder}`, or use --uniform"
             )
+        if run.recipe.data.subset != runs[0].recipe.data.subset:  # labels may be the same
+            raise other_rows(run, runs[0], "validation rows")
         predictions.append(stored)
     return stack_logits(runs, predictions, "validation rows")
 

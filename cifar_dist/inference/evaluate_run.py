@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import (
     DIGEST,
     Hierarchy,
@@ -21,6 +20,7 @@ from cifar_dist.data.dataset import (
 )
 from cifar_dist.data.ingest.cifair import cifair_split
 from cifar_dist.data.ingest.near_duplicates import read_list
+from cifar_dist.data.training_rows import TrainingData, training_data
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
 from cifar_dist.evaluation.report import build_report, log_report, write_evaluation
@@ -179,19 +179,16 @@ def evaluate_run(
 
     if job.split == "val" and not recipe.data.val_size:
         raise UserError("this run has no validation rows (data.val_size is 0); use --split test")
-    val, train_rows = None, None
+    val = None
     if recipe.data.val_size:
-        train = load_split(job.data, "train", device, recipe.data.place, recipe.data.labels)
-        train_rows, val_rows = split_train_val(train.labels, recipe.data.val_size)
-        val = evaluate_rows(train, val_rows)
+        train = load_training_data(job, device)
+        assert train.val_rows is not None
+        val = evaluate_rows(train.split, train.val_rows)
     if job.split == "val":
         assert val is not None
         report = build_report(val, hierarchy)
         return RunEvaluation(result=val, val=val, report=report, hierarchy=hierarchy)
-    split = load_split(job.data, job.split, device, recipe.data.place, recipe.data.labels)
-    rows = torch.arange(len(split.labels))
-    if job.split == "train" and train_rows is not None:
-        rows = train_rows
+    split, rows = rows_of_split(job, device)
     result = evaluate_rows(split, rows)
     cifair_result = None
     if cifair is not None:
@@ -224,6 +221,23 @@ def evaluate_run(
             **ood_scores(result.logits, other_result.logits),
         }
     return RunEvaluation(result=result, val=val, report=report, hierarchy=hierarchy)
+
+
+def load_training_data(job: EvalJob, device: torch.device) -> TrainingData:
+    """Return the rows of `job.data` that its recipe trains and validates on, with its labels."""
+    data = job.recipe.data
+    split = load_split(job.data, "train", device, data.place, data.labels)
+    return training_data(data, split)
+
+
+def rows_of_split(job: EvalJob, device: torch.device) -> tuple[Split, torch.Tensor]:
+    """Return the training rows of the run, or all rows of the test split."""
+    if job.split == "train":
+        train = load_training_data(job, device)
+        return train.split, train.rows
+    data = job.recipe.data
+    split = load_split(job.data, "test", device, data.place, data.labels)
+    return split, torch.arange(len(split.labels))
 
 
 def log_evaluation(job: EvalJob, evaluation: RunEvaluation) -> None:

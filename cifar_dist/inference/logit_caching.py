@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.data.augment.augmentation import Augment
-from cifar_dist.data.batches import gather_batch, split_train_val
+from cifar_dist.data.batches import gather_batch
 from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.data.training_rows import select_rows
 from cifar_dist.distill.logit_cache import CacheWriter
 from cifar_dist.distill.teacher import OnlineTeacher, TeacherConfig, build_online_teacher
 from cifar_dist.distributed import signals
@@ -46,9 +47,7 @@ class TeacherRunner:
 
     def __init__(self, recipe: Recipe, split: Split, teacher: OnlineTeacher) -> None:
         self.recipe, self.split, self.teacher = recipe, split, teacher
-        rows = None
-        if recipe.data.val_size:
-            rows, _ = split_train_val(split.labels, recipe.data.val_size)
+        rows, _ = select_rows(recipe.data, split.labels)
         self.augment = Augment(recipe.augment, split, rows)
 
     def __call__(self, block: Block) -> Tensor:

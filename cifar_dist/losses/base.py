@@ -43,6 +43,11 @@ class Loss(ABC):
     def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         """Return the loss of each sample, [B], from float32 arguments with autocast disabled."""
 
+    @property
+    def balances_classes(self) -> bool:
+        """Whether each sample's loss is multiplied by the weight of its class (`balanced_weights`)."""
+        return False
+
     def weight_at(self, epoch: int) -> float:
         """Return the weight in an epoch, counted from 0."""
         return self.weight

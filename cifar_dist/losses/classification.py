@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,9 +15,21 @@ from cifar_dist.utils.config import Share, config
 
 @config
 class CrossEntropy(Loss):
-    """Softmax cross-entropy of the logits; label smoothing as in Szegedy et al. 2016."""
+    """Softmax cross-entropy of the logits; label smoothing as in Szegedy et al. 2016.
+
+    `class_weights: balanced` multiplies each sample's loss by the weight of its label (see
+    `balanced_weights`). Without label smoothing this is `weight=` of `F.cross_entropy`, which with
+    smoothing weighs the terms of the other classes as well.
+    """
 
     label_smoothing: Share = 0.0  # part of the target spread evenly over all classes
+    # balanced: weigh samples by the inverse frequency of their class in the training rows, with mean 1;
+    # null: all equally
+    class_weights: Literal["balanced"] | None = None
+
+    @property
+    def balances_classes(self) -> bool:
+        return self.class_weights == "balanced"
 
     def per_sample(self, outputs: Outputs, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         smoothing = self.label_smoothing
@@ -42,3 +56,15 @@ class BinaryCrossEntropy(Loss):
         high = 1 - self.label_smoothing + low
         targets = torch.full_like(logits, low).scatter(1, labels[:, None], high)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Return a weight for each class, f32 [C], given the labels of all training rows, int64 [N].
+
+    Weight c is N / (K * n_c), with n_c rows of class c and K classes that have rows: inversely
+    proportional to the frequency, with mean 1 over the rows. These are the weights "balanced" of
+    scikit-learn. A class without rows has weight 0.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).double()
+    weights = len(labels) / ((counts > 0).sum() * counts)
+    return torch.where(counts > 0, weights, 0.0).float()

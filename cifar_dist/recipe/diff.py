@@ -30,7 +30,7 @@ NON_SEMANTIC_KEYS = (
 )
 TEACHER_PLACEMENT_KEYS = (".placement", ".shard_over", ".cache")  # likewise, of each teacher
 # Runs that differ only in these are seeds of one experiment.
-SEED_KEYS = ("name", "run.seed", "run.micro_batches", "augment.seed")
+SEED_KEYS = ("name", "run.seed", "run.micro_batches", "augment.seed", "data.label_noise.seed")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.augment.padded_images import padded_bytes
-from cifar_dist.data.batches import check_val_size, num_steps_per_epoch
-from cifar_dist.data.dataset import Place, class_names, no_superclasses_error, read_digest
+from cifar_dist.data.batches import num_steps_per_epoch
+from cifar_dist.data.dataset import Place, class_names, no_superclasses_error, read_labels
 from cifar_dist.data.ingest.archive import CIFAR_100
 from cifar_dist.data.ingest.preparation import find_published
+from cifar_dist.data.training_rows import select_rows
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.models.classifier import Classifier, ModelConfig, build_model, num_parameters
 from cifar_dist.models.freeze import find_unfreeze_epochs, freeze
@@ -94,10 +95,12 @@ def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
             torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         )
     has_data = (data / "digest.json").exists()
-    rows = read_digest(data)["train"]["rows"] if has_data else 50_000
     classes = num_classes(recipe)
-    check_val_size(recipe.data.val_size, classes=classes, rows=rows)
-    steps = num_steps_per_epoch(rows - recipe.data.val_size, run.batch_size)
+    labels = torch.arange(50_000) % classes
+    if has_data:
+        labels = read_labels(data, "train", recipe.data.labels)
+    rows, _ = select_rows(recipe.data, labels)
+    steps = num_steps_per_epoch(len(rows), run.batch_size)
     micro_batches = run.micro_batches or 1
     # SAM takes two passes, and keeps the weights and the first gradient besides the second one.
     passes = 2 if recipe.optim.sam else 1
@@ -134,7 +137,7 @@ def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
         total_steps=run.epochs * steps,
         rows_per_micro_batch=-(-run.batch_size // micro_batches),
         memory_bytes=cost["memory_bytes"] + 4 * sum(num_parameters(one) for one in teachers),
-        data_bytes=data_bytes(recipe, rows),
+        data_bytes=data_bytes(recipe, len(labels)),
         data_place=recipe.data.place,
         steps_per_second=steps_per_second,
     )

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from cifar_dist.recipe.schema import ADAPTER, DataConfig, Recipe
+from cifar_dist.data.training_rows import DataConfig
+from cifar_dist.recipe.schema import ADAPTER, Recipe
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.recipe_files import apply_override, read_yaml
 from cifar_dist.utils.suggest import refuse_unknown_keys

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from cifar_dist.data.augment.augmentation import AugmentConfig
-from cifar_dist.data.dataset import Labels, Place
+from cifar_dist.data.training_rows import DataConfig
 from cifar_dist.distill.teacher import TeacherConfig
 from cifar_dist.distributed.tree_sum import GradReduceDtype, Reduction
 from cifar_dist.losses.base import Loss
@@ -86,20 +86,6 @@ class RunConfig:
     @property
     def may_skip(self) -> bool:
         return self.on_nonfinite == "skip" or self.precision == "fp16"
-
-
-@config
-class DataConfig:
-    """Where the Arrow data are, and what they are made from if they are missing."""
-
-    path: str = "data/cifar100"  # folder of the prepared data
-    # archive, folder or URL from which missing data are prepared; sample: synthetic data; null: none
-    source: str | None = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
-    labels: Labels = "fine"  # fine: the classes; coarse: the superclasses of CIFAR-100
-    # device: images in device memory; host: in the page cache of the host, copied for each step
-    place: Place = "device"
-    shuffle: bool = True  # a new order of the training images in each epoch
-    val_size: Index = 0  # training images to hold out for validation, stratified by class
 
 
 @config

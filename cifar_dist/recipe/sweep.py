@@ -18,12 +18,15 @@ from cifar_dist.utils.recipe_files import find_recipe, read_yaml
 from cifar_dist.utils.suggest import refuse_unknown_keys
 
 METRICS = ("val_top1", "val_top5", "val_loss")
-# Without them, or with one value of them, the trials could not be compared.
+# Without them, or with one value of them and of their own keys, the trials could not be compared.
 FIXED_KEYS = (
     "name",
     "run.output_dir",
     "run.epochs",
     "data.val_size",
+    "data.fraction",
+    "data.long_tail",
+    "data.label_noise",
     "data.path",
     "tracking.group",
 )
@@ -90,7 +93,7 @@ class Sweep:
             )
         if not self.search:
             raise ValueError("search is empty; name at least one key, like optim.lr")
-        if fixed := [key for key in FIXED_KEYS if key in self.search]:
+        if fixed := [key for key in self.search if key.startswith(FIXED_KEYS)]:
             raise ValueError(f"search cannot contain {fixed[0]}")
         if self.sampler.name == "grid":
             if any(values.choices is None for values in self.search.values()):

@@ -112,8 +112,13 @@ def cache_fingerprint(recipe: Recipe, teacher: TeacherWeights) -> dict[str, Any]
     del augment["workers"]  # images do not depend on who makes them
     if recipe.augment.views == "all":
         del augment["seed"]  # every draw is one of the enumerated views
-    if recipe.augment.uses_mixing:  # partners are training rows
+    if recipe.augment.uses_mixing:  # partners are training rows; no image depends on a label
         augment["val_size"] = recipe.data.val_size
+        fraction, long_tail = recipe.data.subset
+        if fraction != 1:
+            augment["fraction"] = fraction
+        if long_tail:
+            augment["long_tail"] = long_tail.imbalance
     model = asdict(teacher.model)
     del model["freeze"]  # does not change a trained model
     fingerprint = {

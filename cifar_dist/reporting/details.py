@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from cifar_dist.data.batches import split_train_val
 from cifar_dist.data.dataset import Hierarchy, load_split, read_hierarchy
+from cifar_dist.data.training_rows import training_data
 from cifar_dist.evaluation.report import compute_metrics
 from cifar_dist.evaluation.robustness import corruption_table
 from cifar_dist.evaluation.scores import confusion, merge_classes
@@ -64,15 +63,9 @@ def run_details(run: Run, data: Path) -> Details:
     assert run.predictions is not None
     logits, labels = run.predictions
     of = run.recipe.data.labels
-    hierarchy, test, train = (
-        read_hierarchy(data, of),
-        load_split(data, "test", labels=of),
-        load_split(data, "train", labels=of),
-    )
+    hierarchy, test = read_hierarchy(data, of), load_split(data, "test", labels=of)
+    train = training_data(run.recipe.data, load_split(data, "train", labels=of))
     evaluation = run.evaluation or compute_metrics(logits, labels, hierarchy)
-    rows = torch.arange(len(train.labels))
-    if run.recipe.data.val_size:
-        rows, _ = split_train_val(train.labels, run.recipe.data.val_size)
     chart, note = calibration(evaluation)
     classes = [
         {key: words(value) if isinstance(value, str) else value for key, value in row.items()}
@@ -102,8 +95,8 @@ def run_details(run: Run, data: Path) -> Details:
         mistakes=confident_mistakes(logits, labels, test.images, names, count=NUM_MISTAKES),
         views=augmented_views(
             run.recipe.augment,
-            train,
-            rows,
+            train.split,
+            train.rows,
             num_images=NUM_VIEWS,
             epochs=min(VIEW_EPOCHS, run.recipe.run.epochs),
         ),

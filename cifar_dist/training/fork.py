@@ -27,7 +27,8 @@ class Fork:
     differences: list[str]  # of the recipes, like `optim.lr: 0.1 -> 0.01`
     start_step: int  # of the new run: `step`, or 0 with a schedule of its own
     keeps_average: bool  # whether the average of the weights continues
-    val_size: int  # the least validation rows of the origin and its own origins
+    # the least validation rows of the origin and its own origins; 0 if they chose other subsets
+    val_size: int
     experiment: str  # digest, equal for forks of runs that differ only in their seeds
 
     @property
@@ -55,10 +56,17 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
         )
     parent = Fork(**progress["origin"]) if progress.get("origin") else None
     val_size = min(origin.data.val_size, parent.val_size if parent else origin.data.val_size)
+    remedy = ""
+    if (
+        recipe.data.subset != origin.data.subset
+    ):  # validation rows of one are training rows of another
+        if val_size:
+            remedy = ", or data.fraction and data.long_tail as in its recipe"
+        val_size = 0
     if recipe.data.val_size > val_size:
         raise UserError(
             f"--fork {folder}: was trained on rows that data.val_size={recipe.data.val_size} uses for "
-            f"validation, so the validation accuracy would be wrong; set data.val_size={val_size}"
+            f"validation, so the validation accuracy would be wrong; set data.val_size={val_size}{remedy}"
         )
     same_steps = all(
         before == after
@@ -66,13 +74,14 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
             (origin.run.batch_size, recipe.run.batch_size),
             (origin.run.epochs, recipe.run.epochs),
             (origin.data.val_size, recipe.data.val_size),
+            (origin.data.subset, recipe.data.subset),
         )
     )
     summary = read_summary(folder) or {}
     if same_steps and summary.get("finished"):
         raise UserError(
             f"--fork {folder}: has finished all its {origin.run.epochs} epochs, and a fork with the same "
-            "run.epochs, run.batch_size and data.val_size continues at its step, so nothing would be "
+            "run.epochs, run.batch_size and training rows continues at its step, so nothing would be "
             "trained; another run.epochs starts a new schedule of that many epochs"
         )
     experiment = [seed_free_config(origin), progress["step"], parent and parent.experiment]

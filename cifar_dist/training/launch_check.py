@@ -22,7 +22,8 @@ from accelerate import Accelerator
 
 import cifar_dist
 from cifar_dist.data.batches import num_steps_per_epoch
-from cifar_dist.data.dataset import SPLITS, class_names, data_digest, read_digest, read_split
+from cifar_dist.data.dataset import SPLITS, class_names, data_digest, read_labels, read_split
+from cifar_dist.data.training_rows import select_rows
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.distributed.launch import destroy_distributed, init_distributed
 from cifar_dist.recipe.schema import Recipe, to_yaml
@@ -138,8 +139,8 @@ def check_data(recipe: Recipe, context: DistContext) -> Check:
         for split in SPLITS:
             read_split(path, split)
         class_names(path, recipe.data.labels)
-        rows = read_digest(path)["train"]["rows"]
-        num_steps_per_epoch(rows - recipe.data.val_size, recipe.run.batch_size)
+        rows, _ = select_rows(recipe.data, read_labels(path, "train", recipe.data.labels))
+        num_steps_per_epoch(len(rows), recipe.run.batch_size)
         return data_digest(path)[:12]
 
     try:

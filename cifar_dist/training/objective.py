@@ -33,15 +33,22 @@ class Objective:
     """The weighted sum of the recipe's losses.
 
     Distillation losses compare logits, not cosines: the cosines of a student are multiplied by the
-    scale of its other losses first, as in an evaluation.
+    scale of its other losses first, as in an evaluation. `class_weights`, f32 [C], multiply those losses
+    that balance the classes.
     """
 
     def __init__(
-        self, augment: Augment, losses: Mapping[str, Loss], teacher: Teacher | None = None
+        self,
+        augment: Augment,
+        losses: Mapping[str, Loss],
+        teacher: Teacher | None = None,
+        *,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.augment = augment
         self.losses = dict(losses)
         self.teacher = teacher
+        self.class_weights = class_weights  # CUDA graphs read its memory
         self.logit_scale = logit_scale(losses.values())
 
     @property
@@ -79,6 +86,8 @@ class Objective:
         for name, loss in self.losses.items():
             loss_outputs = scaled if loss.needs_teacher else outputs
             loss_of = partial(loss, loss_outputs, teacher_logits=teacher_logits)
+            if loss.balances_classes:
+                loss_of = partial(self.class_weighted, loss_of)
             terms[name] = mixup_weighted(batch, loss_of)
         weights = self.weights(epoch)
         weighted = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
@@ -86,6 +95,11 @@ class Objective:
         predicted = outputs.logits.detach().argmax(1)
         terms["top1"] = 100.0 * mixup_weighted(batch, lambda labels: (predicted == labels).float())
         return terms
+
+    def class_weighted(self, loss_of: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+        """Return `loss_of(labels)`, f32 [B], times the weight of each label's class."""
+        assert self.class_weights is not None
+        return self.class_weights.index_select(0, labels) * loss_of(labels)
 
 
 def sum_terms(terms: Terms) -> Tensor:

@@ -21,16 +21,17 @@ from cifar_dist.data.batches import (
     Batch,
     BatchPlan,
     num_steps_per_epoch,
-    split_train_val,
     train_batches,
 )
 from cifar_dist.data.dataset import Split, class_names, classes_digest, data_digest, open_splits
 from cifar_dist.data.streaming import stream_images
+from cifar_dist.data.training_rows import describe_rows, training_data
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
 from cifar_dist.distributed import signals
 from cifar_dist.distributed.context import DistContext, rank_mesh
 from cifar_dist.distributed.tree_sum import is_exact
 from cifar_dist.evaluation.evaluator import EvalResult, evaluate
+from cifar_dist.losses.classification import balanced_weights
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.models.backbones import fetch_pretrained
 from cifar_dist.models.classifier import build_model
@@ -154,12 +155,11 @@ def setup(
     start = origin.start
 
     data = recipe.data
-    train_split, test_split, check_data = open_splits(
+    original_split, test_split, check_data = open_splits(
         Path(data.path), device, data.place, data.labels
     )
-    rows, val_rows = torch.arange(len(train_split.labels)), None
-    if data.val_size:
-        rows, val_rows = split_train_val(train_split.labels, data.val_size)
+    selected = training_data(data, original_split)
+    train_split, rows = selected.split, selected.rows
     steps_per_epoch = num_steps_per_epoch(len(rows), recipe.run.batch_size)
     total_steps = recipe.run.epochs * steps_per_epoch
 
@@ -172,7 +172,12 @@ def setup(
     )
     streamed = stack.enter_context(stream_images(recipe.augment, train_split, rows, batches_of))
     augment = Augment(recipe.augment, train_split, rows, image_source=workers or streamed)
-    objective = Objective(augment, recipe.losses, teacher)
+    objective = Objective(
+        augment,
+        recipe.losses,
+        teacher,
+        class_weights=balanced_weights(train_split.labels[rows.to(device)], origin.num_classes),
+    )
     freeze(
         model, recipe.model.freeze, epoch=None
     )  # everything that ever trains gets optimizer state
@@ -213,7 +218,7 @@ def setup(
         train_split=train_split,
         test_split=test_split,
         rows=rows,
-        val_rows=val_rows,
+        val_rows=selected.val_rows,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         objective=objective,
@@ -239,6 +244,8 @@ def setup(
         "micro-batch(es)"
         + (f"; resuming from step {state.step} of {total_steps}" if start.is_resumed else "")
     )
+    if description := describe_rows(data, original_split, selected):
+        log.info(f"training data: {description}")
     if recipe.run.reduction == "exact" and not is_exact(origin.micro_batches, context.world_size):
         log.info(
             f"{context.world_size} processes give the results of one up to rounding; 1, 2, 4, 8, ... or "

@@ -75,6 +75,7 @@ def test_bad_data_or_output_is_a_line_of_the_table(
         ({"model": {"backbone": "test_resnett"}}, "model"),
         ({"optim": {"name": "adamv"}}, "model"),
         ({"model": {"weights": "absent.pth"}}, "weights"),
+        ({"data": {"long_tail": {"imbalance": 2}}}, "data"),
         (with_teachers("absent"), "teachers"),
         (with_teachers("big", placement="cached") | {"augment": {"views": 2}}, "teachers"),
     ],

@@ -174,6 +174,19 @@ def test_existing_output_is_kept_unless_forced(
     assert [member["run"] for member in report["members"]] == ["runs/s1", "runs/s0"]
 
 
+@pytest.mark.parametrize("change", ["fraction: 0.5", "long_tail: {imbalance: 2}"])
+def test_validation_rows_of_another_subset_are_refused(two_runs: Path, change: str) -> None:
+    """Also if their labels happen to be the same, as in data that are sorted by class."""
+    path = two_runs / "runs/s1/recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] |= yaml.safe_load(change)
+    path.write_text(yaml.safe_dump(recipe))
+    runs = [read_run(two_runs / "runs" / name) for name in ("s0", "s1")]
+    with pytest.raises(UserError, match=r"s1 has other validation rows than .*s0; combine runs"):
+        combine(runs, uniform=False)
+    combine(runs, uniform=True)
+
+
 def test_unusable_runs_are_refused_with_a_remedy(
     two_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,10 @@ def write_records(run: SweepFolder, number: int, values: Sequence[float]) -> Non
         ),
         ({"search": {"optim.lr": {"choices": [0.1, -1.0]}}}, "with optim.lr=-1.0: .*greater than"),
         ({"search": {"data.val_size": {"choices": [1]}}}, "search cannot contain data.val_size"),
+        (
+            {"search": {"data.label_noise.rate": {"choices": [0.1]}}},
+            "search cannot contain data.label_noise.rate",
+        ),
         ({"metric": "top1"}, "metric must be one of val_top1.*overestimate"),
         ({"set": {}}, "needs validation rows: add `set: {data.val_size: 5000}`"),
         ({"sampler": {"name": "random"}}, "trials is missing"),

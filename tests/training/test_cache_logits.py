@@ -204,6 +204,37 @@ WRONG = {  # overrides, and the difference in the error
 }
 
 
+def test_cache_depends_on_the_rows_of_mixed_images_and_on_nothing_else(
+    tmp_path: Path, recipe: RecipeMaker, teacher: TeacherMaker, middle_data: Path
+) -> None:
+    """Partners are training rows, so a subset changes mixed images. No image depends on a label."""
+    teacher("big")
+    noise = "data.label_noise={kind: symmetric, rate: 0.4}"
+    subsets = {
+        "data.fraction=0.5": "augment.fraction: None -> 0.5",
+        "data.long_tail.imbalance=2": "augment.long_tail: None -> 2.0",
+    }
+    for name, mixup in (("mixed", 0.4), ("plain", 0)):
+        sections = cached("big", views=1, mixup=mixup)
+        path = recipe(name, **sections, data={"path": str(middle_data)}, run={"epochs": 1})
+        folders: dict[str, Path] = {}
+        for change in ("name=a", noise, *subsets):
+            folders[change] = tmp_path / f"{name}_{len(folders)}"
+            cache(path, change, f"teacher.cache={folders[change]}", cwd=tmp_path)
+        original = folders["name=a"]
+        expected = (original / "logits.npy").read_bytes()
+        assert (folders[noise] / "logits.npy").read_bytes() == expected
+        assert "is complete" in cache(path, noise, f"teacher.cache={original}", cwd=tmp_path)
+        for change, difference in subsets.items():
+            same = (folders[change] / "logits.npy").read_bytes() == expected
+            assert same == (name == "plain")
+            words = [path, change, f"teacher.cache={original}"]
+            output = cache(*words, cwd=tmp_path, expect=0 if same else 2)
+            assert ("is complete" if same else difference) in output
+    words = ["data.fraction=0.5", f"teacher.cache={tmp_path / 'mixed_0'}"]
+    assert "fraction" in train(tmp_path / "mixed.yaml", *words, cwd=tmp_path, expect=2)
+
+
 def test_cache_with_another_fingerprint_is_an_error_before_the_first_step(
     tmp_path: Path,
     recipe: RecipeMaker,

@@ -330,6 +330,10 @@ CASES: dict[str, dict[str, Any]] = {
             "distill": Distill(weight=0.5, warmup_epochs=2),
         },
     },
+    "weighted classes": {
+        "optim": "sgd",
+        "losses": {"cross_entropy": CrossEntropy(class_weights="balanced")},
+    },
     "arcface, adamw, bf16": {
         "optim": "adamw",
         "precision": "bf16",
@@ -374,7 +378,8 @@ def bits_after(
         else None
     )
     augment = Augment(AugmentConfig(crop_padding=4, hflip=True, mixup=0.2, cutmix=1.0), split)
-    objective = Objective(augment, losses, teacher)
+    class_weights = torch.linspace(0.5, 2, 100)
+    objective = Objective(augment, losses, teacher, class_weights=class_weights)
     optimizer = build_optimizer(OptimConfig(name=optim, weight_decay=2**-7), network)
     step_config = StepConfig(precision=precision, seed=0, batch_size=20, max_grad_norm=1.0)
     if recorder:

@@ -21,6 +21,7 @@ from cifar_dist.distributed.context import DistContext as RankGroup
 from cifar_dist.inference.ensembling import combine
 from cifar_dist.inference.stored_run import read_run
 from cifar_dist.optim.optimizer import OptimConfig, build_optimizer
+from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.runs import load_model, load_run
 from cifar_dist.recipe.teachers import find_teacher
 from cifar_dist.reporting.comparison import group_runs, latex_table
@@ -30,6 +31,7 @@ from cifar_dist.run_folder.checkpoint import (
     load_progress,
     load_tensors,
 )
+from cifar_dist.training.fork import Fork, plan_fork
 from cifar_dist.training.metric_window import MetricWindow
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import sha256
@@ -255,6 +257,37 @@ def test_fork_of_a_fork_keeps_the_rows_that_its_origins_trained_on(
     train(path, "name=fewer", "--fork", "runs/val", "data.val_size=100", cwd=tmp_path)
     words = ["name=more", "--fork", "runs/fewer", "data.val_size=200"]
     assert "set data.val_size=100" in train(path, *words, cwd=tmp_path, expect=2)
+
+
+def test_fork_with_another_subset_has_no_validation_rows(
+    tmp_path: Path, recipe: RecipeMaker, middle_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation rows of one subset are training rows of another; noise changes no rows."""
+    monkeypatch.chdir(tmp_path)
+    data = {"path": str(middle_data), "val_size": 100, "fraction": 0.5}
+    path = recipe(run={"epochs": 1, "batch_size": 50}, data=data)
+    train(path, cwd=tmp_path)
+
+    def planned(folder: str, *changes: str) -> Fork:
+        changed = load_recipe(path, ["run.epochs=2", *changes])
+        saved = load_progress(checkpoints(Path(folder, "checkpoints"))[0])
+        return plan_fork(changed, Path(folder), data=saved["data"])
+
+    for change in ("data.fraction=1.0", "data.long_tail.imbalance=2"):
+        with pytest.raises(UserError, match=r"set data\.val_size=0, or data\.fraction and data\."):
+            planned("runs/tiny", change)
+        assert planned("runs/tiny", change, "data.val_size=0").val_size == 0
+    noise = "data.label_noise={kind: symmetric, rate: 0.4}"
+    noisy = planned("runs/tiny", noise)
+    assert noisy.val_size == 100
+    assert "data.label_noise.rate: None -> 0.4" in noisy.differences
+    whole = ["name=whole", "data.fraction=1.0", "data.val_size=0"]
+    train(path, *whole, "--fork", "runs/tiny", cwd=tmp_path)
+    with pytest.raises(UserError, match=r"set data\.val_size=0$"):
+        planned("runs/whole")
+    with pytest.raises(UserError, match=r"set data\.val_size=0$"):
+        planned("runs/whole", "data.fraction=1.0")
+    assert planned("runs/whole", "data.val_size=0").start_step == 0
 
 
 def test_damaged_checkpoint_does_not_replace_a_valid_one(

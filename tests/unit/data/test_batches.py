@@ -13,10 +13,10 @@ from cifar_dist.data.batches import (
     epoch_order,
     eval_blocks,
     micro_batch_bounds,
-    split_train_val,
     train_batches,
 )
 from cifar_dist.data.dataset import Split, load_split
+from cifar_dist.data.training_rows import split_train_val
 from cifar_dist.utils.errors import UserError
 
 

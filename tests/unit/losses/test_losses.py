@@ -10,15 +10,20 @@ import pytest
 import torch
 from outputs import outputs_of
 from pytorch_metric_learning.losses import ArcFaceLoss
+from sklearn.utils.class_weight import compute_class_weight
 from timm.loss import BinaryCrossEntropy as TimmsBinaryCrossEntropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar_dist.losses.classification import BinaryCrossEntropy, CrossEntropy
+from cifar_dist.data.augment.augmentation import Augment, AugmentConfig, AugmentedBatch
+from cifar_dist.data.dataset import Split
+from cifar_dist.losses.base import Loss
+from cifar_dist.losses.classification import BinaryCrossEntropy, CrossEntropy, balanced_weights
 from cifar_dist.losses.margin import ArcFace, CosFace, SphereFace
 from cifar_dist.losses.metric import SupCon
 from cifar_dist.losses.registry import LOSSES, logit_scale
 from cifar_dist.models.heads import Outputs
+from cifar_dist.training.objective import LossInputs, Objective
 
 WITHOUT_TEACHER = [make() for make in LOSSES.values() if not make.needs_teacher]
 
@@ -50,6 +55,40 @@ def test_cross_entropy_matches_torch_and_ignores_its_weight():
     assert torch.equal(
         result, F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     )
+
+
+def test_balanced_weights_match_scikit_learn_and_have_mean_1():
+    labels = torch.arange(6).repeat_interleave(torch.tensor([500, 3, 40, 1, 77, 9]))
+    weights = balanced_weights(labels, 6)
+    oracle = compute_class_weight("balanced", classes=torch.arange(6).numpy(), y=labels.numpy())
+    torch.testing.assert_close(weights, torch.from_numpy(oracle).float())
+    assert weights[labels].mean().item() == pytest.approx(1)
+    empty = balanced_weights(labels, 8)  # classes without rows do not change the others
+    assert torch.equal(empty, torch.cat([weights, torch.zeros(2)]))
+    assert torch.equal(balanced_weights(torch.arange(5).repeat(7), 5), torch.ones(5))
+
+
+def test_balanced_cross_entropy_is_that_of_torch_with_weights():
+    """Other losses have no weights; a mixed image has the weighted loss of both labels."""
+    logits, labels, partners = torch.randn(16, 10), torch.arange(16) % 10, torch.arange(16) % 7
+    weights, lam = balanced_weights(torch.arange(55) % 10, 10), torch.rand(16)
+    images = torch.zeros(16, 3, 32, 32, dtype=torch.uint8)
+    losses: dict[str, Loss] = {"cross_entropy": CrossEntropy(class_weights="balanced")}
+    losses["bce"] = BinaryCrossEntropy()
+    objective = Objective(
+        Augment(AugmentConfig(), Split(images=images, labels=labels)), losses, class_weights=weights
+    )
+    mixed = AugmentedBatch(
+        images=images, labels=labels, view_ids=labels, partner_labels=partners, lam=lam
+    )
+    inputs = LossInputs(mixed, None, 0)
+    terms = objective.compute_losses(lambda _: outputs_of(logits), inputs)
+    expected = [
+        F.cross_entropy(logits, of, weight=weights, reduction="none") for of in (labels, partners)
+    ]
+    torch.testing.assert_close(terms["cross_entropy"], lam * expected[0] + (1 - lam) * expected[1])
+    bce = [BinaryCrossEntropy()(outputs_of(logits), of) for of in (labels, partners)]
+    torch.testing.assert_close(terms["bce"], lam * bce[0] + (1 - lam) * bce[1])
 
 
 def test_bce_hand_computed():

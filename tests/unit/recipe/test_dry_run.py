@@ -86,9 +86,20 @@ def test_a_recipe_without_a_whole_step_is_refused(sections: dict[str, Any]) -> N
         plan(**sections)
 
 
+def test_steps_are_those_of_the_training_rows(middle_data: Path) -> None:
+    def steps(**data: Any) -> int:
+        return plan(data=data, run={"batch_size": 10}).steps_per_epoch
+
+    assert steps(long_tail={"imbalance": 100}) == 1084  # of 10,847 rows, assumed balanced
+    assert steps(long_tail={"imbalance": 100}, val_size=400) == 1044
+    assert steps(fraction=0.1, label_noise={"kind": "symmetric", "rate": 0.2}) == 500
+    assert steps(path=str(middle_data), source=None, fraction=0.5, val_size=100) == 20
+
+
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
+        ({"data": {"fraction": 0.01, "long_tail": {"imbalance": 6}}}, "imbalance=6: .*at most 5"),
         ({"data": {"val_size": 7}}, "multiple of 100"),
         ({"data": {"val_size": 60000}}, "below 50000"),
         ({"optim": {"layer_decay": 0.7}, "model": {"backbone": "resnet8x4"}}, "layer_decay"),

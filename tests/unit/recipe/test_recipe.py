@@ -300,6 +300,8 @@ def test_evaluation_interval_is_semantic_with_early_stopping(tmp_path: Path) -> 
     [
         "run.epochs=3", "run.batch_size=500", "run.micro_batches=4", "run.precision=fp32", "run.seed=1",
         "run.grad_reduce_dtype=bf16", "run.deterministic=true", "data.shuffle=false", "data.val_size=500",
+        "data.fraction=0.5", "data.long_tail.imbalance=10", "data.label_noise={kind: symmetric, rate: 0.1}",
+        "losses={cross_entropy: {class_weights: balanced}}",
         "model.drop_rate=0.1", "augment.hflip=true", "augment.seed=1", "augment.albumentations=[{HorizontalFlip: {}}]",
         "optim.lr=0.1", "optim.weight_decay=0.1", "averaging.decay=0.9", "losses.bce.weight=1",
     ],
@@ -338,6 +340,9 @@ def test_seed_free_config_ignores_only_seeds(tmp_path: Path) -> None:
     for seeds in ("name=b", "run.seed=1", "run.micro_batches=2", "augment.seed=3"):
         assert seed_free_config(load_recipe(path, [seeds])) == base
     assert seed_free_config(load_recipe(path, ["optim.lr=1"])) != base
+    noise = "data.label_noise={kind: symmetric, rate: 0.1, seed: %s}"
+    first, second = (seed_free_config(load_recipe(path, [noise % seed])) for seed in (0, 1))
+    assert first == second != base
 
 
 def test_max_consecutive_skips(tmp_path: Path) -> None:
@@ -383,6 +388,10 @@ def test_every_known_key_is_in_a_resolved_recipe() -> None:
             {
                 "name": "a",
                 "augment": {**changes, "one_of": changes},
+                "data": {
+                    "label_noise": {"kind": "symmetric", "rate": 0.1},
+                    "long_tail": {"imbalance": 10},
+                },
                 "averaging": {},
                 "optim": {"sam": {}},
                 "losses": fitting,
