@@ -95,12 +95,12 @@ def training_data(config: DataConfig, split: Split) -> TrainingData:
 def describe_rows(config: DataConfig, original: Split, data: TrainingData) -> str | None:
     """Return how the training rows differ from the whole split; None if by the validation rows alone."""
     parts = []
-    counts = torch.bincount(original.labels.cpu()[data.rows])
     if config.subset != (1.0, None):
-        parts.append(
-            f"{len(data.rows):,} of {len(original.labels):,} rows, {int(counts.min())} to "
-            f"{int(counts.max())} per class"
-        )
+        counts = torch.bincount(original.labels.cpu()[data.rows])
+        low, high = int(counts[counts > 0].min()), int(counts.max())
+        per_class = f"{low}" if low == high else f"{low} to {high}"
+        total = len(original.labels)
+        parts.append(f"{len(data.rows):,} of {total:,} rows, {per_class} per class")
     if config.label_noise:
         rows = data.rows.to(original.labels.device)
         wrong = int((data.split.labels != original.labels)[rows].sum())

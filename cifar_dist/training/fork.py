@@ -57,9 +57,8 @@ def plan_fork(recipe: Recipe, folder: Path, *, data: str) -> Fork:
     parent = Fork(**progress["origin"]) if progress.get("origin") else None
     val_size = min(origin.data.val_size, parent.val_size if parent else origin.data.val_size)
     remedy = ""
-    if (
-        recipe.data.subset != origin.data.subset
-    ):  # validation rows of one are training rows of another
+    if recipe.data.subset != origin.data.subset:
+        # Validation rows of one subset are training rows of another.
         if val_size:
             remedy = ", or data.fraction and data.long_tail as in its recipe"
         val_size = 0

@@ -25,7 +25,7 @@ HARDER = {
     "fraction": 0.67,  # 4 of the 6 rows of each class
     "long_tail": {"imbalance": 2},  # 4 to 2 rows
     "val_size": 100,
-    "label_noise": {"kind": "asymmetric", "rate": 0.5},
+    "label_noise": {"kind": "asymmetric", "rate": 0.6},  # also the only validation row of a class
 }
 
 
@@ -86,9 +86,11 @@ def test_evaluation_uses_the_noisy_labels_of_validation_and_training_rows_but_cl
     launch = Launch("evaluate", ["runs/tiny"], cwd=tmp_path)
     assert launch.wait() == [0], launch.output
     data, run = selected(harder), tmp_path / "runs/tiny"
+    original = load_split(Path(load_recipe(harder).data.path), "train")
     stored = load_file(run / "evaluation/val_predictions.safetensors")
     assert data.val_rows is not None
     assert torch.equal(stored["labels"], data.split.labels[data.val_rows])
+    assert not torch.equal(stored["labels"], original.labels[data.val_rows])
     top1 = 100 * (stored["logits"].argmax(1) == stored["labels"]).double().mean()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["val_top1"] == pytest.approx(float(top1))

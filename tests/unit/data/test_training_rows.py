@@ -220,6 +220,9 @@ def test_description_counts_rows_and_wrong_labels() -> None:
     assert described(val_size=400, long_tail={"imbalance": 100}) == (
         "10,447 of 50,000 rows, 1 to 496 per class"
     )
+    assert described(fraction=0.1, label_noise=noise) == (
+        "5,000 of 50,000 rows, 50 per class; 500 labels are wrong (asymmetric noise)"
+    )
     assert described(val_size=5000, label_noise=noise) == (
         "4,500 labels are wrong (asymmetric noise)"
     )
