@@ -15,9 +15,9 @@ def main(arguments: list[str]) -> int:
         "sweep",
         "Train the trials of a sweep. The same command on other GPUs or nodes helps; after a stop or a "
         "crash it goes on where it was. docs/sweeps.md describes the file.",
-        "cifar-dist sweep sweeps/r18_32_lr.yaml",
-        "CUDA_VISIBLE_DEVICES=1 cifar-dist sweep sweeps/r18_32_lr.yaml",
-        "cifar-dist sweep sweeps/r18_32_lr.yaml --continue-best 3",
+        "python -m cifar_dist.sweep sweeps/r18_32_lr.yaml",
+        "CUDA_VISIBLE_DEVICES=1 python -m cifar_dist.sweep sweeps/r18_32_lr.yaml",
+        "python -m cifar_dist.sweep sweeps/r18_32_lr.yaml --continue-best 3",
     )
     parser.add_argument("sweep", type=Path, help="a YAML file; its trials are put next to it")
     parser.add_argument(
