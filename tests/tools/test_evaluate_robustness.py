@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launcher import Launch, train
-from small_data import first_rows, small_data
+from small_data import first_rows, with_classes
 
 from cifar_dist import report
 from cifar_dist.api import load_model
@@ -40,8 +40,11 @@ def read_report(folder: Path) -> dict[str, Any]:
 def test_corruptions_and_ood_are_evaluated_stored_and_reported(
     recipe: RecipeMaker, tmp_path: Path, middle_data: Path
 ) -> None:
-    """The test images are training images, so that the network is right about some of them."""
-    rows, _, meta = small_data()
+    """The test images are training images, so that the network is right about some of them.
+
+    The other data set has more classes.
+    """
+    rows, _, meta = with_classes(10)
     data = tmp_path / "data"
     write_dataset(data, rows, first_rows(rows, 23), meta, content="other")
     keys = {"data": {"path": str(data)}, "augment": {"mixup": 0.0, "cutmix": 0.0, "cutout": 0}}

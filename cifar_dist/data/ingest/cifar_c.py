@@ -1,4 +1,4 @@
-"""Read the published files of CIFAR-100-C (doi.org/10.5281/zenodo.3555552)."""
+"""Read the published files of CIFAR-100-C (doi.org/10.5281/zenodo.3555552) or CIFAR-10-C."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def published_splits(folder: Path, test: Split) -> dict[tuple[str, int], Split]:
     labels = _map_array(folder / LABELS, (len(SEVERITIES) * rows,))
     if not np.array_equal(labels, np.tile(test.labels.cpu().numpy(), len(SEVERITIES))):
         raise UserError(
-            f"{folder / LABELS}: its labels are not those of the test split; give the folder of "
-            "CIFAR-100-C, and evaluate a run on CIFAR-100"
+            f"{folder / LABELS}: its labels are not those of the test split; give the corrupted "
+            "images of the run's data, CIFAR-100-C for CIFAR-100"
         )
     splits = {}
     for kind in PUBLISHED_KINDS:
