@@ -18,7 +18,7 @@ from cifar_dist.tracking.tracker import Tracker, TrackingConfig
 from recipes import RecipeMaker
 
 STEPS, OFF = 24, "W&B is off, the run continues without it"
-RECIPE = {"name": "a", "run": {"seed": 0}, "data": {"path": "none"}}
+RECIPE = {"name": "a", "run": {"seed": 0}, "data": {"path": "none", "labels": "fine"}}
 
 
 @pytest.fixture(autouse=True)

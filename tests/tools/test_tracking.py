@@ -193,7 +193,7 @@ def test_failing_call_switches_tracking_off(
 
     monkeypatch.setattr("cifar_dist.tracking.tracker.log.propagate", True)
     tracker = Tracker()
-    recipe = {"name": "a", "run": {"seed": 0}, "data": {"path": "data"}}
+    recipe = {"name": "a", "run": {"seed": 0}, "data": {"path": "data", "labels": "fine"}}
     tracker.start(TrackingConfig(mode="offline"), tmp_path, recipe, {}, ())
     assert tracker.run is not None
     wandb.teardown(exit_code=0)  # its core process is gone, as after a SIGTERM
