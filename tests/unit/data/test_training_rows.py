@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_data import with_classes
 from torch import Tensor
 
-from cifar_dist.data.dataset import Split
+from cifar_dist.data.dataset import Split, load_split, read_split, write_dataset
 from cifar_dist.data.training_rows import (
     DataConfig,
     describe_rows,
@@ -150,6 +152,24 @@ def test_next_class_without_and_with_superclasses(
     labels = torch.arange(5).repeat(3)
     coarse = None if superclasses is None else torch.tensor(superclasses)[labels]
     assert next_classes(labels, coarse).tolist() == expected
+
+
+def test_superclasses_are_those_of_the_labels(data: Path, tmp_path: Path) -> None:
+    """Superclasses as labels, and data like CIFAR-10, have none: the next of all classes."""
+    coarse_labels = load_split(data, "train").coarse_labels
+    assert coarse_labels is not None
+    assert coarse_labels.tolist() == read_split(data, "train").coarse_labels.tolist()
+    write_dataset(tmp_path / "data", *with_classes(12), content="other")
+    noise = {"kind": "asymmetric", "rate": 0.5}
+    for split, classes in (
+        (load_split(data, "train", labels="coarse"), int(coarse_labels.max()) + 1),
+        (load_split(tmp_path / "data", "train"), 12),
+    ):
+        assert split.coarse_labels is None
+        noisy = training_data(config(label_noise=noise), split).split.labels
+        moved = noisy != split.labels
+        assert moved.any()
+        assert torch.equal(noisy[moved], (split.labels[moved] + 1) % classes)
 
 
 def test_noise_depends_on_its_seed_and_grows_with_its_rate() -> None:
