@@ -77,7 +77,11 @@ def output_of(command: str, *arguments: object, cwd: Path) -> str:
 
 
 def test_results_without_superclasses_leave_them_out(
-    tmp_path: Path, recipe: RecipeMaker, twelve: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    recipe: RecipeMaker,
+    data: Path,
+    twelve: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Files, log, predictions, W&B tables and the page; 12 classes everywhere."""
     path = recipe(run={"epochs": 1}, data={"path": str(twelve)}, tracking={"mode": "offline"})
@@ -96,6 +100,8 @@ def test_results_without_superclasses_leave_them_out(
     assert {file.name for file in (run / "evaluation").iterdir()} == {
         *("classes.csv", "confusion.csv", "evaluation.json"),
     }
+    ood = ("--ood", data, "--output", tmp_path / "ood")  # 100 classes
+    assert "out-of-distribution" in output_of("evaluate", run, *ood, cwd=tmp_path)
     write_cifair(tmp_path, content())
     ranks = Launch("evaluate", [run, "--cifair", tmp_path / "ciFAIR-100.zip"], cwd=tmp_path)
     assert ranks.wait() == [2]
