@@ -321,8 +321,16 @@ PRUNED = {
 
 @pytest.mark.fault
 def test_two_workers_prune_and_survive_twenty_kills(sweep_file: Any, tmp_path: Path) -> None:
-    """27 trials with reduction factor 3: at most 40 % of the steps of the whole grid."""
-    set_ = {"data.val_size": 100, "run.epochs": 9, "run.save_every_minutes": 0.01}
+    """27 trials with reduction factor 3: at most 40 % of the steps of the whole grid.
+
+    An epoch takes seconds (96 px), since a worker prunes up to two seconds after an evaluation.
+    """
+    set_ = {
+        "data.val_size": 100,
+        "model.image_size": 96,
+        "run.epochs": 9,
+        "run.save_every_minutes": 0.01,
+    }
     pruner = {"min_epochs": 1, "reduction_factor": 3}
     file = sweep_file(**PRUNED, set=set_, pruner=pruner)
     draws = random.Random(0)
