@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cifar_dist.data.dataset import Hierarchy, load_split, read_hierarchy
 from cifar_dist.data.training_rows import training_data
-from cifar_dist.evaluation.report import compute_metrics
+from cifar_dist.evaluation.report import compute_metrics, describe_temperature
 from cifar_dist.evaluation.robustness import corruption_table
 from cifar_dist.evaluation.scores import confusion, merge_classes
 from cifar_dist.inference.stored_run import Run
@@ -172,13 +172,13 @@ def calibration(evaluation: dict[str, Any]) -> tuple[Markup, str]:
     before, temperature = evaluation["calibration"], evaluation.get("temperature")
     lines = [("the model", before)]
     note = f"Expected calibration error {before['ece']:.2f} %"
-    if temperature and temperature["value"] != 1:
-        value = f"{temperature['value']:.3f}"
-        lines.append((f"logits divided by {value}", temperature))
-        note += (
-            f"; {temperature['ece']:.2f} % with the logits divided by {value}, the temperature of "
-            "least loss on the validation rows"
-        )
+    if temperature:
+        text = describe_temperature(temperature["value"])
+        if temperature["value"] == 1:
+            note += f" at {text}"
+        else:
+            lines.append((f"logits divided by {temperature['value']:.3f}", temperature))
+            note += f"; {temperature['ece']:.2f} % with the logits divided by {text}"
     drawn = [
         (
             name,
