@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -360,12 +361,21 @@ def test_interrupted_watch_writes_the_whole_page(runs: Path) -> None:
         "--watch",
     ]
     page = runs.parent / "report.html"
-    with subprocess.Popen(command, cwd=runs.parent, stdout=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(
+        command,
+        cwd=runs.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
+    )
+    try:
         while not page.exists() and process.poll() is None:
             time.sleep(0.1)
         assert 'http-equiv="refresh"' in page.read_text()
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
     assert 'http-equiv="refresh"' not in page.read_text()
     assert "Reproduce" in page.read_text()
