@@ -101,6 +101,7 @@ def test_finished_runs_the_last_updated_first(
     shutil.rmtree(run.parent / "a")
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").unlink()  # killed before its first record
+    (run / "recipe.yaml").touch()
     first, second = listed(capsys)
     assert (first["run"], first["state"], first["step"]) == ("runs/tiny", "stopped", 0)
     assert (second["run"], second["step"]) == ("runs/b", 25)

@@ -43,6 +43,7 @@ def harder(recipe: RecipeMaker, middle_data: Path) -> Path:
     )
 
 
+@pytest.mark.fault
 def test_same_bits_after_a_kill_on_two_processes(tmp_path: Path, harder: Path) -> None:
     rows = len(selected(harder).rows)
     steps = 2 * (rows // 20)

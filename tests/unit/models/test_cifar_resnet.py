@@ -328,7 +328,7 @@ def test_dry_run_counts_parameters_and_bad_names_create_no_run(
 def test_kd_recipes_follow_the_published_protocol() -> None:
     """Check the optimizer's settings and the learning rate in each of the 240 epochs."""
     recipes = [load_recipe(path) for path in sorted((ROOT / "recipes/kd").glob("*.yaml"))]
-    assert len(recipes) == 6
+    assert len(recipes) == 18
     model = build_model(ModelConfig(backbone="resnet8x1"), 100)
     for recipe in recipes:
         (group,) = build_optimizer(recipe.optim, model).param_groups
