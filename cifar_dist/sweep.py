@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser(
         "sweep",
         "Train the trials of a sweep. The same command on other GPUs or nodes helps; after a stop or a "
-        "crash it goes on where it was. docs/sweeps.md describes the file.",
+        "crash it continues. docs/sweeps.md describes the file.",
         "python -m cifar_dist.sweep sweeps/r18_32_lr.yaml",
         "CUDA_VISIBLE_DEVICES=1 python -m cifar_dist.sweep sweeps/r18_32_lr.yaml",
         "python -m cifar_dist.sweep sweeps/r18_32_lr.yaml --continue-best 3",

@@ -18,7 +18,7 @@ from cifar_dist.utils.recipe_files import find_recipe, read_yaml
 from cifar_dist.utils.suggest import refuse_unknown_keys
 
 METRICS = ("val_top1", "val_top5", "val_loss")
-# Without them, or with one value of them and of their own keys, the trials could not be compared.
+# With several values of them, or of keys below them, trials could not be compared.
 FIXED_KEYS = (
     "name",
     "run.output_dir",

@@ -1,6 +1,6 @@
 """Train the trials of a sweep one after another, also next to other workers.
 
-A trial is a run folder. Its training runs in processes of its own, which know nothing of the sweep: the worker
+A trial is a run folder. Its training runs in other processes, which know nothing of the sweep: the worker
 reads metrics.jsonl, reports each evaluation to Optuna, and ends a pruned trial with SIGTERM, which makes
 all ranks save and stop. A lock decides who trains a trial, because Optuna's state of a trial is still
 `running` after a crash.

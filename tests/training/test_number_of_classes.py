@@ -43,7 +43,7 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_section(count: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Return `data` of a recipe with so many classes: 100 fine ones, 20 superclasses, or others."""
+    """Return `data` of a recipe with this number of classes: 100 fine ones, 20 superclasses, or others."""
     if count in (20, 100):
         return {"path": str(data), "labels": "coarse" if count == 20 else "fine"}
     write_dataset(folder / "data", *with_classes(count), content="other")
