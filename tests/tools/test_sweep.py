@@ -292,6 +292,7 @@ def test_worker_killed_in_a_trial_changes_nothing(sweep_file: Any, tmp_path: Pat
     assert main([str(file)]) == 0  # finished: no training
 
 
+@pytest.mark.fault
 def test_diverging_trial_fails_and_the_others_are_trained(sweep_file: Any) -> None:
     search = {"optim.lr": {"choices": [1e30, 0.1]}}
     file = sweep_file(search=search, set={"data.val_size": 100, "run.epochs": 1})
