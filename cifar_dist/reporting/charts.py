@@ -200,8 +200,7 @@ def markers(line: Series, points: Sequence[Point], axes: Axes, *, x_label: str) 
         cx, cy = axes.to_pixels((x, y))
         tip = f"{escape(line.name)}: {number(y)} at {escape(x_label)} {number(x)}"
         title = f"<title>{tip}</title>" if has_tips else ""
-        parts = f'<circle class="{style}" cx="{cx:.1f}" cy="{cy:.1f}" r="3">{title}</circle>'
-        yield parts
+        yield f'<circle class="{style}" cx="{cx:.1f}" cy="{cy:.1f}" r="3">{title}</circle>'
 
 
 def end_labels(series: Sequence[Series], axes: Axes) -> Iterable[str]:

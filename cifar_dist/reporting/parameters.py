@@ -19,8 +19,7 @@ MAX_KEYS = 9
 def parameter_charts(runs: Sequence[tuple[Run, str]]) -> list[Markup]:
     """Return a chart for each key that differs, given a run of each recipe with its color.
 
-    Returns nothing for few recipes.
-    The result is top-1 of the last evaluation, on validation rows if all runs have them.
+    Return nothing for fewer than MIN_RECIPES. The result is top-1 of the last evaluation, on validation rows if all runs have them.
     """
     results = [(run, color, last_evaluation(run)) for run, color in runs]
     results = [result for result in results if "top1" in result[2]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
 from cifar_dist.inference.stored_run import Run
 from cifar_dist.recipe.schema import Recipe, to_dict, to_yaml
+
+COMMIT = re.compile(r"[0-9a-f]{7,40}\+?")  # of environment.json; + if files were modified
 
 
 def reproduce(run: Run) -> str:
@@ -32,7 +35,7 @@ def reproduce(run: Run) -> str:
             comment(f"Python {environment.get('python', '?')} {versions}"),
             comment(f"data: SHA-256 {environment.get('data', 'unknown')}"),
             *(comment(f"teacher {teacher.run}: SHA-256 {sha}") for teacher, sha in teachers),
-            checkout(commit) if commit else comment("unknown commit"),
+            checkout(commit) if COMMIT.fullmatch(commit) else comment("unknown commit"),
             f"cat > {file} <<'END'",
             *to_yaml(minimal(recipe)).splitlines(),
             "END",
@@ -46,8 +49,7 @@ def comment(text: str) -> str:
 
 
 def checkout(commit: str) -> str:
-    """Return the command for a commit of environment.json, which ends with '+' if files were modified."""
-    command = shlex.join(["git", "checkout", commit.removesuffix("+")])
+    command = f"git checkout {commit.removesuffix('+')}"
     return f"{command}   # files were modified" if commit.endswith("+") else command
 
 

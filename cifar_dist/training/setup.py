@@ -172,12 +172,10 @@ def setup(
     )
     streamed = stack.enter_context(stream_images(recipe.augment, train_split, rows, batches_of))
     augment = Augment(recipe.augment, train_split, rows, image_source=workers or streamed)
-    objective = Objective(
-        augment,
-        recipe.losses,
-        teacher,
-        class_weights=balanced_weights(train_split.labels[rows.to(device)], origin.num_classes),
-    )
+    class_weights = None
+    if any(loss.balances_classes for loss in recipe.losses.values()):
+        class_weights = balanced_weights(train_split.labels[rows.to(device)], origin.num_classes)
+    objective = Objective(augment, recipe.losses, teacher, class_weights=class_weights)
     freeze(
         model, recipe.model.freeze, epoch=None
     )  # everything that ever trains gets optimizer state

@@ -10,7 +10,7 @@ from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
-from cifar_dist.run_folder.records import MetricsFile
+from cifar_dist.run_folder.records import MetricsFile, Record
 from cifar_dist.training.lock import lock_holder
 from cifar_dist.utils.errors import UserError, user_message
 from cifar_dist.utils.files import read_json
@@ -59,10 +59,10 @@ def read_status(folder: Path) -> RunStatus | None:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "recipe.yaml"
-    recipe = read_yaml(path, strict=False)
+    recipe = read_yaml(path)
     try:
         epochs, batch_size = int(recipe["run"]["epochs"]), int(recipe["run"]["batch_size"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError(f"{path} lacks run.epochs or run.batch_size; restore the file") from None
     is_training = lock_holder(folder) is not None  # first: at its end, a run writes the summary
     summary = read_json(folder / "summary.json", "start the training again to rewrite it") or {}
@@ -75,15 +75,22 @@ def _read(folder: Path) -> dict[str, Any]:
         "epoch": last.get("epoch", 0.0),
         "epochs": epochs,
         "step": last.get("step", 0),
-        "top1": evaluation.get("top1"),
-        "val_top1": evaluation.get("val_top1"),
+        "top1": _number(evaluation, "top1"),
+        "val_top1": _number(evaluation, "val_top1"),
     }
-    if is_training and train:
-        values["loss"] = train["loss"]
-        if speed := train["images_per_second"]:
-            steps_left = epochs * train["step"] / train["epoch"] - last["step"]
+    if is_training:
+        values["loss"] = _number(train, "loss")
+        epoch, speed = _number(train, "epoch"), _number(train, "images_per_second")
+        if epoch and speed:
+            steps_left = epochs * train["step"] / epoch - last["step"]
             values["seconds_left"] = steps_left * batch_size / speed
     return values
+
+
+def _number(record: Record, name: str) -> float | None:
+    """Return a value of a record; None if it is absent, or no number in a file from elsewhere."""
+    value = record.get(name)
+    return value if isinstance(value, int | float) else None
 
 
 def format_table(statuses: Sequence[RunStatus]) -> str:

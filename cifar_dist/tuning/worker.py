@@ -2,8 +2,8 @@
 
 A trial is a run folder. Its training runs in other processes, which know nothing of the sweep: the worker
 reads metrics.jsonl, reports each evaluation to Optuna, and ends a pruned trial with SIGTERM, which makes
-all ranks save and stop. A lock decides who trains a trial, because Optuna's state of a trial is still
-`running` after a crash.
+all ranks save and stop. A worker holds a lock while it trains a trial, because Optuna's state of a trial
+stays `running` after a crash.
 """
 
 from __future__ import annotations

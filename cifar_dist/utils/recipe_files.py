@@ -39,8 +39,8 @@ def missing_recipe(path: Path) -> UserError:
     return UserError(f"{path}: no such recipe; `cifar-dist recipes` lists those that exist")
 
 
-def read_yaml(path: Path, *, strict: bool = True) -> dict[str, Any]:
-    """Return the content of a YAML file as plain data, not validated; `strict` as in `parse_yaml`."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file as plain data, not validated."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: larger than {MAX_BYTES} bytes: not a recipe")
@@ -49,7 +49,7 @@ def read_yaml(path: Path, *, strict: bool = True) -> dict[str, Any]:
         raise missing_recipe(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
-    raw = parse_yaml(text, where=str(path), strict=strict)
+    raw = parse_yaml(text, where=str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with a `name`")
     return raw

@@ -112,9 +112,12 @@ def test_finished_runs_the_last_updated_first(
     [
         ("metrics.jsonl", "{\n", "metrics.jsonl:1: damaged line; restore the file or delete"),
         ("summary.json", "[", "summary.json is damaged; start the training again to rewrite it"),
-        ("recipe.yaml", "run: {", "recipe.yaml:2:1: "),
+        ("recipe.yaml", "run: {", "recipe.yaml:1:7: "),
         ("recipe.yaml", "run: {epochs: 3}", "lacks run.epochs or run.batch_size; restore the file"),
         ("recipe.yaml", "\0", "recipe.yaml: not a recipe"),
+        ("recipe.yaml", "[" * 30_000, "recipe.yaml: not a recipe"),  # libyaml would crash
+        ("recipe.yaml", "a: &a {b: 1}\nc: {<<: [*a, *a]}", "anchors and aliases are not allowed"),
+        ("recipe.yaml", "run: {epochs: .inf, batch_size: 1}", "lacks run.epochs or run.batch_size"),
     ],
 )
 def test_damaged_run_is_listed_with_the_reason(
