@@ -59,7 +59,8 @@ def operation_rows(images: Tensor) -> dict[str, Tensor]:
     sign = torch.where(torch.arange(len(images)) % 2 == 0, 1, -1)
     return {
         f"- {name}": apply_operation(
-            images, encode_ops(WIDE_RANGES, torch.full_like(sign, number), magnitude, sign)
+            images,
+            encode_ops(WIDE_RANGES, torch.full_like(sign, number), magnitude, sign, image_size=32),
         )
         for number, name in enumerate(OPERATIONS)
     }

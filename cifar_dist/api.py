@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.distributed.context import DistContext
+from cifar_dist.evaluate import check_robustness_options
 from cifar_dist.inference.evaluate_run import (
     EvalSplit,
     evaluate_run,
@@ -53,7 +54,7 @@ def load_model(
 ) -> TrainedModel:
     """Load the newest checkpoint of a run, or one by name, on the accelerator or the CPU.
 
-    `logits` takes uint8 images [N, 3, 32, 32]; `probabilities` uses the temperature that `evaluate` chose
+    `logits` takes uint8 images [N, 3, S, S], S = `data_size`; `probabilities` uses the temperature that `evaluate` chose
     on the validation rows, if there are any. `data` is the folder of the run's data, if it has moved.
     """
     return load_trained_model(Path(run), checkpoint, Path(data) if data else None)
@@ -65,19 +66,26 @@ def evaluate(
     checkpoint: str | None = None,
     split: EvalSplit = "test",
     tta_flip: bool = False,
+    corruptions: str | Path | None = None,
+    ood: str | Path | None = None,
     data: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run and return its report: accuracies in percent, scores per class, calibration.
 
     The test split at the newest checkpoint is also written to RUN/evaluation, as by
-    `python -m cifar_dist.evaluate`. `data` is the folder of the run's data, if it has moved.
+    `python -m cifar_dist.evaluate`. `corruptions` is "generated" or the folder of CIFAR-100-C, `ood` a
+    folder of out-of-distribution data. `data` is the folder of the run's data, if it has moved.
     """
     log_to_terminal()
+    corruptions, ood = str(corruptions) if corruptions else None, Path(ood) if ood else None
+    check_robustness_options(corruptions, ood, split)
     job = plan_evaluation(
         Path(run),
         checkpoint=checkpoint,
         split=split,
         tta_flip=tta_flip,
+        corruptions=corruptions,
+        ood=ood,
         data=Path(data) if data else None,
     )
     with distributed_session(job.recipe, threads=job.threads) as accelerator:

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--uint8",
         action="store_true",
-        help="onnx, pt2: take uint8 images of 32 px; the model resizes and normalizes them",
+        help="onnx, pt2: take uint8 images of the data's size; the model resizes and normalizes them",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: exported/RECIPE_FORMAT"

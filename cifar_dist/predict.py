@@ -12,8 +12,8 @@ from cifar_dist.utils.errors import UserError, run_command
 def main(arguments: list[str]) -> int:
     parser = command_parser(
         "predict",
-        "Classify images with a trained run. Files may have any size: the center square is shrunk "
-        "to 32 px, the size of CIFAR's images.",
+        "Classify images with a trained run. Files may have any size: the center square is resized "
+        "to the size of the training images, 32 px for CIFAR.",
         "python -m cifar_dist.predict runs/r18_32 cat.jpg holiday/ --save-image predictions.png",
         "python -m cifar_dist.predict runs/r18_32 --rows test:0-99 --json predictions.json",
     )
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         data = options.data or Path(model.recipe.data.path)
         images, truths = read_rows(options.rows, data, model.fine, model.recipe.data.labels)
     else:
-        images = find_images(options.images)
+        images = find_images(options.images, model.data_size)
     predictions = predict(model, images, truths)
     if options.json:
         write_json(options.json, [to_json(prediction) for prediction in predictions])

@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def images(self) -> Tensor:
-        """Return the images without augmentation, uint8 [B, 3, 32, 32]."""
+        """Return the images without augmentation, uint8 [B, 3, S, S]."""
         return self.split.gather(self.rows)
 
     @property

@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cifar_dist.data.ingest.pickles import PIXELS, RawMeta, RawSplit
+from cifar_dist.data.ingest.pickles import RawMeta, RawSplit
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import atomic_folder, atomic_write, read_json, write_json
 
@@ -32,6 +32,7 @@ Labels = Literal["fine", "coarse"]  # the classes, or the superclasses
 # Of digest.json: CIFAR-100, CIFAR-10, synthetic data, or any other data.
 Content = Literal["official", "cifar10", "sample", "other"]
 OFFICIAL_DIGEST = "b07d8a0b9728eb970a33da019a42d584d4a541ff6b4e09c43f41b5e4b58321b6"  # of CIFAR-100
+MIN_SIZE, MAX_SIZE = 8, 96  # of square images, in pixels
 TABLE, INFO, DIGEST = "data-00000-of-00001.arrow", "dataset_info.json", "digest.json"
 DATASET = "dataset_dict.json"
 
@@ -43,13 +44,18 @@ class Split:
     Images on the CPU are memory-mapped pages of the file: never write to them.
     """
 
-    images: Tensor  # uint8 [N, 3, 32, 32]
+    images: Tensor  # uint8 [N, 3, S, S]
     labels: Tensor  # int64 [N]
     on_host: bool = False  # do not copy or transform all images at once
     coarse_labels: Tensor | None = None  # int64 [N], on the CPU: superclasses of the labels, if any
 
+    @property
+    def image_size(self) -> int:
+        """Return S, in pixels."""
+        return self.images.shape[-1]
+
     def gather(self, rows: Tensor) -> Tensor:
-        """Return the images of `rows` (int64 [B]) on the device, uint8 [B, 3, 32, 32].
+        """Return the images of `rows` (int64 [B]) on the device, uint8 [B, 3, S, S].
 
         Synchronizes with the device if `on_host`.
         """
@@ -154,6 +160,22 @@ def class_names(root: Path, labels: Labels = "fine") -> tuple[str, ...]:
     return tuple(meta.coarse_label_names)
 
 
+def read_image_size(root: Path) -> int:
+    """Return S of images [3, S, S], in pixels; UserError if the data set does not have such images."""
+    path = root / "train" / INFO
+    content = _read_json(root, path)
+    with _report_corruption(root, path):
+        return _image_size(content["features"]["image"]["length"])
+
+
+def _image_size(length: int) -> int:
+    """Return S, given the 3 * S * S bytes of an image; ValueError if there is no such S."""
+    size = math.isqrt(length // 3)
+    if not MIN_SIZE <= size <= MAX_SIZE or 3 * size * size != length:
+        raise ValueError(f"has images of {length:,} bytes, not 3 x S x S with S from 8 to 96")
+    return size
+
+
 def no_superclasses_error(data: object) -> UserError:
     return UserError(f"data.labels=coarse: {data} has no superclasses; use data.labels=fine")
 
@@ -241,6 +263,7 @@ def _open_table(root: Path, name: str) -> Any:
     """Memory-map the single record batch of a split after checking types, sizes and label ranges."""
     path = root / name / TABLE
     rows, meta = read_digest(root)[name]["rows"], _read_meta(root, name)
+    size = read_image_size(root)
     classes = {"fine_label": meta.fine_label_names, "coarse_label": meta.coarse_label_names}
     with _report_corruption(root, path):
         with pa.memory_map(str(path)) as file:
@@ -254,8 +277,8 @@ def _open_table(root: Path, name: str) -> Any:
         if any(column.null_count for column in batch.columns):
             raise ValueError("has null values")
         image = batch.column("image")
-        if image.type != pa.list_(pa.uint8(), PIXELS):
-            raise ValueError(f"has images of type {image.type}")
+        if image.type != pa.list_(pa.uint8(), 3 * size**2):
+            raise ValueError(f"has images of type {image.type}, not uint8 [3, {size}, {size}]")
         for column in (column for column, names in classes.items() if names):
             labels, last = _labels(batch, column), len(classes[column]) - 1
             if not (labels.min() >= 0 and labels.max() <= last):
@@ -282,8 +305,8 @@ def _to_split(table: Any, device: torch.device | str, place: Place, of: Labels) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         flat = torch.from_numpy(_images(table))
-        side = math.isqrt(flat.shape[1] // 3)
-        images = flat.view(-1, 3, side, side)
+        size = _image_size(flat.shape[1])
+        images = flat.view(-1, 3, size, size)
         labels = torch.from_numpy(_labels(table, f"{of}_label"))
         coarse_labels = None
         if of == "fine" and "coarse_label" in table.schema.names:

@@ -30,7 +30,7 @@ class PrefetchedImages:
     """The images of one step, in the order in which they are requested."""
 
     requests: Sequence[Tensor]  # int64 [B] each, rows on the CPU
-    images: Tensor  # uint8 [total rows, 3, 32, 32] on the device
+    images: Tensor  # uint8 [total rows, 3, S, S] on the device
     parts: Sequence[Tensor]  # `images` split by request
     copied: torch.cuda.Event | None  # recorded after the copy to a GPU
 
@@ -93,8 +93,13 @@ def rows_per_step(
         if config.uses_mixing:
             if config.views_in_epoch(batch.epoch) != views:
                 views = config.views_in_epoch(batch.epoch)
-                size = len(batch.split.labels)
-                mixing = draw_mix_tables(config, views, num_images=size, partners=partners)
+                mixing = draw_mix_tables(
+                    config,
+                    views,
+                    num_images=len(batch.split.labels),
+                    image_size=batch.split.image_size,
+                    partners=partners,
+                )
             requests.append(mixing.partner.index_select(0, batch.table_index))
         yield requests
 

@@ -46,7 +46,7 @@ EXPORT_FILES = {
 
 
 class FromUint8(nn.Module):
-    """uint8 [N, 3, 32, 32] -> f32 [N, C]: the whole model, including resizing and normalization."""
+    """uint8 [N, 3, S, S] -> f32 [N, C]: the whole model, including resizing and normalization."""
 
     def __init__(self, trained: TrainedModel) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class FromFloat(nn.Module):
         return self.model.head(self.model.backbone(whitened)).logits * self.logit_scale
 
 
-def noise_images(count: int) -> Tensor:
-    """Return fixed uint8 noise [count, 3, 32, 32] on which two networks are compared."""
+def noise_images(count: int, size: int) -> Tensor:
+    """Return fixed uint8 noise [count, 3, size, size] on which two networks are compared."""
     return torch.randint(
-        256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator("export", count)
+        256, (count, 3, size, size), dtype=torch.uint8, generator=generator("export", count)
     )
 
 
@@ -101,11 +101,15 @@ def compare(
     exported: Callable[[Tensor], Tensor],
     original: nn.Module,
     make_input: Callable[[Tensor], Tensor],
+    size: int,
 ) -> float:
-    """Return the largest logit difference over several batch sizes; UserError above rounding."""
+    """Return the largest logit difference over several batch sizes; UserError above rounding.
+
+    `make_input` gets uint8 images of `size` px.
+    """
     largest = 0.0
     for count in CHECKED_BATCHES:
-        inputs = make_input(noise_images(count))
+        inputs = make_input(noise_images(count, size))
         expected, actual = original(inputs), exported(inputs)
         difference = float((expected - actual).abs().max())
         if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
@@ -122,14 +126,14 @@ def to_pt2(trained: TrainedModel, folder: Path, *, uint8: bool) -> str:
     with silenced():
         program = torch.export.export(
             net,
-            (make_input(noise_images(2)),),
+            (make_input(noise_images(2, trained.data_size)),),
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         )
         content = io.BytesIO()  # torch's own writer hides a full disk
         torch.export.save(program, content)
         atomic_write(folder / "model.pt2", content.getvalue())
         loaded = torch.export.load(folder / "model.pt2").module()
-    difference = compare(loaded, net, make_input)
+    difference = compare(loaded, net, make_input, trained.data_size)
     return f"loaded again with torch.export, its logits differ by at most {difference:.1e}"
 
 
@@ -143,7 +147,7 @@ def to_onnx(trained: TrainedModel, folder: Path, *, uint8: bool) -> str:
     with silenced():
         program = torch.onnx.export(
             net,
-            (make_input(noise_images(2)),),
+            (make_input(noise_images(2, trained.data_size)),),
             dynamo=True,
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             input_names=["images"],
@@ -158,7 +162,7 @@ def to_onnx(trained: TrainedModel, folder: Path, *, uint8: bool) -> str:
     def run(inputs: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": inputs.numpy()})[0])
 
-    difference = compare(run, net, make_input)
+    difference = compare(run, net, make_input, trained.data_size)
     return (
         f"loaded again with onnxruntime {onnxruntime.__version__}, its logits differ by at most "
         f"{difference:.1e}"
@@ -177,11 +181,13 @@ def to_timm(trained: TrainedModel, folder: Path) -> str:
     write_json(folder / "config.json", timm_config(model, config, trained.fine))
     if config.head == "linear":
         difference = compare(
-            lambda inputs: reload_logits(folder, inputs), *network(trained, uint8=False)
+            lambda inputs: reload_logits(folder, inputs),
+            *network(trained, uint8=False),
+            trained.data_size,
         )
         return f"loaded again with timm, its logits differ by at most {difference:.1e}"
     # For each image, the linear outputs are the cosines times the length of its embedding.
-    images = noise_images(32)
+    images = noise_images(32, trained.data_size)
     outputs = reload_logits(folder, model.preprocess(images).contiguous())
     cosines = model(images).logits
     lengths = (outputs / cosines).median(1, keepdim=True).values
@@ -208,7 +214,7 @@ def to_teacher(trained: TrainedModel, folder: Path) -> str:
     write_json(folder / TEACHER_EXPORT, config)
     weights = load_file(folder / "model.safetensors")
     reloaded = build_model(trained.recipe.model, len(trained.fine), weights).eval()
-    images = noise_images(7)
+    images = noise_images(7, trained.data_size)
     if not torch.equal(reloaded(images).logits, trained.model(images).logits):
         raise UserError("the reloaded model differs from the original; export it again")
     return "loaded again with cifar_dist, its logits have the same bits"
@@ -216,8 +222,8 @@ def to_teacher(trained: TrainedModel, folder: Path) -> str:
 
 def io_config(trained: TrainedModel, *, uint8: bool) -> dict[str, Any]:
     """Return the config.json of onnx and pt2: input, output, temperature and class names."""
-    model = trained.recipe.model
-    image_input: dict[str, Any] = {"dtype": "uint8", "shape": ["batch", 3, 32, 32]}
+    model, size = trained.recipe.model, trained.data_size
+    image_input: dict[str, Any] = {"dtype": "uint8", "shape": ["batch", 3, size, size]}
     if not uint8:
         mean, std = pixel_statistics(trained.model)
         image_input = {

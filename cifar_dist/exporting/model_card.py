@@ -37,6 +37,7 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
     summary = read_metadata(run, "summary.json")
     environment = read_metadata(run, "environment.json")
     recipe, size = trained.recipe, trained.recipe.model.image_size
+    data_size = trained.data_size
     published = next((one for one in DATASETS.values() if trained.trained_on == one.name), None)
     tags = [
         "image-classification",
@@ -45,12 +46,12 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
     ]
     datasets = f"datasets: [{published.key}]\n" if published else ""
     shape = (
-        "uint8 [N, 3, 32, 32], RGB"
+        f"uint8 [N, 3, {data_size}, {data_size}], RGB"
         if uint8
         else f"float32 [N, 3, {size}, {size}], resized and normalized as in config.json"
     )
     resize = ""
-    if not uint8 and to != "teacher" and size != 32:  # the others resize images themselves
+    if not uint8 and to != "teacher" and size != data_size:  # the others resize images themselves
         resize = (
             f", then resize them to {size} px\n({recipe.model.interpolation}, no anti-aliasing)"
         )
@@ -85,7 +86,7 @@ tags: [{", ".join(tags)}]
 {LOAD[to].format(input=shape)}
 ```
 
-Trained on images of 32 px: shrink other images to 32 px first{resize}. {temperature}
+Trained on images of {data_size} px: resize other images to {data_size} px first{resize}. {temperature}
 
 ## Results
 

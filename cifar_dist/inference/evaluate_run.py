@@ -17,6 +17,7 @@ from cifar_dist.data.dataset import (
     load_split,
     read_digest,
     read_hierarchy,
+    read_image_size,
 )
 from cifar_dist.data.ingest.cifair import cifair_split
 from cifar_dist.data.ingest.near_duplicates import read_list
@@ -24,7 +25,11 @@ from cifar_dist.data.training_rows import TrainingData, training_data
 from cifar_dist.distributed.context import DistContext
 from cifar_dist.evaluation.evaluator import EvalResult, FlipTTA, evaluate
 from cifar_dist.evaluation.report import build_report, log_report, write_evaluation
-from cifar_dist.evaluation.robustness import evaluate_corruptions, log_robustness, ood_scores
+from cifar_dist.evaluation.robustness import (
+    evaluate_corruptions,
+    log_robustness,
+    ood_scores,
+)
 from cifar_dist.losses.registry import logit_scale
 from cifar_dist.recipe.runs import load_model, load_run, weights_digest
 from cifar_dist.recipe.schema import Recipe
@@ -92,6 +97,10 @@ def plan_evaluation(
     environment = read_metadata(run, "environment.json")
     summary = read_metadata(run, "summary.json")
     is_same_data = same_data(environment, data)
+    if corruptions is not None and (size := read_image_size(data)) != 32:
+        raise UserError(
+            f"--corruptions: are defined for images of 32 px, but {data} has images of {size} px"
+        )
     if ood is not None:
         check_ood(ood, {environment.get("data"), data_digest(data)}, data)
     is_default = checkpoint is None and split == "test" and not tta_flip

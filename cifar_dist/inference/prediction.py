@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cifar_dist.data.augment.image_ops import SIDE
 from cifar_dist.data.dataset import Labels, load_split
+from cifar_dist.data.image_files import SUFFIXES, files_in, read_image
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.log import log
 
-SUFFIXES = {  # of image files in folders
-    *(".apng", ".avif", ".bmp", ".gif", ".ico", ".j2k", ".jfif", ".jp2"),
-    *(".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
-    *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
-}
 TOP = 5
 
 
@@ -43,69 +36,27 @@ class Prediction:
     truth: str | None  # known for rows of a split
 
 
-def read_image(path: Path) -> Tensor:
-    """Return the center square of an image file as uint8 [3, 32, 32].
+def find_images(paths: Sequence[Path], size: int) -> dict[str, Tensor]:
+    """Return the images of files and folders by path, uint8 [3, size, size].
 
-    Images are always shrunk to the 32 px of CIFAR, whatever size the model enlarges them to: it was
-    trained on images of 32 px. UserError if the file cannot be read.
+    `size` is that of the images that the model was trained on, whatever size it enlarges them to.
+    Unreadable files in folders are skipped.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                image = to_eight_bits(ImageOps.exif_transpose(file))
-                if image.has_transparency_data:
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                small = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    except Exception as error:  # Pillow's readers raise exceptions of any type on a damaged file
-        reason = getattr(error, "strerror", None) or str(error).split(" '")[0]
-        reason = reason or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image ({reason}); give another") from None
-    return torch.from_numpy(numpy.array(small)).permute(2, 0, 1).contiguous()
-
-
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert 16 bits per pixel to 8, which Pillow would clip; ValueError for 32 bits per pixel."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            "the value range of 32 bits per pixel is undefined; save it with 8 or 16 bits"
-        )
-    return image
-
-
-def find_images(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the images of files and folders by path; unreadable files in folders are skipped."""
-    images = {}
+    images: dict[str, Tensor] = {}
     for path in paths:
         if not path.is_dir():
-            images[str(path)] = read_image(path)
+            images[str(path)] = torch.from_numpy(read_image(path, size))
             continue
         for file in sorted(files_in(path)):
             if file.suffix.lower() not in SUFFIXES:
                 continue
             try:
-                images[str(file)] = read_image(file)
+                images[str(file)] = torch.from_numpy(read_image(file, size))
             except UserError as error:
                 log.warning(f"skipped: {error}")
     if not images:
         raise UserError("no readable image in these folders; give other folders, or files")
     return images
-
-
-def files_in(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders, linked ones included, each folder once."""
-    visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a parent would never end
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (Path(parent, name) for name in names)
 
 
 def read_rows(
@@ -128,7 +79,7 @@ def read_rows(
 def predict(
     model: TrainedModel, images: dict[str, Tensor], truths: Sequence[str] | None = None
 ) -> list[Prediction]:
-    """Return the five most likely classes of uint8 [3, 32, 32] images."""
+    """Return the five most likely classes of uint8 [3, S, S] images."""
     logits = model.logits(torch.stack(list(images.values())))
     top = model.probabilities(logits).topk(min(TOP, len(model.fine)), dim=1)
     return [
@@ -178,7 +129,7 @@ def format_predictions(predictions: Sequence[Prediction]) -> str:
 
 
 def draw_predictions(images: Sequence[Tensor], predictions: Sequence[Prediction]) -> Tensor:
-    """Return one image, uint8 [3, H, W], with the 32 px inputs above their three best classes."""
+    """Return one image, uint8 [3, H, W], with the inputs above their three best classes."""
     side, text_height, columns = 160, 52, 6
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (side + 8), rows * (side + text_height)), "white")

@@ -33,6 +33,7 @@ class TrainedModel:
     fine: tuple[str, ...]  # the class names
     superclass: tuple[str, ...]  # of each class; "" if unknown or without superclasses
     trained_on: str  # see training_data
+    data_size: int  # S of the images that it was trained on, in pixels
     evaluation: dict[str, Any] | None  # the evaluation.json of this checkpoint
     temperature: float | None  # chosen on validation rows by `evaluate`
 
@@ -51,7 +52,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Return f32 logits [N, C] on the CPU for uint8 images [N, 3, 32, 32].
+        """Return f32 logits [N, C] on the CPU for uint8 images [N, 3, S, S].
 
         Uses the blocks of an evaluation, which gives the same bits.
         """
@@ -75,6 +76,7 @@ def load_trained_model(
     recipe, checkpoint_path = load_run(run, checkpoint)
     data = data or Path(recipe.data.path)
     fine, superclass = class_names(run, data, recipe.data.labels)
+    environment = read_metadata(run, "environment.json")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
     weights = weights_digest(recipe, checkpoint_path)
@@ -86,7 +88,8 @@ def load_trained_model(
         model=model.to(device).to(memory_format=torch.channels_last),
         fine=fine,
         superclass=superclass,
-        trained_on=training_data(recipe, read_metadata(run, "environment.json"), data),
+        trained_on=training_data(recipe, environment, data),
+        data_size=int(environment.get("image_size", 32)),
         evaluation=evaluation,
         temperature=temperature["value"] if temperature else None,
     )

@@ -11,9 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cifar_dist.data.augment.albumentations_pipeline import Pipeline
+from cifar_dist.data.augment.augmentation import check_image_size
 from cifar_dist.data.augment.padded_images import padded_bytes
 from cifar_dist.data.batches import num_steps_per_epoch
-from cifar_dist.data.dataset import Place, class_names, no_superclasses_error, read_labels
+from cifar_dist.data.dataset import (
+    Place,
+    class_names,
+    no_superclasses_error,
+    read_image_size,
+    read_labels,
+)
 from cifar_dist.data.ingest.archive import CIFAR_100
 from cifar_dist.data.ingest.preparation import find_published
 from cifar_dist.data.training_rows import select_rows
@@ -109,8 +116,7 @@ def describe(recipe: Recipe, steps_per_second: float | None = None) -> Plan:
     model = meta_model(recipe.model, classes)
     freeze(model, recipe.model.freeze, epoch=None)
     build_optimizer(recipe.optim, model, find_unfreeze_epochs(model, recipe.model.freeze))
-    if recipe.augment.albumentations:
-        Pipeline(recipe.augment.albumentations)
+    check_augment(recipe)
     teachers = [meta_model(config, classes) for config in configs]
     with FakeTensorMode(allow_non_fake_inputs=True):
         cost = estimate(
@@ -155,9 +161,15 @@ def forward_flops(recipe: Recipe, model: Classifier, at_full_size: int) -> int:
 
 def data_bytes(recipe: Recipe, rows: int) -> int:
     """Return the size of images and labels, with the padded copies that crops are cut from."""
-    size, augment = rows * 3092, recipe.augment
+    image_size, augment = expected_image_size(recipe), recipe.augment
+    size = rows * (3 * image_size**2 + 20)
     if recipe.data.place == "device" and augment.crops_or_flips and not augment.albumentations:
-        size += padded_bytes(rows, padding=augment.crop_padding, mirrored=bool(augment.hflip))
+        size += padded_bytes(
+            rows,
+            image_size=image_size,
+            padding=augment.crop_padding,
+            mirrored=bool(augment.hflip),
+        )
     return size
 
 
@@ -170,6 +182,20 @@ def num_classes(recipe: Recipe) -> int:
     if labels not in published.num_classes:
         raise no_superclasses_error(published.name)
     return published.num_classes[labels]
+
+
+def expected_image_size(recipe: Recipe) -> int:
+    """Return the size of the images of the recipe's data, or that of CIFAR if they are missing."""
+    path = Path(recipe.data.path)
+    return read_image_size(path) if (path / "digest.json").exists() else 32
+
+
+def check_augment(recipe: Recipe) -> None:
+    """Raise UserError if the augmentation does not suit the images."""
+    size = expected_image_size(recipe)
+    check_image_size(recipe.augment, size)
+    if recipe.augment.albumentations:
+        Pipeline(recipe.augment.albumentations, image_size=size)
 
 
 def meta_model(config: ModelConfig, num_classes: int) -> Classifier:

@@ -19,7 +19,7 @@ def activation_bytes(model: nn.Module) -> tuple[int, int]:
 
     Call it under FakeTensorMode, with a model built there: nothing is computed.
     """
-    images = torch.zeros(SAMPLES, 3, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(SAMPLES, 3, 32, 32, dtype=torch.uint8)  # of any size: the model resizes
     weights = {storage_id(parameter) for parameter in model.parameters()}
     kept: dict[int, int] = {}
     alive = []  # keeps storages alive, so that their addresses stay unique

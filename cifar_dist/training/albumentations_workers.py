@@ -55,7 +55,11 @@ def albumentations_workers(
     transforms, count = config.albumentations, config.workers
     hosts = context.all_gather_object(host_id())
     local_ranks = [rank for rank in range(context.world_size) if hosts[rank] == hosts[context.rank]]
-    layout = Layout(rows=len(split.labels), workers=len(local_ranks) * count)
+    layout = Layout(
+        rows=len(split.labels),
+        image_size=split.image_size,
+        workers=len(local_ranks) * count,
+    )
     first = local_ranks.index(context.rank) * count
     with ExitStack() as stack:
         files: list[int] = []

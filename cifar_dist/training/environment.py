@@ -29,10 +29,12 @@ def describe_environment(
     world_size: int,
     device: torch.device,
     data: str,
+    image_size: int,
     teachers: list[str],
     origin: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return versions, hardware, commit, the digests of data and teachers, and a fork's origin."""
+    """Return versions, hardware, commit, the digest and the image size of the
+    data, the digests of the teachers, and a fork's origin."""
     packages = (
         "torch",
         "timm",
@@ -55,6 +57,7 @@ def describe_environment(
         "world_size": world_size,
         "threads": torch.get_num_threads(),
         "data": data,
+        "image_size": image_size,
         "teachers": teachers,
         **({"origin": origin} if origin else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -23,7 +23,14 @@ from cifar_dist.data.batches import (
     num_steps_per_epoch,
     train_batches,
 )
-from cifar_dist.data.dataset import Split, class_names, classes_digest, data_digest, open_splits
+from cifar_dist.data.dataset import (
+    Split,
+    class_names,
+    classes_digest,
+    data_digest,
+    open_splits,
+    read_image_size,
+)
 from cifar_dist.data.streaming import stream_images
 from cifar_dist.data.training_rows import describe_rows, training_data
 from cifar_dist.distill.teacher import ShardOver, Teacher, TeacherWeights, build_teacher
@@ -57,7 +64,7 @@ from cifar_dist.utils.log import log, progress_bar
 from cifar_dist.utils.precision import make_scaler
 from cifar_dist.utils.random import derive_seed
 
-WHITENING_ROWS = 2000  # images that the whitening filters are computed from
+WHITENING_PIXELS = 2000 * 32**2  # of the first images; whitening filters are computed from them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +256,11 @@ def setup(
             f"{context.world_size} processes give the results of one up to rounding; 1, 2, 4, 8, ... or "
             f"{origin.micro_batches} give the same bits"
         )
+    if train_split.image_size > recipe.model.image_size:
+        log.info(
+            f"the images have {train_split.image_size} px, the model {recipe.model.image_size} px "
+            "(model.image_size): they are shrunk"
+        )
     check_data()  # digests were computed by threads meanwhile
     return run, state
 
@@ -278,6 +290,7 @@ def find_origin(
             world_size=context.world_size,
             device=device,
             data=digest,
+            image_size=read_image_size(Path(recipe.data.path)),
             teachers=digests,
             origin=asdict(start.fork) if start.fork else None,
         ),
@@ -302,7 +315,7 @@ def build_initial_model(
     weights = load_tensors(saved, "model") if saved else None
     model: Any = build_model(recipe.model, origin.num_classes, weights)
     if saved is None and recipe.model.whiten:
-        few = images[rows[:WHITENING_ROWS]].cpu()
+        few = images[rows[: WHITENING_PIXELS // images.shape[-1] ** 2]].cpu()
         model.preprocess.filters.copy_(
             context.run_on_main(whitening_filters, model.preprocess, few)
         )

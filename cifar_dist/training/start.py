@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from cifar_dist import __version__
-from cifar_dist.data.augment.albumentations_pipeline import Pipeline
 from cifar_dist.data.dataset import data_digest, read_digest
 from cifar_dist.data.ingest.archive import DATASETS
 from cifar_dist.data.ingest.preparation import SYNTHETIC, prepare
@@ -23,7 +22,7 @@ from cifar_dist.models.weights import read_weights
 from cifar_dist.optim.optimizer import build_optimizer
 from cifar_dist.optim.schedule import schedule_problem
 from cifar_dist.recipe.diff import recipe_diff
-from cifar_dist.recipe.dry_run import meta_model, num_classes
+from cifar_dist.recipe.dry_run import check_augment, meta_model, num_classes
 from cifar_dist.recipe.schema import Recipe, to_yaml
 from cifar_dist.recipe.teachers import check_caches, find_teacher
 from cifar_dist.run_folder import results
@@ -50,8 +49,7 @@ def check_names(recipe: Recipe) -> None:
     """Refuse unknown backbones, optimizers and transforms before anything is downloaded."""
     pretrained_cfg(recipe.model.backbone)
     build_optimizer(recipe.optim, torch.nn.Linear(1, 1))
-    if recipe.augment.albumentations:
-        Pipeline(recipe.augment.albumentations)
+    check_augment(recipe)
 
 
 def describe_model(recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from cifar_dist.data.dataset import write_dataset
 from cifar_dist.data.ingest.archive import CIFAR_10, CIFAR_100
 from cifar_dist.data.ingest.pickles import BATCH_LABELS, RawMeta, RawSplit
 from cifar_dist.data.ingest.synthetic import draw_synthetic, pickle_members
@@ -47,6 +48,19 @@ def with_classes(count: int) -> tuple[RawSplit, RawSplit, RawMeta]:
         test,
         RawMeta(fine_label_names=meta.fine_label_names[:count], coarse_label_names=[]),
     )
+
+
+def resized(raw: RawSplit, size: int) -> RawSplit:
+    """Return the rows with images of another size, by repeating or leaving out pixels."""
+    index = np.arange(size) * 32 // size
+    images = raw.images.reshape(-1, 3, 32, 32)[:, :, index][..., index]
+    return replace(raw, images=np.ascontiguousarray(images).reshape(len(images), -1))
+
+
+def write_sized(root: Path, size: int) -> None:
+    """Write a dataset of four classes with images of `size` px."""
+    train, test, meta = with_classes(4)
+    write_dataset(root, resized(train, size), resized(test, size), meta, content="other")
 
 
 def cifar_10_members(train: RawSplit, test: RawSplit, meta: RawMeta) -> dict[str, bytes]:

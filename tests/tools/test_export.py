@@ -139,15 +139,15 @@ def test_cosine_head_in_timm_keeps_the_ranking(
 def test_export_with_different_logits_is_refused() -> None:
     """Refuse differences above rounding at any batch size, and NaN."""
     net, same = nn.Linear(3 * 32 * 32, 100), lambda images: images.flatten(1) / 255
-    assert compare(net, net, same) == 0
-    assert compare(lambda inputs: net(inputs) + 1e-5, net, same) == pytest.approx(1e-5, rel=0.2)
+    assert compare(net, net, same, 32) == 0
+    assert compare(lambda inputs: net(inputs) + 1e-5, net, same, 32) == pytest.approx(1e-5, rel=0.2)
     for wrong in (
         lambda inputs: net(inputs) + 1e-2,
         lambda inputs: net(inputs) + 1e-2 * (len(inputs) == CHECKED_BATCHES[-1]),
         lambda inputs: net(inputs) * torch.nan,
     ):
         with pytest.raises(UserError, match="differ from the original"):
-            compare(wrong, net, same)
+            compare(wrong, net, same, 32)
 
 
 def test_config_describes_input_and_output(make_run: RunMaker) -> None:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from cifar_dist import report
 from cifar_dist.data.dataset import OFFICIAL_DIGEST, load_split
+from cifar_dist.data.image_files import SUFFIXES, read_image
 from cifar_dist.evaluation.scores import choose_temperature
-from cifar_dist.inference.prediction import SUFFIXES, find_images, read_image
+from cifar_dist.inference.prediction import find_images
 from cifar_dist.predict import main
 from cifar_dist.recipe.load import load_recipe
 from cifar_dist.recipe.runs import training_data
@@ -130,31 +131,29 @@ def test_images_of_any_size_and_mode_become_32_px(tmp_path: Path) -> None:
         "bits.png": Image.new("1", (40, 40), 1),
     }.items():
         image.save(tmp_path / name)
-        assert read_image(tmp_path / name).shape == (3, 32, 32)
-    assert read_image(tmp_path / "print.jpg").float().mean((1, 2)).tolist() == pytest.approx(
-        red, abs=5
-    )
-    assert (read_image(tmp_path / "bits.png") == 255).all()
+        assert read_image(tmp_path / name, 32).shape == (3, 32, 32)
+    assert read_image(tmp_path / "print.jpg", 32).mean((1, 2)).tolist() == pytest.approx(red, abs=5)
+    assert (read_image(tmp_path / "bits.png", 32) == 255).all()
     Image.fromarray(numpy.full((20, 20), 40000, numpy.uint16)).save(tmp_path / "deep.png")
-    assert (read_image(tmp_path / "deep.png") == 40000 // 256).all()
+    assert (read_image(tmp_path / "deep.png", 32) == 40000 // 256).all()
     Image.fromarray(numpy.full((20, 20), 0.5, numpy.float32)).save(tmp_path / "float.tif")
     with pytest.raises(UserError, match="the value range of 32 bits per pixel is undefined"):
-        read_image(tmp_path / "float.tif")
+        read_image(tmp_path / "float.tif", 32)
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_image(tmp_path / "clear.png") == 255).all()  # on white
+    assert (read_image(tmp_path / "clear.png", 32) == 255).all()  # on white
     sideways = Image.new("RGB", (64, 64), "white")
     sideways.paste((0, 0, 0), (0, 0, 64, 32))  # upper half black
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     sideways.save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png").float().mean((0, 1))
+    turned = read_image(tmp_path / "turned.png", 32).mean((0, 1))
     assert turned[:10].mean() > 200 > 50 > turned[-10:].mean()
 
 
 def test_suffixes_of_images_in_folders_are_documented(tmp_path: Path) -> None:
     for name in ("a.jfif", "b.JPE", "c.ico", "d.pgm", "e.pdf"):
         Image.new("L", (40, 40)).save(tmp_path / name)
-    names = [Path(name).name for name in find_images([tmp_path])]
+    names = [Path(name).name for name in find_images([tmp_path], 32)]
     assert names == ["a.jfif", "b.JPE", "c.ico", "d.pgm"]
     page = " ".join((Path(__file__).parents[2] / "docs/insight.md").read_text().split())
     assert f"files with the suffix {', '.join(sorted(SUFFIXES))}." in page
@@ -169,7 +168,8 @@ def test_linked_folders_are_searched_once(tmp_path: Path) -> None:
     for name, target in links.items():
         (tmp_path / "images" / name).symlink_to(tmp_path / target)
     found = [
-        Path(name).relative_to(tmp_path / "images") for name in find_images([tmp_path / "images"])
+        Path(name).relative_to(tmp_path / "images")
+        for name in find_images([tmp_path / "images"], 32)
     ]
     assert [str(path) for path in found] == ["a_link/inner/one.png", "one.png"]
 
@@ -184,7 +184,7 @@ def test_unreadable_image_in_a_folder_is_skipped_with_a_warning(
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + wrong + bytes(4)
     Image.new("RGB", (40, 40)).save(tmp_path / "broken.jpg", exif=exif)
     Image.new("RGB", (40, 40)).save(tmp_path / "fine.png")
-    assert list(find_images([tmp_path])) == [str(tmp_path / "fine.png")]
+    assert list(find_images([tmp_path], 32)) == [str(tmp_path / "fine.png")]
     (sentence,) = warned
     assert "broken.jpg cannot be read as an image (required argument is not an" in sentence
 
@@ -193,7 +193,7 @@ def test_unreadable_image_in_a_folder_is_skipped_with_a_warning(
 
     monkeypatch.setattr(ImageOps, "fit", full)
     with pytest.raises(UserError, match=r"fine\.png cannot be read as an image \(MemoryError\)"):
-        read_image(tmp_path / "fine.png")
+        read_image(tmp_path / "fine.png", 32)
 
 
 def test_wrong_arguments_are_refused_with_a_remedy(run: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_wrong_arguments_are_refused_with_a_remedy(run: Path, tmp_path: Path) ->
     bomb = tmp_path / "bomb.png"
     Image.new("1", (14_000, 14_000)).save(bomb)
     with pytest.raises(UserError, match="cannot be read as an image"):
-        read_image(bomb)
+        read_image(bomb, 32)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no readable image in these folders"):
-        find_images([tmp_path / "empty"])
+        find_images([tmp_path / "empty"], 32)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from compare import assert_same_bits
 from launcher import free_port, train
+from small_data import write_sized
 
 from recipes import RecipeMaker
 
@@ -25,6 +26,9 @@ recipe = load_recipe(sys.argv[1], ["name=api"])
 summary = train(recipe)
 assert train(recipe) == summary  # finished: returned without training
 report = evaluate(recipe.folder)
+robust = evaluate(recipe.folder, corruptions="generated", ood=sys.argv[2])
+assert 0 <= robust["corruptions"]["mean_corruption_error"] <= 100
+assert 0 <= robust["ood"]["energy"]["auroc"] <= 100
 model = load_model(str(recipe.folder))
 images = load_split(Path(recipe.data.path), "test").images
 logits = model.logits(images)
@@ -65,7 +69,8 @@ def run(script: str, *arguments: str | Path, cwd: Path, launcher: tuple[str, ...
 def test_api_matches_the_command(tmp_path: Path, recipe: RecipeMaker) -> None:
     path = recipe(run={"epochs": 2})
     train(path, "name=command", cwd=tmp_path)
-    output = run(SCRIPT, path, cwd=tmp_path)
+    write_sized(tmp_path / "other", 48)
+    output = run(SCRIPT, path, tmp_path / "other", cwd=tmp_path)
     top1, evaluated, classes = json.loads(output.partition("RESULT ")[2].splitlines()[0])
     assert top1 == evaluated
     assert classes == 100

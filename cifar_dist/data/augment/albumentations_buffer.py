@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy
@@ -33,7 +34,7 @@ WORKER = "import sys; sys.path[:] = {}; from cifar_dist.data.augment.albumentati
 class ImageSource(Protocol):
     """Interface of a source of images for the augmentation on the device."""
 
-    def __call__(self, view: int, rows: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
+    def __call__(self, view: int, rows: Tensor) -> Tensor: ...  # uint8 [B, 3, S, S]
 
 
 def view_seed(seed: int, view: int) -> int:
@@ -45,7 +46,7 @@ class InlineImages:
     """Computes images on demand in this process."""
 
     def __init__(self, transforms: Transforms, split: Split, *, seed: int) -> None:
-        self.pipeline, self.seed = Pipeline(transforms), seed
+        self.pipeline, self.seed = Pipeline(transforms, image_size=split.image_size), seed
         self.images, self.device = split.images.cpu().numpy(), split.labels.device
 
     def __call__(self, view: int, rows: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def start_worker(
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
     spec = {
         "pipeline": transforms,
-        "layout": {"rows": layout.rows, "workers": layout.workers},
+        "layout": asdict(layout),
         "file": file,
         "worker": worker,
         "parent": os.getpid(),

@@ -75,14 +75,14 @@ def check_names(transforms: Any, *, where: str = "albumentations", depth: int = 
 class Pipeline:
     """Apply transforms to an image: `pipeline(image, seed, row)` depends on these arguments only."""
 
-    def __init__(self, transforms: Transforms, *, trials: int = TRIALS) -> None:
-        """Build the transforms and apply them to `trials` random images.
+    def __init__(self, transforms: Transforms, *, image_size: int, trials: int = TRIALS) -> None:
+        """Build the transforms and apply them to `trials` random images of `image_size` px.
 
         Raises UserError for unsupported names, arguments or output shapes, and if albumentations is
         not installed.
         """
         check_names(transforms, where="augment.albumentations")
-        library = load_library()
+        library, self.image_size = load_library(), image_size
         # Names of a recipe are looked up in this dict only.
         classes = {name: vars(library)[name] for name in (*SINGLE, *GROUPS)}
         self.compose = library.Compose([build(classes, transform) for transform in transforms])
@@ -91,7 +91,8 @@ class Pipeline:
         self.generator, self.python = numpy.random.Generator(self.bits), random.Random(0)
         self.compose.set_random_state(self.generator, self.python)
         self.start: Any = self.bits.state
-        images = numpy.random.default_rng(0).integers(0, 256, (trials, 3, 32, 32), numpy.uint8)
+        shape = (trials, 3, image_size, image_size)
+        images = numpy.random.default_rng(0).integers(0, 256, shape, numpy.uint8)
         for row, image in enumerate(images):
             self(image, 0, row)
 
@@ -105,7 +106,7 @@ class Pipeline:
         self.python.seed(int(self.generator.integers(1 << 63)))
 
     def __call__(self, image: numpy.ndarray, seed: int, row: int) -> numpy.ndarray:
-        """Return the transformed image, uint8 [3, 32, 32], and leave `image` unchanged."""
+        """Return the transformed image, uint8 [3, S, S], and leave `image` unchanged."""
         self.reseed(seed, row)
         pixels = numpy.ascontiguousarray(image.transpose(1, 2, 0))
         try:
@@ -115,11 +116,12 @@ class Pipeline:
                 f"augment.albumentations failed at the image of row {row}: {first_line(error)}; "
                 "remove the transform that cannot process it"
             ) from error
-        if result.shape != (32, 32, 3) or result.dtype != numpy.uint8:
-            size = "x".join(str(side) for side in result.shape)
+        if result.shape != pixels.shape or result.dtype != numpy.uint8:
+            found, expected = ("x".join(map(str, shape)) for shape in (result.shape, pixels.shape))
             raise UserError(
-                f"augment.albumentations returned an image of {size} {result.dtype} instead of 32x32x3 "
-                "uint8; remove the transform that does this, or set its size to 32"
+                f"augment.albumentations returned an image of {found} {result.dtype} instead of "
+                f"{expected} uint8; remove the transform that does this, or set its size to "
+                f"{self.image_size}"
             )
         return result.transpose(2, 0, 1)
 

@@ -29,7 +29,9 @@ def main() -> int:
     spec = json.loads(sys.stdin.readline())
     layout, file, worker = Layout(**spec["layout"]), spec["file"], spec["worker"]
     try:
-        pipeline = Pipeline(spec["pipeline"], trials=0)  # the parent has tested it
+        pipeline = Pipeline(
+            spec["pipeline"], image_size=layout.image_size, trials=0
+        )  # tested by the parent
         source, *slots = layout.pages(file)
         sys.stdout.write(READY)
         sys.stdout.flush()

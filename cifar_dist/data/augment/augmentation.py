@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_dist.data.augment.albumentations_buffer import ImageSource, InlineImages
 from cifar_dist.data.augment.albumentations_pipeline import check_names
-from cifar_dist.data.augment.image_ops import SIDE, cutout, mix, per_sample
+from cifar_dist.data.augment.image_ops import cutout, mix, per_sample
 from cifar_dist.data.augment.padded_images import PaddedImages, pad_images
 from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
 from cifar_dist.data.augment.tables import EpochTables, draw_epoch
@@ -30,11 +30,12 @@ from cifar_dist.data.augment.transforms import (
     named_transforms,
 )
 from cifar_dist.data.batches import Batch
-from cifar_dist.data.dataset import Split
+from cifar_dist.data.dataset import MAX_SIZE, Split
 from cifar_dist.utils.config import Count, Fraction, Index, NonNegative, config
+from cifar_dist.utils.errors import UserError
 
-Padding = Annotated[int, Interval(ge=0, lt=SIDE)]  # with more, a crop could miss the image
-Hole = Annotated[int, Interval(ge=0, le=2 * SIDE)]  # the center is inside the image
+Padding = Annotated[int, Interval(ge=0, lt=MAX_SIZE)]
+Hole = Annotated[int, Interval(ge=0, le=2 * MAX_SIZE)]
 
 
 @config
@@ -138,7 +139,7 @@ class AugmentedBatch:
     With mixing, a loss is lam * loss(labels) + (1 - lam) * loss(partner_labels).
     """
 
-    images: Tensor  # uint8 [B, 3, 32, 32]
+    images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B]
     view_ids: Tensor  # int64 [B]; (row, view id) identifies an augmented image
     partner_labels: Tensor | None = None  # int64 [B]
@@ -158,6 +159,19 @@ def make_image_source(config: AugmentConfig, split: Split) -> ImageSource | None
     if config.albumentations:
         return InlineImages(config.albumentations, split, seed=config.seed)
     return (lambda view, rows: split.gather(rows)) if split.on_host else None
+
+
+def check_image_size(config: AugmentConfig, size: int) -> None:
+    """Raise UserError for a padding or a hole that does not suit images of `size` px."""
+    if config.crop_padding >= size:
+        raise UserError(
+            f"augment.crop_padding={config.crop_padding}: must be below the size of the images ({size} "
+            "px), or a crop could miss the image; lower it"
+        )
+    if config.cutout > 2 * size:
+        raise UserError(
+            f"augment.cutout={config.cutout}: covers every image of {size} px; set at most {2 * size}"
+        )
 
 
 class Augment:
@@ -180,6 +194,7 @@ class Augment:
         image_source: ImageSource | None = None,
         prefetch: bool | None = None,
     ) -> None:
+        check_image_size(config, split.image_size)
         self.config, self.split, self.view_id = config, split, view_id
         self.rows = torch.arange(len(split.labels)) if rows is None else rows
         self.image_source = image_source or make_image_source(config, split)
@@ -235,6 +250,7 @@ class Augment:
             self.config,
             views,
             num_images=len(self.split.labels),
+            image_size=self.split.image_size,
             partners=self.rows,
             fixed_view=self.view_id is not None,
             crop_batches=self.image_source is not None,

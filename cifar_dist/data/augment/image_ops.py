@@ -1,6 +1,6 @@
 """Image operations of the augmentation: pure functions of a batch and one parameter per image.
 
-Images are uint8 [B, 3, 32, 32] on any device, and no op synchronizes with it. Ops process the whole
+Images are uint8 [B, 3, S, S] on any device, and no op synchronizes with it. Ops process the whole
 batch: an image that should not change gets the parameter that leaves every bit unchanged. Matrix
 products and convolutions are avoided, since autocast would round them: the result depends neither on
 the training precision nor on the other images of the batch.
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDE = 32
-PIXELS = SIDE * SIDE
 MEAN_COLOR = (129, 124, 112)  # CIFAR-100's mean, rounded
 BLEND_OPS = ("none", "brightness", "contrast", "color", "sharpness")  # `kind` of `enhance`
 LUT_OPS = ("none", "posterize", "solarize", "autocontrast", "equalize")  # `kind` of `apply_lut`
@@ -37,12 +35,13 @@ def warp(images: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor
     `matrix` holds (a ... f), f32 [B, 6]. Coordinates are in pixels from the center, y points down,
     and the outside is black.
     """
-    positions = torch.arange(SIDE, device=images.device) - (SIDE - 1) / 2
+    size = images.shape[-1]
+    positions = torch.arange(size, device=images.device) - (size - 1) / 2
     a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
     # Separate products and sums: the rounding of a fused operation could depend on the batch.
-    x = a * positions + b * positions[:, None] + c  # [B, 32, 32]
+    x = a * positions + b * positions[:, None] + c  # [B, S, S]
     y = d * positions + e * positions[:, None] + f
-    grid = torch.stack([x, y], dim=-1) / (SIDE / 2)  # exact, as SIDE / 2 is a power of two
+    grid = torch.stack([x, y], dim=-1) / (size / 2)  # exact for 32 px: 16 is a power of two
     warped = F.grid_sample(
         images.float(), grid, mode=interpolation, padding_mode="zeros", align_corners=False
     )
@@ -53,7 +52,7 @@ def warp(images: Tensor, matrix: Tensor, interpolation: Interpolation) -> Tensor
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Return the luma of each pixel (ITU-R 601-2 in Pillow's integers), integral f32 [B, 1, 32, 32]."""
+    """Return the luma of each pixel (ITU-R 601-2 in Pillow's integers), integral f32 [B, 1, S, S]."""
     red, green, blue = images.float().split(1, dim=1)
     # All sums are below 2^24, hence exact.
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor()
@@ -123,7 +122,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(high == red, (green - blue) / divisor, hue)  # in sixths of a turn
     n = torch.arange(5, 0, -2, device=images.device)[:, None, None]
     k = n + hue + 6 * per_sample(shift)
-    k = k - 6 * (k / 6).floor()  # [B, 3, 32, 32]
+    k = k - 6 * (k / 6).floor()  # [B, 3, S, S]
     return (high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)).round().to(torch.uint8)
 
 
@@ -135,7 +134,7 @@ def apply_lut(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
     """
     kind, level = kind[:, None, None], level[:, None, None]
     flat = images.flatten(2)
-    index = flat.long()  # [B, 3, 1024]
+    index = flat.long()  # [B, 3, S * S]
     levels = torch.arange(256, device=images.device)
     low, high = flat.amin(2, keepdim=True).long(), flat.amax(2, keepdim=True).long()
     stretched = ((levels - low) * 255 // (high - low).clamp(min=1)).clamp(0, 255)
@@ -143,7 +142,7 @@ def apply_lut(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
 
     counts = index.new_zeros(*index.shape[:2], 256)
     counts.scatter_add_(2, index, index.new_ones(()).expand_as(index))
-    step = (PIXELS - counts.gather(2, high)) // 255
+    step = (flat.shape[2] - counts.gather(2, high)) // 255
     below = counts.cumsum(2) - counts
     equalized = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
     equalized = torch.where(step > 0, equalized, levels)
@@ -160,12 +159,12 @@ def apply_lut(images: Tensor, kind: Tensor, level: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- holes and mixing
 
 
-def box_mask(box: Tensor) -> Tensor:
-    """Return the pixels with top <= y < bottom and left <= x < right, bool [B, 1, 32, 32].
+def box_mask(box: Tensor, size: int) -> Tensor:
+    """Return the pixels with top <= y < bottom and left <= x < right, bool [B, 1, S, S].
 
-    `box` holds (top, bottom, left, right), int64 [B, 4].
+    `box` holds (top, bottom, left, right), int64 [B, 4]; `size` is S.
     """
-    positions = torch.arange(SIDE, device=box.device)
+    positions = torch.arange(size, device=box.device)
     top, bottom, left, right = box[:, :, None].unbind(1)  # [B, 1] each
     lines = (positions >= top) & (positions < bottom)
     columns = (positions >= left) & (positions < right)
@@ -173,7 +172,7 @@ def box_mask(box: Tensor) -> Tensor:
 
 
 def fill_mean(images: Tensor, mask: Tensor) -> Tensor:
-    """Fill the pixels of `mask` (bool [B, 1, 32, 32]) with the mean color."""
+    """Fill the pixels of `mask` (bool [B, 1, S, S]) with the mean color."""
     hole = mask.to(torch.uint8)
     # Plain numbers: copying a tensor of the color to the device would synchronize with it.
     color = torch.cat([hole * level for level in MEAN_COLOR], dim=1)
@@ -183,26 +182,27 @@ def fill_mean(images: Tensor, mask: Tensor) -> Tensor:
 def cutout(images: Tensor, hole_y: Tensor, hole_x: Tensor, size: int) -> Tensor:
     """Fill a square of `size` pixels around each center with the mean color."""
     top, left = hole_y - size // 2, hole_x - size // 2
-    return fill_mean(images, box_mask(torch.stack([top, top + size, left, left + size], dim=1)))
+    box = torch.stack([top, top + size, left, left + size], dim=1)
+    return fill_mean(images, box_mask(box, images.shape[-1]))
 
 
-def noise(seed: Tensor) -> Tensor:
-    """Return uniform pseudo-random bytes, uint8 [B, 3, 32, 32], for each `seed` (int64 below 2^31).
+def noise(seed: Tensor, size: int) -> Tensor:
+    """Return uniform pseudo-random bytes, uint8 [B, 3, size, size], for each `seed` (int64 below 2^31).
 
     Two rounds of multiply and shift; no product reaches 2^63.
     """
-    state = seed[:, None] + torch.arange(3 * PIXELS, device=seed.device)
+    state = seed[:, None] + torch.arange(3 * size * size, device=seed.device)
     state *= 1_640_531_527  # odd, near 2^32 - 2^32 / golden ratio (Knuth, TAOCP 3, 6.4)
     state ^= state >> 29
     state &= 0x7FFFFFFF
     state *= 1_566_083_941
     state >>= 30
-    return state.to(torch.uint8).view(-1, 3, SIDE, SIDE)  # the lowest 8 bits
+    return state.to(torch.uint8).view(-1, 3, size, size)  # the lowest 8 bits
 
 
 def erase(images: Tensor, box: Tensor, filling: Tensor) -> Tensor:
-    """Replace the pixels in `box` (int64 [B, 4] as in `box_mask`) by `filling`, uint8 [B, 3, 32, 32]."""
-    return torch.where(box_mask(box), filling, images)
+    """Replace the pixels in `box` (int64 [B, 4] as in `box_mask`) by `filling`, uint8 [B, 3, S, S]."""
+    return torch.where(box_mask(box, images.shape[-1]), filling, images)
 
 
 def mix(images: Tensor, others: Tensor, lam: Tensor, box: Tensor, pasted: Tensor) -> Tensor:

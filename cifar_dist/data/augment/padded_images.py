@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cifar_dist.data.augment.image_ops import SIDE
-
 
 @dataclass(frozen=True)
 class PaddedImages:
@@ -24,49 +22,65 @@ class PaddedImages:
 
     @property
     def side(self) -> int:
-        return SIDE + 2 * self.padding
+        """Return the size of the padded images in pixels."""
+        return self.data.shape[-1]
 
     def offsets(self, rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
         """Return the offsets of crops of these images; see `crop_offsets`."""
         num_images = self.data.shape[1]
         return crop_offsets(
-            rows, shift_y, shift_x, flip, num_images=num_images, padding=self.padding
+            rows,
+            shift_y,
+            shift_x,
+            flip,
+            num_images=num_images,
+            image_size=self.side - 2 * self.padding,
+            padding=self.padding,
         )
 
     def crop(self, offsets: Tensor) -> Tensor:
-        """Return the crops at `offsets` (int64 [B]), uint8 [B, 3, 32, 32], not contiguous."""
+        """Return the crops at `offsets` (int64 [B]), uint8 [B, 3, S, S], not contiguous."""
         side, channel = self.side, self.side**2
-        length = 2 * channel + (SIDE - 1) * side + SIDE
+        size = side - 2 * self.padding
+        length = 2 * channel + (size - 1) * side + size
         runs = self.data.as_strided((self.data.numel() - length + 1, length), (1, 1))
         return runs.index_select(0, offsets).as_strided(
-            (len(offsets), 3, SIDE, SIDE), (length, channel, side, 1)
+            (len(offsets), 3, size, size), (length, channel, side, 1)
         )
 
 
 def crop_offsets(
-    rows: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor, *, num_images: int, padding: int
+    rows: Tensor,
+    shift_y: Tensor,
+    shift_x: Tensor,
+    flip: Tensor,
+    *,
+    num_images: int,
+    image_size: int,
+    padding: int,
 ) -> Tensor:
     """Return where crops start in the data of `num_images` padded images, int64 [B].
 
     The result is that of cropping, then mirroring. All arguments are int64 [B] except `flip`, bool.
     Shifts range over -padding ... padding, down and to the right.
     """
-    side = SIDE + 2 * padding
+    side = image_size + 2 * padding
     line = shift_y + padding
     column = torch.where(flip, -shift_x, shift_x) + padding
     return ((flip * num_images + rows) * 3 * side + line) * side + column
 
 
-def padded_bytes(num_images: int, *, padding: int, mirrored: bool) -> int:
+def padded_bytes(num_images: int, *, image_size: int, padding: int, mirrored: bool) -> int:
     """Return the size of the padded images in bytes."""
-    return (1 + mirrored) * num_images * 3 * (SIDE + 2 * padding) ** 2
+    return (1 + mirrored) * num_images * 3 * (image_size + 2 * padding) ** 2
 
 
 def pad_images(images: Tensor, *, padding: int, mirrored: bool) -> PaddedImages:
-    """Copy uint8 [N, 3, 32, 32] images to padded ones, (1 + mirrored) (1 + padding / 16)^2 the size."""
-    side = SIDE + 2 * padding
+    """Copy uint8 [N, 3, S, S] images to padded ones, (1 + mirrored) (1 + 2 padding / S)^2 the size."""
+    size = images.shape[-1]
+    side = size + 2 * padding
     data = images.new_zeros(1 + mirrored, len(images), 3, side, side)
     sources = (images, images.flip(3)) if mirrored else (images,)
     for target, source in zip(data, sources, strict=True):
-        target[:, :, padding : padding + SIDE, padding : padding + SIDE] = source
+        target[:, :, padding : padding + size, padding : padding + size] = source
     return PaddedImages(data, padding)

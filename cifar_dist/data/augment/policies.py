@@ -13,7 +13,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from cifar_dist.data.augment.image_ops import BLEND_OPS, LUT_OPS, SIDE, apply_lut, enhance, warp
+from cifar_dist.data.augment.image_ops import BLEND_OPS, LUT_OPS, apply_lut, enhance, warp
 from cifar_dist.utils.config import Count, Fraction, config
 from cifar_dist.utils.random import KeyedRandom
 
@@ -29,35 +29,38 @@ class Ranges:
     """The strength of each operation at the highest magnitude."""
 
     shear: float  # tangent of the angle
-    translate: float  # pixels
+    translate: float  # pixels of a 32 px image
     rotate: float  # degrees
     enhance: float  # distance of the blend factor from 1
     posterize: int  # number of the 8 bits that are removed
 
 
 # Cubuk et al. 2018 (AutoAugment, arXiv 1805.09501), table 6; 150 of 331 pixels as in its code and in torchvision
-AUTO_RANGES = Ranges(shear=0.3, translate=150 / 331 * SIDE, rotate=30.0, enhance=0.9, posterize=4)
+AUTO_RANGES = Ranges(shear=0.3, translate=150 / 331 * 32, rotate=30.0, enhance=0.9, posterize=4)
 # Müller and Hutter 2021 (TrivialAugment, arXiv 2103.10158), the wide space
 WIDE_RANGES = Ranges(shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, posterize=6)
 
 
-def encode_ops(ranges: Ranges, operation: Tensor, magnitude: Tensor, sign: Tensor) -> Tensor:
+def encode_ops(
+    ranges: Ranges, operation: Tensor, magnitude: Tensor, sign: Tensor, *, image_size: int
+) -> Tensor:
     """Return the parameters of the three batched ops, f32 [..., 10].
 
     They are an affine matrix (6), blend kind and factor, lookup kind and level. `operation` is an
     index into OPERATIONS; `magnitude` (0 ... MAGNITUDES) and `sign` (-1 or 1) have the same shape.
-    Operations without a magnitude or a sign ignore it.
+    Operations without a magnitude or a sign ignore it. Translations scale with the image size.
     """
     strength = magnitude.double() / MAGNITUDES
     is_op = {name: operation == index for index, name in enumerate(OPERATIONS)}
     shear, angle = ranges.shear * strength * sign, (ranges.rotate * strength * sign).deg2rad()
-    shift = (ranges.translate * strength).floor() * sign  # whole pixels avoid blur
+    translate = ranges.translate * image_size / 32
+    shift = (translate * strength).floor() * sign  # whole pixels avoid blur
     cosine, sine = (torch.where(is_op["rotate"], f, 0) for f in (angle.cos() - 1, angle.sin()))
     shear_x, shear_y = (torch.where(is_op[name], shear, 0) for name in WARPS[:2])
     shift_x, shift_y = (torch.where(is_op[name], shift, 0) for name in WARPS[2:4])
     matrix = (  # shears keep the upper left corner fixed
-        *(1 + cosine, shear_x - sine, shear_x * SIDE / 2 - shift_x),
-        *(shear_y + sine, 1 + cosine, shear_y * SIDE / 2 - shift_y),
+        *(1 + cosine, shear_x - sine, shear_x * image_size / 2 - shift_x),
+        *(shear_y + sine, 1 + cosine, shear_y * image_size / 2 - shift_y),
     )
     blend_kind, lut_kind = torch.zeros_like(strength), torch.zeros_like(strength)
     for kind, name in enumerate(BLEND_OPS[1:], start=1):
@@ -98,11 +101,11 @@ class RandAugment:
     magnitude: Magnitude = 9  # strength of all operations
     p: Fraction = 1.0  # probability; inside one_of a weight
 
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
         """Return f32 [N, num_ops, 10]."""
         operation, sign = draw_operations(random, applied, self.num_ops)
         magnitude = torch.full_like(operation, self.magnitude)
-        return encode_ops(AUTO_RANGES, operation, magnitude, sign)
+        return encode_ops(AUTO_RANGES, operation, magnitude, sign, image_size=image_size)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         for step in column.unbind(1):
@@ -119,11 +122,11 @@ class TrivialAugment:
 
     p: Fraction = 1.0  # probability; inside one_of a weight
 
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
         """Return f32 [N, 1, 10]."""
         operation, sign = draw_operations(random, applied, 1)
         magnitude = random.integers("strength", 0, MAGNITUDES + 1, 1)
-        return encode_ops(WIDE_RANGES, operation, magnitude, sign)
+        return encode_ops(WIDE_RANGES, operation, magnitude, sign, image_size=image_size)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         return apply_operation(images, column[:, 0])

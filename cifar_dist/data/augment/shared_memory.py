@@ -21,12 +21,12 @@ import numpy
 from cifar_dist.utils.errors import UserError
 
 SHARED_MEMORY = "/dev/shm"
-IMAGE_SHAPE = (3, 32, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     rows: int
+    image_size: int  # S
     workers: int  # of all processes of the machine
 
     @property
@@ -36,17 +36,17 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return self.header_bytes + 3 * self.rows * 3072
+        return self.header_bytes + 3 * self.rows * 3 * self.image_size**2
 
     def rows_of(self, worker: int) -> range:
         """Return the rows that a worker fills."""
         return range(self.rows * worker // self.workers, self.rows * (worker + 1) // self.workers)
 
     def pages(self, file: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-        """Map the source images and the two slots, uint8 [N, 3, 32, 32] each."""
+        """Map the source images and the two slots, uint8 [N, 3, S, S] each."""
         pages = mmap.mmap(file, self.size)
         images = numpy.frombuffer(pages, numpy.uint8, offset=self.header_bytes)
-        source, first, second = images.reshape(3, self.rows, *IMAGE_SHAPE)
+        source, first, second = images.reshape(3, self.rows, 3, self.image_size, self.image_size)
         return source, first, second
 
     def mark_filled(self, file: int, slot: int, worker: int, view: int) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cifar_dist.data.augment.image_ops import SIDE
 from cifar_dist.data.augment.padded_images import crop_offsets
 from cifar_dist.data.augment.transforms import named_transforms
 from cifar_dist.data.batches import to_device
@@ -27,7 +26,7 @@ class AugmentTable(NamedTuple):
     shift_y: Tensor  # int64 [N], -crop_padding ... crop_padding
     shift_x: Tensor
     flip: Tensor  # bool [N]
-    hole_y: Tensor  # int64 [N], center of the hole, 0 ... 31; it may extend beyond the border
+    hole_y: Tensor  # int64 [N], center of the hole, 0 ... S - 1; it may extend beyond the border
     hole_x: Tensor
     vflip: Tensor  # bool [N]
     transforms: dict[str, Tensor]  # [N, ...] for each of config.transforms
@@ -45,18 +44,23 @@ class MixTable(NamedTuple):
         return MixTable(*(column.index_select(0, index) for column in self))
 
 
-def draw_table(config: AugmentConfig, view: int, *, num_images: int) -> AugmentTable:
-    """Draw the parameters of a view for all rows, each column from a separate key."""
+def draw_table(
+    config: AugmentConfig, view: int, *, num_images: int, image_size: int
+) -> AugmentTable:
+    """Draw the parameters of a view for all rows, each column from a separate key.
+
+    `image_size` is that of the data, in pixels.
+    """
     random = KeyedRandom(purpose="augment", seed=config.seed, view=view, rows=num_images)
     padding = config.crop_padding
     return AugmentTable(
         shift_y=random.integers("shift_y", -padding, padding + 1),
         shift_x=random.integers("shift_x", -padding, padding + 1),
         flip=draw_flips(config, random),
-        hole_y=random.integers("hole_y", 0, SIDE),
-        hole_x=random.integers("hole_x", 0, SIDE),
+        hole_y=random.integers("hole_y", 0, image_size),
+        hole_x=random.integers("hole_x", 0, image_size),
         vflip=random.integers("vertical_flip", 0, 1 + config.vflip).bool(),
-        transforms=draw_transforms(config, random),
+        transforms=draw_transforms(config, random, image_size),
     )
 
 
@@ -68,19 +72,24 @@ def draw_flips(config: AugmentConfig, random: KeyedRandom) -> Tensor:
     return random.integers("flip", 0, 1 + config.hflip).bool()
 
 
-def draw_transforms(config: AugmentConfig, random: KeyedRandom) -> dict[str, Tensor]:
+def draw_transforms(
+    config: AugmentConfig, random: KeyedRandom, image_size: int
+) -> dict[str, Tensor]:
     """Return the column of each transform by name, [N, ...]."""
     columns = {}
     for name, transform in named_transforms(config).items():
         scoped = random.scoped(name)
-        columns[name] = transform.draw(scoped, scoped.uniform("applied", 0, 1) < transform.p)
-    group = config.one_of.draw(random.scoped("one_of")) if config.one_of else {}
+        applied = scoped.uniform("applied", 0, 1) < transform.p
+        columns[name] = transform.draw(scoped, applied, image_size)
+    group = config.one_of.draw(random.scoped("one_of"), image_size) if config.one_of else {}
     return columns | {f"one_of.{name}": column for name, column in group.items()}
 
 
-def table_for_view(config: AugmentConfig, view_id: int, *, num_images: int) -> AugmentTable:
+def table_for_view(
+    config: AugmentConfig, view_id: int, *, num_images: int, image_size: int
+) -> AugmentTable:
     """Return the parameters that give every row the view `view_id` (0 to num_views - 1)."""
-    table = draw_table(config, view_id, num_images=num_images)
+    table = draw_table(config, view_id, num_images=num_images, image_size=image_size)
     if config.views != "all":
         return table
     shifts, flip = divmod(view_id, 1 + bool(config.hflip))
@@ -103,7 +112,7 @@ def view_ids(config: AugmentConfig, table: AugmentTable) -> Tensor:
 
 
 def draw_mix_table(
-    config: AugmentConfig, view: int, *, num_images: int, partners: Tensor
+    config: AugmentConfig, view: int, *, num_images: int, image_size: int, partners: Tensor
 ) -> MixTable:
     """Draw each row's partner among `partners` (int64) and its mixing parameters.
 
@@ -124,12 +133,12 @@ def draw_mix_table(
     lam = numpy.where(pasted, draw_lam(config.cutmix), draw_lam(config.mixup))
     lam[stream("mix").random(num_images) >= config.mix_probability] = 1.0
 
-    half = SIDE * numpy.sqrt(1 - lam) / 2
-    centers = stream("box").random((2, num_images)) * SIDE
+    half = image_size * numpy.sqrt(1 - lam) / 2
+    centers = stream("box").random((2, num_images)) * image_size
     edges = [edge for center in centers for edge in (center - half, center + half)]
-    box = numpy.stack(edges, axis=1).round().clip(0, SIDE).astype(numpy.int64)
+    box = numpy.stack(edges, axis=1).round().clip(0, image_size).astype(numpy.int64)
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-    lam = numpy.where(pasted, 1 - area / SIDE**2, lam)
+    lam = numpy.where(pasted, 1 - area / image_size**2, lam)
     return MixTable(
         partner=partners.cpu()[torch.from_numpy(partner)],
         lam=torch.from_numpy(lam).float(),
@@ -139,11 +148,19 @@ def draw_mix_table(
 
 
 def draw_mix_tables(
-    config: AugmentConfig, views: list[int], *, num_images: int, partners: Tensor
+    config: AugmentConfig,
+    views: list[int],
+    *,
+    num_images: int,
+    image_size: int,
+    partners: Tensor,
 ) -> MixTable:
     """Draw the mixing parameters of several views and concatenate them."""
     tables = [
-        draw_mix_table(config, view, num_images=num_images, partners=partners) for view in views
+        draw_mix_table(
+            config, view, num_images=num_images, image_size=image_size, partners=partners
+        )
+        for view in views
     ]
     return MixTable(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
 
@@ -170,6 +187,7 @@ def draw_epoch(
     views: list[int],
     *,
     num_images: int,
+    image_size: int,
     partners: Tensor,
     fixed_view: bool,
     crop_batches: bool,
@@ -180,23 +198,28 @@ def draw_epoch(
     batch by batch, so the tables contain shifts and flips instead of offsets into all padded images.
     """
     draw = table_for_view if fixed_view else draw_table
-    tables = [draw(config, view, num_images=num_images) for view in views]
+    tables = [draw(config, view, num_images=num_images, image_size=image_size) for view in views]
     ids = [
         view_ids(config, table) if config.views == "all" else torch.full((num_images,), view)
         for view, table in zip(views, tables, strict=True)
     ]
-    columns = [image_columns(config, table, crop_batches=crop_batches) for table in tables]
+    columns = [
+        image_columns(config, table, image_size=image_size, crop_batches=crop_batches)
+        for table in tables
+    ]
     return EpochTables(
         torch.cat(ids),
         {name: torch.cat([part[name] for part in columns]) for name in columns[0]},
-        draw_mix_tables(config, views, num_images=num_images, partners=partners)
+        draw_mix_tables(
+            config, views, num_images=num_images, image_size=image_size, partners=partners
+        )
         if config.uses_mixing
         else None,
     )
 
 
 def image_columns(
-    config: AugmentConfig, table: AugmentTable, *, crop_batches: bool
+    config: AugmentConfig, table: AugmentTable, *, image_size: int, crop_batches: bool
 ) -> dict[str, Tensor]:
     """Return the columns that the configuration uses by name, [N, ...] each."""
     columns = dict(table.transforms)
@@ -210,6 +233,10 @@ def image_columns(
     elif config.crops_or_flips:
         num_images = len(table.flip)
         columns["crop_offset"] = crop_offsets(
-            torch.arange(num_images), **crop, num_images=num_images, padding=config.crop_padding
+            torch.arange(num_images),
+            **crop,
+            num_images=num_images,
+            image_size=image_size,
+            padding=config.crop_padding,
         )
     return columns

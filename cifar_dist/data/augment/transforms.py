@@ -15,7 +15,6 @@ from annotated_types import Interval
 from torch import Tensor
 
 from cifar_dist.data.augment.image_ops import (
-    SIDE,
     Interpolation,
     adjust_brightness,
     adjust_contrast,
@@ -40,14 +39,14 @@ ERASE_TRIES = 10  # boxes drawn for an image before giving up
 class Transform(Protocol):
     """Interface of a transform.
 
-    `draw` returns the parameters of N rows; for rows that are not `applied` (bool [N]), parameters
-    that leave every bit of an image unchanged.
+    `draw` returns the parameters of N rows, whose images have S = `image_size`; for rows that are not
+    `applied` (bool [N]), parameters that leave every bit of an image unchanged.
     """
 
     @property
     def p(self) -> float: ...
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor: ...  # [N, ...]
-    def __call__(self, images: Tensor, column: Tensor) -> Tensor: ...  # uint8 [B, 3, 32, 32]
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor: ...  # [N, ...]
+    def __call__(self, images: Tensor, column: Tensor) -> Tensor: ...  # uint8 [B, 3, S, S]
 
 
 @config
@@ -63,10 +62,10 @@ class Affine:
     def __post_init__(self) -> None:
         check_range("scale", self.scale)
 
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
         """Return inverse affine matrices, from output to input pixels, f32 [N, 6] as in `warp`."""
         angle = random.uniform("angle", -self.degrees, self.degrees).deg2rad()
-        reach = self.translate * SIDE
+        reach = self.translate * image_size
         x, y = (random.uniform(name, -reach, reach) for name in ("shift_x", "shift_y"))
         scale = random.uniform("scale", *self.scale)
         cosine, sine = angle.cos() / scale, angle.sin() / scale
@@ -91,7 +90,7 @@ class ColorJitter:
     hue: HalfTurn = 0.0  # the shift is uniform in -x to x turns of the color wheel
     p: Fraction = 1.0  # probability; inside one_of a weight
 
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
         """Return three factors and a hue shift, f32 [N, 4]."""
         options = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
         factors = [random.uniform(name, max(0.0, 1 - x), 1 + x) for name, x in options.items()]
@@ -128,30 +127,30 @@ class Erasing:
         squarest = min(max(1.0, self.ratio[0]), self.ratio[1])
         longer = max(squarest, 1 / squarest)
         smallest, largest = self.area
-        fits = round(SIDE * math.sqrt(smallest * longer)) < SIDE
-        if not fits or round(SIDE * math.sqrt(largest / longer)) < 1:
+        fits = round(32 * math.sqrt(smallest * longer)) < 32  # larger images have more choices
+        if not fits or round(32 * math.sqrt(largest / longer)) < 1:
             raise ValueError(
                 f"area={list(self.area)}, ratio={list(self.ratio)}: no such box is at least one pixel wide "
                 "and smaller than the image, so nothing would be erased; choose other values"
             )
 
-    def draw(self, random: KeyedRandom, applied: Tensor) -> Tensor:
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
         """Return top, bottom, left, right and the seed of the noise, int64 [N, 5]."""
-        area = random.uniform("area", *self.area, ERASE_TRIES) * SIDE**2
+        area = random.uniform("area", *self.area, ERASE_TRIES) * image_size**2
         low, high = (math.log(end) for end in self.ratio)
         ratio = random.uniform("ratio", low, high, ERASE_TRIES).exp()
         sizes = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round()
-        fits = (sizes < SIDE).all(2) & (sizes > 0).all(2)  # [N, tries]
+        fits = (sizes < image_size).all(2) & (sizes > 0).all(2)  # [N, tries]
         first = fits.int().argmax(1)  # the first that fits; where none does, nothing is erased
         size = sizes[torch.arange(len(sizes)), first] * (fits.any(1) & applied)[:, None]
-        start = (random.uniform("place", 0, 1, 2) * (SIDE - size + 1)).floor()
+        start = (random.uniform("place", 0, 1, 2) * (image_size - size + 1)).floor()
         edges = torch.stack([start, start + size], dim=2).flatten(1)  # top, bottom, left, right
         return torch.cat([edges.long(), random.integers("noise", 0, 2**31, 1)], dim=1)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
         if self.fill == "mean":
-            return fill_mean(images, box_mask(column[:, :4]))
-        return erase(images, column[:, :4], noise(column[:, 4]))
+            return fill_mean(images, box_mask(column[:, :4], images.shape[-1]))
+        return erase(images, column[:, :4], noise(column[:, 4], images.shape[-1]))
 
 
 @config
@@ -173,7 +172,7 @@ class OneOf:
         if len(members) < 2 or not any(member.p for member in members.values()):
             raise ValueError("give at least two transforms, such as affine: {degrees: 15}")
 
-    def draw(self, random: KeyedRandom) -> dict[str, Tensor]:
+    def draw(self, random: KeyedRandom, image_size: int) -> dict[str, Tensor]:
         """Return the column of each member; a row is applied in at most one of them."""
         members = named_transforms(self)
         weights = [member.p for member in members.values()]
@@ -183,7 +182,7 @@ class OneOf:
             torch.tensor(edges, dtype=torch.float64), random.uniform("place", 0, 1), right=True
         )
         return {
-            name: member.draw(random.scoped(name), chosen == index)
+            name: member.draw(random.scoped(name), chosen == index, image_size)
             for index, (name, member) in enumerate(members.items())
         }
 

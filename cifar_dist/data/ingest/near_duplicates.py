@@ -14,9 +14,10 @@ from cifar_dist.utils.errors import UserError
 from cifar_dist.utils.files import try_read_json
 from cifar_dist.utils.log import progress_bar
 
-# Minimal cosine similarities of two descriptors at 16 x 16 px; a pair has to reach both. On CIFAR-100
+# Minimal cosine similarities of two descriptors at GRID x GRID px; a pair has to reach both. On CIFAR-100
 # 281 pairs do; about 40 of them are different objects that look alike (apples, cans, clocks).
 MIN_DETAIL, MIN_LAYOUT = 0.8, 0.9
+GRID = 16
 BLOCK_SIZE = 500
 NOISE = 4.0  # gray levels; suppresses weaker detail
 OFFICIAL_LIST = Path(__file__).parent / "near_duplicates.json"
@@ -28,13 +29,13 @@ def _blur(images: Tensor) -> Tensor:
 
 def layout_descriptor(images: Tensor) -> Tensor:
     """Return unit vectors, f32 [N, 768], of brightness and color by position, without contrast."""
-    small = F.avg_pool2d(images.float(), 2).flatten(1)
+    small = F.adaptive_avg_pool2d(images.float(), GRID).flatten(1)
     return F.normalize(small - small.mean(1, keepdim=True))
 
 
 def detail_descriptor(images: Tensor) -> Tensor:
     """Return unit vectors, f32 [N, 768], of the locally normalized difference from the blurred image."""
-    small = F.avg_pool2d(images.float(), 2)
+    small = F.adaptive_avg_pool2d(images.float(), GRID)
     edges = small - _blur(small)
     amplitude = _blur(edges.square().mean(1, keepdim=True)).sqrt()
     return F.normalize((edges / (amplitude + NOISE)).flatten(1))
@@ -45,7 +46,7 @@ def find_near_duplicates(
 ) -> list[list[int]]:
     """Return [test row, train row] of each test image with a near-duplicate, mirrored or not, in train.
 
-    Images are uint8 [N, 3, 32, 32]. CIFAR-100 takes 20 s on two cores and 1 GB besides the images.
+    Images are uint8 [N, 3, S, S]. CIFAR-100 takes 20 s on two cores and 1 GB besides the images.
     """
     train_details = [detail_descriptor(train), detail_descriptor(train.flip(3))]
     pairs = []

@@ -1,4 +1,4 @@
-"""Convert CIFAR-100, CIFAR-10 or synthetic data to the Arrow dataset that training reads."""
+"""Convert CIFAR-100, CIFAR-10, synthetic data or own images to the Arrow dataset that training reads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import re
 import shlex
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cifar_dist.data.dataset import (
     DATASET,
@@ -33,6 +36,7 @@ from cifar_dist.data.ingest.archive import (
     wrong_data_error,
 )
 from cifar_dist.data.ingest.download import download
+from cifar_dist.data.ingest.own_images import ImageOptions, read_own_images
 from cifar_dist.data.ingest.pickles import (
     RawMeta,
     RawSplit,
@@ -74,13 +78,7 @@ def prepare(
     if dataset and published_url not in (None, dataset):
         assert published_url
         raise wrong_data_error(source, published_url, [dataset])
-    output = output.expanduser().resolve()
-    with folder_lock(output.parent, remedy=REMEDY):
-        for path in output.parent.iterdir():  # left by a killed process
-            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
-                shutil.rmtree(path, ignore_errors=True)
-        _refuse_foreign_files(output)
-        existing = None if force else _read_existing(output)
+    with _claim_output(output, force=force) as (output, existing):
         expected = None
         if source == SYNTHETIC:
             expected = SYNTHETIC
@@ -100,27 +98,91 @@ def prepare(
                 raise UserError(
                     f"{source} is not the official {published.name}; to use it, run {command}"
                 )
-        train, test, meta = _parse(published, members, source)
-        if existing is not None:
-            digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
-            _report_existing(output, same=all(existing[s]["sha256"] == digests[s] for s in SPLITS))
-            return
+        splits = _parse(published, members, source)
         pickles = {f"{published.folder}/{name}": data for name, data in members.items()}
-        write_dataset(
-            output,
-            train,
-            test,
-            meta,
-            content=content,
-            extra_files=pickles if source == SYNTHETIC else None,
+        extra_files = pickles if source == SYNTHETIC else None
+        if _write(output, existing, *splits, content=content, extra_files=extra_files):
+            _report_written(output, content, started)
+
+
+def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bool = False) -> None:
+    """Write a dataset of the images in `path` to `output`, unless `output` has them already.
+
+    See `read_own_images`. After a UserError nothing is left behind.
+    """
+    started = time.monotonic()
+    with _claim_output(output, force=force) as (output, existing):
+        train, test, meta = read_own_images(path, options)
+        if not _write(output, existing, train, test, meta, content="other"):
+            return
+        _report_written(output, "other", started)
+        mean, std = (
+            ",".join(f"{value:.4f}" for value in values)
+            for values in pixel_statistics(train.images)
         )
+        size = options.size
+        print(
+            f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
+            f"  cifar-dist train r18_32 name={output.name} data.path={shlex.quote(str(output))} "
+            f"model.image_size={size} model.mean=[{mean}] model.std=[{std}]",
+            flush=True,
+        )
+
+
+@contextmanager
+def _claim_output(output: Path, *, force: bool) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """Yield the absolute path of `output` and the digest of its data, None without data or by `force`.
+
+    No other process writes to it inside the context.
+    """
+    output = output.expanduser().resolve()
+    with folder_lock(output.parent, remedy=REMEDY):
+        for path in output.parent.iterdir():  # left by a killed process
+            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        _refuse_foreign_files(output)
+        yield output, None if force else _read_existing(output)
+
+
+def _write(
+    output: Path,
+    existing: dict[str, Any] | None,
+    train: RawSplit,
+    test: RawSplit,
+    meta: RawMeta,
+    *,
+    content: Content,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> bool:
+    """Write the dataset; return False if `output` has it already, UserError if it has another one."""
+    if existing is not None:
+        digests = {"train": content_digest(train, meta), "test": content_digest(test, meta)}
+        _report_existing(output, same=all(existing[s]["sha256"] == digests[s] for s in SPLITS))
+        return False
+    write_dataset(output, train, test, meta, content=content, extra_files=extra_files)
+    return True
+
+
+def _report_written(output: Path, content: Content, started: float) -> None:
+    train, test = (read_digest(output)[split]["rows"] for split in SPLITS)
     print(
-        f"{output}: {content} data, {len(train.images):,} + {len(test.images):,} rows, digest "
+        f"{output}: {content} data, {train:,} + {test:,} rows, digest "
         f"{data_digest(output)[:12]}, {time.monotonic() - started:.1f} s; open it with\n"
         f"  from datasets import load_from_disk\n"
         f'  train, test = load_from_disk("{output}").values()',
         flush=True,
     )
+
+
+def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of each channel, f64 [3] on the scale 0 to 1.
+
+    `images` are uint8 [N, 3 * S * S].
+    """
+    counts = [np.bincount(part.reshape(-1), minlength=256) for part in np.split(images, 3, axis=1)]
+    levels, weights = np.arange(256) / 255, np.array(counts) / counts[0].sum()
+    mean = weights @ levels
+    return mean, np.sqrt(weights @ levels**2 - mean**2)
 
 
 def find_published(source: str | None) -> Published | None:

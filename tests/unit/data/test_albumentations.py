@@ -94,7 +94,7 @@ def test_rows_have_separate_random_streams_in_nested_groups() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), np.uint8)
     noise = {"GaussNoise": {"std_range": [0.1, 0.4], "p": 1.0}}
     inner = {"OneOf": {"transforms": [noise, {"PixelDropout": {"dropout_prob": 0.3}}], "p": 1.0}}
-    pipeline = Pipeline([{"OneOf": {"transforms": [inner, noise], "p": 1.0}}])
+    pipeline = Pipeline([{"OneOf": {"transforms": [inner, noise], "p": 1.0}}], image_size=32)
     first = [pipeline(image, 7, row).tobytes() for row in range(64)]
     assert len(set(first)) == 64
     assert [pipeline(image, 7, row).tobytes() for row in reversed(range(64))] == first[::-1]
@@ -116,8 +116,10 @@ def test_every_transform_is_reseeded_for_each_image(name: str) -> None:
     transform = [{name: {**ARGUMENTS.get(name, {}), "p": 1.0}}]
     images = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), np.uint8)
     images = images.repeat(4, axis=2).repeat(4, axis=3)
-    expected = {row: Pipeline(transform)(images[row], 1, row).tobytes() for row in range(6)}
-    pipeline = Pipeline(transform)
+    expected = {
+        row: Pipeline(transform, image_size=32)(images[row], 1, row).tobytes() for row in range(6)
+    }
+    pipeline = Pipeline(transform, image_size=32)
     for row in (4, 2, 2, 5, 0, 3, 1):
         assert pipeline(images[row], 1, row).tobytes() == expected[row]
 
@@ -128,7 +130,7 @@ def test_one_of_chooses_by_weight() -> None:
     weights = (0.5, 0.25, 0.25)
     for fill, weight in zip(fills, weights, strict=True):
         fill["PixelDropout"]["p"] = weight
-    pipeline = Pipeline([{"OneOf": {"transforms": fills, "p": 0.8}}])
+    pipeline = Pipeline([{"OneOf": {"transforms": fills, "p": 0.8}}], image_size=32)
     image = np.zeros((3, 32, 32), np.uint8)
     counts = Counter(int(pipeline(image, 0, row)[0, 0, 0]) for row in range(6000))
     expected = {0: 0.2, 10: 0.4, 20: 0.2, 30: 0.2}
@@ -150,7 +152,8 @@ def test_brightness_factor_is_uniform_in_its_range() -> None:
                     "p": 1,
                 }
             }
-        ]
+        ],
+        image_size=32,
     )
     gray = np.full((3, 32, 32), 100, np.uint8)
     factors = np.array([pipeline(gray, 0, row)[0, 0, 0] / 100 for row in range(2000)])
@@ -205,13 +208,13 @@ def test_invalid_arguments_are_refused_when_the_pipeline_is_built(
     transforms: list[Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=r"augment\.albumentations") as caught:
-        Pipeline(transforms)
+        Pipeline(transforms, image_size=32)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_error_of_a_transform_names_the_row() -> None:
-    pipeline = Pipeline([{"HEStain": {"method": "macenko", "p": 1.0}}])
+    pipeline = Pipeline([{"HEStain": {"method": "macenko", "p": 1.0}}], image_size=32)
     message = r"augment\.albumentations failed at the image of row 7: .*remove"
     with pytest.raises(UserError, match=message):
         pipeline(np.full((3, 32, 32), 255, np.uint8), 0, 7)
@@ -247,7 +250,7 @@ def test_other_transforms_are_a_difference_between_recipes() -> None:
 
 def test_too_little_space_is_an_error() -> None:
     with pytest.raises(UserError, match=r"not enough space .* in /dev/shm or .*; free some space"):
-        allocate(Layout(rows=10**12, workers=1))
+        allocate(Layout(rows=10**12, image_size=32, workers=1))
 
 
 class TutorialDataset(Dataset[Tensor]):
@@ -334,7 +337,7 @@ def test_buffer_is_in_the_temporary_folder_if_shared_memory_is_not_writable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cifar_dist.data.augment.shared_memory.SHARED_MEMORY", "/proc")
-    with allocate(Layout(rows=1, workers=1)) as file:
+    with allocate(Layout(rows=1, image_size=32, workers=1)) as file:
         assert str(tempfile.gettempdir()) in os.readlink(f"/proc/self/fd/{file.fileno()}")
 
 

@@ -36,7 +36,7 @@ def image() -> Tensor:
 
 def on_host(transforms: list[Any], image: Tensor, keys: int = KEYS) -> Tensor:
     """Return images [keys, 3, 32, 32] of an albumentations pipeline."""
-    pipeline, pixels = Pipeline(transforms), image.numpy()
+    pipeline, pixels = Pipeline(transforms, image_size=32), image.numpy()
     return torch.from_numpy(np.stack([pipeline(pixels, 0, row) for row in range(keys)]))
 
 
@@ -46,7 +46,7 @@ def one_on_host(name: str, image: Tensor, **arguments: Any) -> Tensor:
 
 def columns(transform: Transform, keys: int = KEYS) -> Tensor:
     return transform.draw(
-        KeyedRandom(purpose="parity", seed=0, view=0, rows=keys), torch.ones(keys).bool()
+        KeyedRandom(purpose="parity", seed=0, view=0, rows=keys), torch.ones(keys).bool(), 32
     )
 
 
@@ -119,7 +119,9 @@ def test_shift_scale_rotate_rotation(image: Tensor) -> None:
 
 def test_albumentations_truncates_shifts_to_whole_pixels(image: Tensor) -> None:
     """Its shift by 3.9 pixels equals a shift by 3 pixels on the device."""
-    pipeline = Pipeline([{"Affine": {"translate_percent": [3.9 / 32, 3.9 / 32], "p": 1.0}}])
+    pipeline = Pipeline(
+        [{"Affine": {"translate_percent": [3.9 / 32, 3.9 / 32], "p": 1.0}}], image_size=32
+    )
     inverse = torch.tensor([[1.0, 0, -3, 0, 1, -3]])
     shifted = Affine(translate=0.1)(image[None], inverse)[0]
     assert torch.equal(torch.from_numpy(pipeline(image.numpy(), 0, 0).copy()), shifted)
@@ -128,7 +130,7 @@ def test_albumentations_truncates_shifts_to_whole_pixels(image: Tensor) -> None:
 @pytest.mark.parametrize("angle", [-30.0, 90.0])
 def test_albumentations_rotates_counterclockwise(image: Tensor, angle: float) -> None:
     """The interpolations differ by about a level."""
-    pipeline = Pipeline([{"Affine": {"rotate": [angle, angle], "p": 1.0}}])
+    pipeline = Pipeline([{"Affine": {"rotate": [angle, angle], "p": 1.0}}], image_size=32)
     theirs = torch.from_numpy(pipeline(image.numpy(), 0, 0).copy())
     radians = torch.tensor(angle).deg2rad().item()
     cosine, sine = math.cos(radians), -math.sin(radians)

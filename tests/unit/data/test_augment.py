@@ -50,8 +50,12 @@ def test_views_differ_and_repeat_after_the_number_of_views(split: Split) -> None
 
 def test_columns_are_independent() -> None:
     """Another padding does not change flips and holes, because each column has a separate key."""
-    small = draw_table(AugmentConfig(hflip=True, crop_padding=2), view=0, num_images=500)
-    large = draw_table(AugmentConfig(hflip=True, crop_padding=4), view=0, num_images=500)
+    small = draw_table(
+        AugmentConfig(hflip=True, crop_padding=2), view=0, num_images=500, image_size=32
+    )
+    large = draw_table(
+        AugmentConfig(hflip=True, crop_padding=4), view=0, num_images=500, image_size=32
+    )
     assert torch.equal(small.flip, large.flip)
     assert torch.equal(small.hole_y, large.hole_y)
     assert not torch.equal(small.shift_y, large.shift_y)
@@ -63,7 +67,7 @@ def test_vflip_follows_the_crop(split: Split) -> None:
     )
     config = AugmentConfig(crop_padding=4, hflip=True, vflip=True)
     both = view(split, list(range(64)), epoch=0, config=config)
-    flipped = draw_table(config, view=0, num_images=64).vflip
+    flipped = draw_table(config, view=0, num_images=64, image_size=32).vflip
     assert 10 < flipped.sum() < 54
     assert torch.equal(both[~flipped], hflip_only[~flipped])
     assert torch.equal(both[flipped], hflip_only[flipped].flip(2))
@@ -107,7 +111,7 @@ def test_cutout_fills_a_clipped_square_with_the_mean() -> None:
 
 
 def test_parameters_are_uniform() -> None:
-    table = draw_table(ALL, view=0, num_images=50_000)
+    table = draw_table(ALL, view=0, num_images=50_000, image_size=32)
     for column, low, high in (
         (table.shift_y, -4, 4),
         (table.shift_x, -4, 4),
@@ -135,7 +139,9 @@ def test_default_config_does_not_change_images(split: Split) -> None:
 def test_view_ids_enumerate_all_crops_and_flips(padding: int, flip: bool, count: int) -> None:
     config = AugmentConfig(crop_padding=padding, hflip=flip, views="all")
     assert config.num_views == count
-    tables = [table_for_view(config, view_id, num_images=3) for view_id in range(count)]
+    tables = [
+        table_for_view(config, view_id, num_images=3, image_size=32) for view_id in range(count)
+    ]
     assert [view_ids(config, table).tolist() for table in tables] == [
         [view_id] * 3 for view_id in range(count)
     ]
@@ -183,7 +189,11 @@ def test_all_views_refuses_cutout_and_mixing(options: dict[str, float]) -> None:
 def mixed(split: Split, config: AugmentConfig, rows: Tensor | None = None, epoch: int = 0):
     batch = gather_batch(split, torch.arange(64), epoch=epoch, micro_batch=0)
     table = draw_mix_table(
-        config, epoch, num_images=64, partners=torch.arange(64) if rows is None else rows
+        config,
+        epoch,
+        num_images=64,
+        image_size=32,
+        partners=torch.arange(64) if rows is None else rows,
     )
     return Augment(config, split, rows)(batch), table
 
@@ -219,19 +229,21 @@ def test_cutmix_pastes_a_box_and_lam_is_the_share_of_kept_pixels(split: Split) -
 def test_mixing_parameters_have_the_distributions_of_the_papers() -> None:
     """Beta(0.3, 0.3) has mean 1/2 and variance 1/(4 * 1.6)."""
     rows = torch.arange(50_000)
-    mixup = draw_mix_table(AugmentConfig(mixup=0.3), 0, num_images=50_000, partners=rows)
+    mixup = draw_mix_table(
+        AugmentConfig(mixup=0.3), 0, num_images=50_000, image_size=32, partners=rows
+    )
     assert float(mixup.lam.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(mixup.lam.var()) == pytest.approx(1 / 6.4, abs=0.005)
     assert not mixup.pasted.any()
     assert 30_000 < len(mixup.partner.unique()) < 33_000  # 1 - 1/e of them, with replacement
     config = AugmentConfig(mixup=0.3, cutmix=1.0, mix_probability=0.6)
-    both = draw_mix_table(config, 0, num_images=50_000, partners=rows)
+    both = draw_mix_table(config, 0, num_images=50_000, image_size=32, partners=rows)
     assert float(both.pasted.double().mean()) == pytest.approx(0.5, abs=0.01)
     unmixed = float((both.lam == 1).double().mean())
     assert unmixed == pytest.approx(0.4, abs=0.03)  # includes a few empty boxes
-    same = draw_mix_table(config, 0, num_images=50_000, partners=rows)
+    same = draw_mix_table(config, 0, num_images=50_000, image_size=32, partners=rows)
     assert all(torch.equal(one, other) for one, other in zip(both, same, strict=True))
-    next_view = draw_mix_table(config, 1, num_images=50_000, partners=rows)
+    next_view = draw_mix_table(config, 1, num_images=50_000, image_size=32, partners=rows)
     assert not torch.equal(both.lam, next_view.lam)
 
 
@@ -245,7 +257,7 @@ def test_partners_are_training_rows(split: Split) -> None:
 def test_lam_of_one_changes_nothing() -> None:
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     config = AugmentConfig(mixup=1.0, cutmix=1.0, mix_probability=1e-9)
-    table = draw_mix_table(config, 0, num_images=64, partners=torch.arange(64))
+    table = draw_mix_table(config, 0, num_images=64, image_size=32, partners=torch.arange(64))
     mixed_in = mix(images, images.flip(0), table.lam, table.box, table.pasted)
     assert torch.equal(mixed_in, images)
 

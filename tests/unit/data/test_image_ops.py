@@ -200,8 +200,8 @@ def test_autocontrast_truncates_the_exact_quotient() -> None:
 def test_erase_and_fill_mean_match_torchvision(images: Tensor) -> None:
     boxes = torch.tensor([[0, 0, 0, 0], [3, 9, 0, 32], [31, 32, 31, 32], [5, 25, 8, 11]])
     box = boxes[torch.arange(len(images)) % 4]
-    filling = noise(torch.arange(len(images)) * 1_000_003)
-    erased, covered = erase(images, box, filling), fill_mean(images, box_mask(box))
+    filling = noise(torch.arange(len(images)) * 1_000_003, 32)
+    erased, covered = erase(images, box, filling), fill_mean(images, box_mask(box, 32))
     for row, (top, bottom, left, right) in enumerate(box.tolist()):
         area = (top, left, bottom - top, right - left)
         inner = filling[row, :, top:bottom, left:right]
@@ -219,13 +219,13 @@ def test_noise_is_uniform_and_uncorrelated() -> None:
         return float(((counts - expected).square() / expected).sum())
 
     seeds = torch.randint(0, 2**31, (1000,), generator=torch.manual_seed(0))
-    values = noise(seeds).long()
+    values = noise(seeds, 32).long()
     assert chi_square(values) < 370
     for axis in range(4):
         count = values.shape[axis] - 1
         pairs = values.narrow(axis, 0, count) // 16 * 16 + values.narrow(axis, 1, count) // 16
         assert chi_square(pairs) < 370, axis
-    assert torch.equal(noise(seeds[5:6])[0].long(), values[5])
+    assert torch.equal(noise(seeds[5:6], 32)[0].long(), values[5])
 
 
 # ----------------------------------------------------------------------------- all ops

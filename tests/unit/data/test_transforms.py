@@ -72,7 +72,7 @@ def random_columns(rows: int = NUM_ROWS) -> KeyedRandom:
 
 def draw(transform: Transform) -> Tensor:
     """Return the parameters of many rows to which the transform is applied."""
-    return transform.draw(random_columns(), torch.ones(NUM_ROWS, dtype=torch.bool))
+    return transform.draw(random_columns(), torch.ones(NUM_ROWS, dtype=torch.bool), 32)
 
 
 def assert_uniform(values: Tensor, low: float, high: float) -> None:
@@ -137,9 +137,9 @@ def test_images_of_older_recipes_have_not_changed() -> None:
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_transforms_do_not_change_the_parameters_of_others(name: str) -> None:
-    single = draw_table(AugmentConfig(**SINGLE[name]), 0, num_images=200)
-    combined = draw_table(ALL, 0, num_images=200)
-    plain = draw_table(AugmentConfig(crop_padding=4, hflip=True), 0, num_images=200)
+    single = draw_table(AugmentConfig(**SINGLE[name]), 0, num_images=200, image_size=32)
+    combined = draw_table(ALL, 0, num_images=200, image_size=32)
+    plain = draw_table(AugmentConfig(crop_padding=4, hflip=True), 0, num_images=200, image_size=32)
     for column, other in zip(combined[:5], plain[:5], strict=True):
         assert torch.equal(column, other)
     for column_name, column in single.transforms.items():
@@ -153,7 +153,7 @@ def test_transforms_do_not_change_the_parameters_of_others(name: str) -> None:
 def test_rows_that_are_not_applied_stay_unchanged(split: Split, name: str) -> None:
     transform = TRANSFORMS[name]
     applied = torch.arange(64) % 2 == 0
-    images = transform(split.images, transform.draw(random_columns(64), applied))
+    images = transform(split.images, transform.draw(random_columns(64), applied, 32))
     assert torch.equal(images[~applied], split.images[~applied])
     unchanged = (images[applied] == split.images[applied]).flatten(1).all(1)
     assert unchanged.sum() <= 12  # by the identity operation and the like
@@ -164,10 +164,12 @@ def test_p_is_the_share_of_images_to_which_a_transform_is_applied(name: str) -> 
     cls = type(TRANSFORMS[name])
     options = {field: value for field, value in vars(TRANSFORMS[name]).items() if field != "p"}
     config = AugmentConfig(**{name: cls(**options, p=0.3)})
-    column = draw_table(config, 0, num_images=NUM_ROWS).transforms[name]
+    column = draw_table(config, 0, num_images=NUM_ROWS, image_size=32).transforms[name]
     never = torch.zeros(NUM_ROWS, dtype=torch.bool)
-    identity = cls(**options).draw(random_columns().scoped(name), never)
-    always = draw_table(AugmentConfig(**{name: cls(**options)}), 0, num_images=NUM_ROWS)
+    identity = cls(**options).draw(random_columns().scoped(name), never, 32)
+    always = draw_table(
+        AugmentConfig(**{name: cls(**options)}), 0, num_images=NUM_ROWS, image_size=32
+    )
     differs = (always.transforms[name] != identity).flatten(1)
     skipped = (differs & (column == identity).flatten(1)).any(1)
     share = 1 - float(skipped.double().sum() / differs.any(1).double().sum())
@@ -244,11 +246,11 @@ def test_erasing_boxes_match_torchvision() -> None:
 
 
 def test_erasing_fills_with_noise_or_the_mean(split: Split) -> None:
-    column = Erasing().draw(random_columns(64), torch.ones(64, dtype=torch.bool))
+    column = Erasing().draw(random_columns(64), torch.ones(64, dtype=torch.bool), 32)
     noisy, mean = Erasing()(split.images, column), Erasing(fill="mean")(split.images, column)
     for row, (top, bottom, left, right, seed) in enumerate(column.tolist()):
         inside = (slice(None), slice(top, bottom), slice(left, right))
-        expected = noise(torch.tensor([seed]))[0]
+        expected = noise(torch.tensor([seed]), 32)[0]
         assert torch.equal(noisy[row][inside], expected[inside])
         assert mean[row][inside].flatten(1).float().std(1).max() == 0
         outside = torch.ones(3, 32, 32, dtype=torch.bool)
@@ -274,13 +276,13 @@ def test_one_of_applies_at_most_one_member_in_proportion_to_p() -> None:
         erasing=Erasing(),
         p=0.8,
     )
-    columns = group.draw(random_columns())
+    columns = group.draw(random_columns(), 32)
     assert list(columns) == ["affine", "color_jitter", "erasing"]
     none = torch.zeros(NUM_ROWS, dtype=torch.bool)
     applied = torch.stack(
         [
-            (columns["affine"] != Affine().draw(random_columns(), none)).any(1),
-            (columns["color_jitter"] != ColorJitter().draw(random_columns(), none)).any(1),
+            (columns["affine"] != Affine().draw(random_columns(), none, 32)).any(1),
+            (columns["color_jitter"] != ColorJitter().draw(random_columns(), none, 32)).any(1),
             columns["erasing"][:, 0] != columns["erasing"][:, 1],
         ]
     )
@@ -294,7 +296,7 @@ def test_one_of_gives_the_image_of_the_chosen_member(split: Split) -> None:
     rows = list(range(64))
     config = AugmentConfig(one_of=OneOf(color_jitter=ColorJitter(hue=0.5), erasing=Erasing()))
     images = view(split, config, rows)
-    table = draw_table(config, 0, num_images=64).transforms
+    table = draw_table(config, 0, num_images=64, image_size=32).transforms
     jittered = ColorJitter(hue=0.5)(split.images, table["one_of.color_jitter"])
     erased = Erasing()(split.images, table["one_of.erasing"])
     is_erased = table["one_of.erasing"][:, 0] != table["one_of.erasing"][:, 1]
@@ -350,7 +352,11 @@ def test_operations_match_torchvision(
     for sign in (1, -1):
         magnitude = torch.arange(31)
         columns = encode_ops(
-            ranges, torch.full_like(magnitude, index), magnitude, torch.full_like(magnitude, sign)
+            ranges,
+            torch.full_like(magnitude, index),
+            magnitude,
+            torch.full_like(magnitude, sign),
+            image_size=32,
         )
         ours = apply_operation(images, columns)
         for row, image in enumerate(images):
