@@ -250,7 +250,9 @@ def _refuse_other_content(
     suffixes = {path.suffix.lower().removeprefix(".") for path in paths}
     for kind_suffixes, kind in CONTENT_KINDS.items():
         if suffixes.intersection(kind_suffixes):
-            raise UserError(f"{source} is {container} of {kind}; {remedy}")
+            own = {"image files": "--images", "Parquet files": "--dataset"}.get(kind)
+            hint = f", or, for your own images, use `prepare {own} {source}`" if own else ""
+            raise UserError(f"{source} is {container} of {kind}; {remedy}{hint}")
 
 
 class _Limited:

@@ -111,19 +111,19 @@ def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bo
     See `read_own_images`. After a UserError nothing is left behind.
     """
     started = time.monotonic()
-    with _claim_output(output, force=force) as (output, existing):
+    with _claim_output(output, force=force) as (root, existing):
         train, test, meta = read_own_images(path, options)
-        if not _write(output, existing, train, test, meta, content="other"):
+        if not _write(root, existing, train, test, meta, content="other"):
             return
-        _report_written(output, "other", started)
+        _report_written(root, "other", started)
         mean, std = (
             ",".join(f"{value:.4f}" for value in values)
             for values in pixel_statistics(train.images)
         )
-        size = options.size
+        size, name = options.size, shlex.quote(root.name)
         print(
             f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
-            f"  cifar-dist train r18_32 name={output.name} data.path={shlex.quote(str(output))} "
+            f"  cifar-dist train quick name={name} data.path={shlex.quote(str(output))} "
             f"model.image_size={size} model.mean=[{mean}] model.std=[{std}]",
             flush=True,
         )
