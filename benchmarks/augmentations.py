@@ -15,6 +15,7 @@ from cifar_dist.data.augment.policies import (
     MAGNITUDES,
     OPERATIONS,
     WIDE_RANGES,
+    AutoAugment,
     RandAugment,
     TrivialAugment,
     apply_operation,
@@ -36,6 +37,7 @@ AUGMENTATIONS = {
     "color_jitter": AugmentConfig(
         color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     ),
+    "auto_augment": AugmentConfig(auto_augment=AutoAugment()),
     "rand_augment": AugmentConfig(rand_augment=RandAugment()),
     "trivial_augment": AugmentConfig(trivial_augment=TrivialAugment()),
     "erasing": AugmentConfig(erasing=Erasing()),

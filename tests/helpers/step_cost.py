@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cifar_dist.data.augment.augmentation import AugmentConfig
-from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
+from cifar_dist.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 from cifar_dist.data.augment.transforms import Affine, ColorJitter, Erasing, OneOf
 from cifar_dist.data.batches import Batch, BatchPlan, train_batches
 from cifar_dist.data.dataset import Split
@@ -30,6 +30,7 @@ ALL_OPS = AugmentConfig(
     vflip=True,
     affine=Affine(degrees=15),
     color_jitter=ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    auto_augment=AutoAugment(),
     rand_augment=RandAugment(),
     trivial_augment=TrivialAugment(),
     one_of=OneOf(affine=Affine(translate=0.1), erasing=Erasing(fill="mean")),

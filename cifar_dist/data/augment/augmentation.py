@@ -19,7 +19,7 @@ from cifar_dist.data.augment.albumentations_buffer import ImageSource, InlineIma
 from cifar_dist.data.augment.albumentations_pipeline import check_names
 from cifar_dist.data.augment.image_ops import cutout, mix, per_sample
 from cifar_dist.data.augment.padded_images import PaddedImages, pad_images
-from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
+from cifar_dist.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 from cifar_dist.data.augment.tables import EpochTables, draw_epoch
 from cifar_dist.data.augment.transforms import (
     Affine,
@@ -65,6 +65,7 @@ class AugmentConfig:
     vflip: bool = False  # vertical flip with probability 0.5
     affine: Affine | None = None  # rotation, translation and scaling; null: off
     color_jitter: ColorJitter | None = None  # brightness, contrast, saturation and hue; null: off
+    auto_augment: AutoAugment | None = None  # AutoAugment's policy for CIFAR; null: off
     rand_augment: RandAugment | None = None  # RandAugment; null: off
     trivial_augment: TrivialAugment | None = None  # TrivialAugment Wide; null: off
     one_of: OneOf | None = None  # one of several transforms, chosen at random; null: off

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment over the usual 14 operations.
+"""AutoAugment, RandAugment and TrivialAugment over the usual 14 operations.
 
 Each image gets one of the 14 operations per step. All are expressed by three batched ops: five are a
 warp (a matrix), four a blend (with another image by a factor), four a lookup table, and one is the
@@ -39,6 +39,36 @@ class Ranges:
 AUTO_RANGES = Ranges(shear=0.3, translate=150 / 331 * 32, rotate=30.0, enhance=0.9, posterize=4)
 # Müller and Hutter 2021 (TrivialAugment, arXiv 2103.10158), the wide space
 WIDE_RANGES = Ranges(shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, posterize=6)
+
+# Operation, probability, magnitude (0 to 9) of the two steps of each sub-policy, found on CIFAR-10 (Cubuk et al. 2018,
+# table 7). Inverting is solarizing at magnitude 9, with threshold 0.
+AUTO_POLICY = (
+    (("solarize", 0.1, 9), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
+    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
+    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
+    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("solarize", 0.0, 9)),
+    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
+    (("color", 0.9, 9), ("equalize", 0.6, 6)),
+    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
+    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 8), ("solarize", 0.1, 9)),
+    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
+)
 
 
 def encode_ops(
@@ -90,6 +120,44 @@ def draw_operations(random: KeyedRandom, applied: Tensor, *steps: int) -> tuple[
     return operation * applied[:, None], sign
 
 
+def apply_operations(images: Tensor, column: Tensor) -> Tensor:
+    """Apply K operations in sequence to each image, given f32 [B, K, 10]."""
+    for step in column.unbind(1):
+        images = apply_operation(images, step)
+    return images
+
+
+@config
+class AutoAugment:
+    """Apply one of the 25 pairs of operations of AutoAugment's policy for CIFAR.
+
+    Each operation has its own probability and magnitude. Cubuk et al. 2018, arXiv 1805.09501, who use
+    the policy that they found on CIFAR-10 on CIFAR-100 as well.
+    """
+
+    p: Fraction = 1.0  # probability; inside one_of a weight
+
+    def draw(self, random: KeyedRandom, applied: Tensor, image_size: int) -> Tensor:
+        """Return f32 [N, 2, 10]."""
+        policy = torch.tensor(
+            [
+                [(OPERATIONS.index(name), p, magnitude) for name, p, magnitude in pair]
+                for pair in AUTO_POLICY
+            ],
+            dtype=torch.float64,
+        )
+        operation, p, magnitude = policy[random.integers("policy", 0, len(policy))].unbind(2)
+        is_applied = applied[:, None] & (random.uniform("operation", 0, 1, 2) < p)
+        sign = 2 * random.integers("sign", 0, 2, 2) - 1
+        magnitude = magnitude * MAGNITUDES / 9
+        return encode_ops(
+            AUTO_RANGES, operation.long() * is_applied, magnitude, sign, image_size=image_size
+        )
+
+    def __call__(self, images: Tensor, column: Tensor) -> Tensor:
+        return apply_operations(images, column)
+
+
 @config
 class RandAugment:
     """Apply `num_ops` random operations out of 14 in sequence, all with the same `magnitude` (0 to 30).
@@ -108,9 +176,7 @@ class RandAugment:
         return encode_ops(AUTO_RANGES, operation, magnitude, sign, image_size=image_size)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
-        for step in column.unbind(1):
-            images = apply_operation(images, step)
-        return images
+        return apply_operations(images, column)
 
 
 @config
@@ -129,4 +195,4 @@ class TrivialAugment:
         return encode_ops(WIDE_RANGES, operation, magnitude, sign, image_size=image_size)
 
     def __call__(self, images: Tensor, column: Tensor) -> Tensor:
-        return apply_operation(images, column[:, 0])
+        return apply_operations(images, column)

@@ -26,7 +26,7 @@ from cifar_dist.data.augment.image_ops import (
     shift_hue,
     warp,
 )
-from cifar_dist.data.augment.policies import RandAugment, TrivialAugment
+from cifar_dist.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 from cifar_dist.utils.config import Fraction, NonNegative, Positive, config
 from cifar_dist.utils.random import KeyedRandom
 
@@ -162,6 +162,7 @@ class OneOf:
 
     affine: Affine | None = None  # as augment.affine; null: not a choice
     color_jitter: ColorJitter | None = None  # as augment.color_jitter; null: not a choice
+    auto_augment: AutoAugment | None = None  # as augment.auto_augment; null: not a choice
     rand_augment: RandAugment | None = None  # as augment.rand_augment; null: not a choice
     trivial_augment: TrivialAugment | None = None  # as augment.trivial_augment; null: not a choice
     erasing: Erasing | None = None  # as augment.erasing; null: not a choice
@@ -189,7 +190,7 @@ class OneOf:
 
 def named_transforms(options: Any) -> dict[str, Transform]:
     """Return the transforms among the fields of a config class by name, in order."""
-    kinds = (Affine, ColorJitter, RandAugment, TrivialAugment, Erasing)
+    kinds = (Affine, ColorJitter, AutoAugment, RandAugment, TrivialAugment, Erasing)
     return {name: value for name, value in vars(options).items() if isinstance(value, kinds)}
 
 

@@ -12,15 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms.autoaugment import (  # type: ignore[import-untyped]
+    AutoAugmentPolicy,
+)
 from torchvision.transforms.v2 import functional as vision  # type: ignore[import-untyped]
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
-from cifar_dist.data.augment.image_ops import BLEND_OPS, noise
+from cifar_dist.data.augment.image_ops import BLEND_OPS, LUT_OPS, noise
 from cifar_dist.data.augment.policies import (
+    AUTO_POLICY,
     AUTO_RANGES,
     MAGNITUDES,
     OPERATIONS,
     WIDE_RANGES,
+    AutoAugment,
     RandAugment,
     Ranges,
     TrivialAugment,
@@ -39,6 +44,7 @@ NUM_ROWS = 50_000
 TRANSFORMS: dict[str, Any] = {
     "affine": Affine(degrees=15, translate=0.1, scale=(0.8, 1.2)),
     "color_jitter": ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    "auto_augment": AutoAugment(),
     "rand_augment": RandAugment(),
     "trivial_augment": TrivialAugment(),
     "erasing": Erasing(),
@@ -306,7 +312,7 @@ def test_one_of_gives_the_image_of_the_chosen_member(split: Split) -> None:
 
 def test_transforms_are_applied_in_the_documented_order() -> None:
     assert list(ALL.transforms) == [
-        *("affine", "color_jitter", "rand_augment", "trivial_augment"),
+        *("affine", "color_jitter", "auto_augment", "rand_augment", "trivial_augment"),
         *(f"one_of.{name}" for name in TRANSFORMS),
         "erasing",
     ]
@@ -464,3 +470,56 @@ def test_errors_name_the_key(augment: dict[str, Any], message: str) -> None:
 def test_all_views_refuses_other_transforms(name: str) -> None:
     with pytest.raises(ValueError, match=f"remove {name}, or give a number of views"):
         AugmentConfig(crop_padding=4, views="all", **SINGLE[name])
+
+
+def test_auto_augment_has_the_published_policy() -> None:
+    """torchvision's policy has inversions, which are solarizations with threshold 0 here."""
+    theirs = v2.AutoAugment(AutoAugmentPolicy.CIFAR10)._get_policies(AutoAugmentPolicy.CIFAR10)
+    for pair, their_pair in zip(AUTO_POLICY, theirs, strict=True):
+        for (name, p, magnitude), (their_name, their_p, their_magnitude) in zip(
+            pair, their_pair, strict=True
+        ):
+            if their_name == "Invert":
+                their_name, their_magnitude = "Solarize", 9
+            assert (THEIR_NAMES[name], p) == (their_name, their_p)
+            assert their_magnitude in (magnitude, None)
+
+
+def test_auto_augment_has_the_published_strengths() -> None:
+    """Each operation of the policy at its magnitude, out of ten from 0 to the highest one."""
+    space = v2.AutoAugment(AutoAugmentPolicy.CIFAR10)._AUGMENTATION_SPACE
+    column = AutoAugment().draw(random_columns(), torch.ones(NUM_ROWS, dtype=torch.bool), 32)
+    for name in ("rotate", "shear_y", "contrast", "posterize", "solarize", "translate_x"):
+        magnitudes = {m for pair in AUTO_POLICY for other, p, m in pair if other == name and p}
+        values, has_sign = space[THEIR_NAMES[name]]
+        unit = 255 if name == "solarize" else 1
+        expected = {round(unit * float(values(10, 32, 32)[m]), 2) for m in magnitudes}
+        sine, shear, shift = (column[..., index].flatten().double() for index in (3, 3, 2))
+        is_turned = (column[..., 0] != 1).flatten()
+        match name:
+            case "rotate":
+                found = sine[is_turned].asin().rad2deg().abs()
+            case "shear_y":
+                found = shear[~is_turned & (shear != 0)].abs()
+            case "translate_x":
+                found = shift[~is_turned & (shift != 0)].abs()
+                expected = {float(int(value + 1e-5)) for value in expected}
+            case "contrast":
+                found = (column[..., 7][column[..., 6] == BLEND_OPS.index(name)] - 1).abs()
+            case _:
+                found = column[..., 9][column[..., 8] == LUT_OPS.index(name)]
+        assert {round(value, 2) for value in found.unique().tolist()} == expected, name
+        assert has_sign == (name not in ("posterize", "solarize"))
+
+
+def test_auto_augment_draws_sub_policies_and_operations_with_their_probabilities() -> None:
+    column = AutoAugment().draw(random_columns(), torch.ones(NUM_ROWS, dtype=torch.bool), 32)
+    for step in range(2):
+        used = column[:, step, 8].long()  # lookup tables
+        for kind, name in enumerate(LUT_OPS[1:], start=1):
+            expected = sum(
+                p for pair in AUTO_POLICY for n, p, _ in pair[step : step + 1] if n == name
+            )
+            share = (used == kind).double().mean().item()
+            assert share == pytest.approx(expected / len(AUTO_POLICY), abs=0.01), (step, name)
+    assert 0.4 < (column[..., 7] > 1).sum() / (column[..., 7] != 1).sum() < 0.6  # signs

@@ -193,8 +193,8 @@ def write(tmp_path: Path, text: str) -> Path:
             "name: a\naugment: {hflip: alternate, views: 3}",
             ["hflip: alternate", "even number of views"],
         ),
-        ("name: a\naugment: {cutout: 65}", ["augment.cutout", "64"]),
-        ("name: a\naugment: {crop_padding: 32}", ["augment.crop_padding", "32"]),
+        ("name: a\naugment: {cutout: 193}", ["augment.cutout", "192"]),
+        ("name: a\naugment: {crop_padding: 96}", ["augment.crop_padding", "96"]),
         ("name: a\naugment: {erasing: {area: [0.99, 1.0]}}", ["augment.erasing", "nothing"]),
         ("name: a\naugment: {erasing: {area: [1.0e-9, 1.0e-8]}}", ["nothing would be erased"]),
         ("name: a\naugment: {erasing: {area: [0.5, 0.9], ratio: [3, 9]}}", ["nothing would"]),
@@ -377,7 +377,7 @@ def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_every_known_key_is_in_a_resolved_recipe() -> None:
-    names = ("affine", "color_jitter", "rand_augment", "trivial_augment", "erasing")
+    names = ("affine", "color_jitter", "auto_augment", "rand_augment", "trivial_augment", "erasing")
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     said: set[str] = set()
     for head in ("linear", "cosine"):
