@@ -62,7 +62,25 @@ SPEED = [
 # overrides. fp32, because the teacher is faster in fp32. `short_alone` uses the same two views.
 STUDENT = [*OURS, *FLIP, "run.precision=fp32", "augment.views=2"]
 DISTILLED = [*STUDENT, "teacher.run=runs/short_lite0_seed0"]
+# ResNet-10-T on 10,000 images for 15 epochs in two views, alone and with the losses of recipes/kd; the teacher's
+# logits are cached first. Its teacher is lite0_224 at 64 px for two epochs.
+PAIR_TEACHER = [
+    *LITE0,
+    *("run.epochs=2", "run.threads=1", "model.image_size=64", "model.progressive_resize=null"),
+    FLIP[1],
+]
+ALONE = [
+    *("run.epochs=15", "run.precision=bf16", "run.threads=1", "run.eval_every_epochs=3"),
+    *("optim.warmup_epochs=3", "data.fraction=0.2", "augment.views=2", FLIP[1]),
+]
+POLICY = [*ALONE[:-2], "run.epochs=45", FLIP[1]]
+TAUGHT = [*ALONE, "teacher.run=runs/pair_teacher_seed0", "teacher.placement=cached"]
 Row = tuple[str, list[str]]  # recipe, overrides
+
+
+def taught(**losses: str) -> Row:
+    """Return the student of `losses`, for example cross_entropy="{weight: 0.1}"."""
+    return "quick", [*TAUGHT, *(f"losses.{name}={options}" for name, options in losses.items())]
 
 
 def larger(batch_size: int, lr: float) -> list[str]:
@@ -98,6 +116,25 @@ STUDIES: dict[str, dict[str, Row]] = {
         "short_kd": ("r18_32_kd_cached", DISTILLED),
         "short_alone": ("r18_32", STUDENT),
     },
+    "pair_teacher": {"pair_teacher": ("lite0_224", PAIR_TEACHER)},
+    "losses": {  # weights and temperatures of recipes/kd/resnet8x4_*
+        "pair_alone": ("quick", ALONE),
+        "pair_kd": taught(cross_entropy="{weight: 0.1}", distill="{weight: 0.9, temperature: 4}"),
+        "pair_lskd": taught(
+            cross_entropy="{weight: 0.1}",
+            distill="{weight: 9, temperature: 2, standardize: true}",
+        ),
+        "pair_dkd": taught(
+            cross_entropy="{}", dkd="{temperature: 4, alpha: 1, beta: 8, warmup_epochs: 1}"
+        ),
+        "pair_dist": taught(cross_entropy="{}", dist="{temperature: 4, inter: 2, intra: 2}"),
+        "pair_wttm": taught(cross_entropy="{}", wttm="{weight: 4, gamma: 0.2}"),
+    },
+    "policy": {
+        "policy_flip": ("quick", POLICY),
+        "policy_auto_augment": ("quick", [*POLICY, "augment.auto_augment={}"]),
+    },
+    "superclasses": {"superclasses": ("quick", [*ALONE, "data.labels=coarse"])},
     "large_batch": {  # AdamW: the same rate, scaled by the square root of the batch, and linearly
         "batch_250": ("r18_32", larger(250, 0.003)),
         "batch_2000_same": ("r18_32", larger(2000, 0.003)),
