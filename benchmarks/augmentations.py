@@ -52,6 +52,7 @@ AUGMENTATIONS = {
     "cutout": AugmentConfig(cutout=8),
     "mixup": AugmentConfig(mixup=1.0),
     "cutmix": AugmentConfig(cutmix=1.0),
+    "resizemix": AugmentConfig(resizemix=(0.1, 0.8)),
 }
 
 

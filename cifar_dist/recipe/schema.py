@@ -124,8 +124,8 @@ class Recipe:
                 raise ValueError(f"losses.{name} needs a teacher: add teacher.run=runs/NAME")
             if self.augment.uses_mixing and not loss.supports_mixup:
                 raise ValueError(
-                    f"losses.{name} needs images with one label: remove it, or augment.mixup and "
-                    "augment.cutmix"
+                    f"losses.{name} needs images with one label: remove it, or augment.mixup, "
+                    "cutmix and resizemix"
                 )
         if not any(loss.trains_classifier and loss.weight for loss in self.losses.values()):
             raise ValueError(

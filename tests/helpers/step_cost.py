@@ -38,6 +38,7 @@ ALL_OPS = AugmentConfig(
     cutout=8,
     mixup=0.2,
     cutmix=1.0,
+    resizemix=(0.1, 0.8),
 )
 
 

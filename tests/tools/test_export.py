@@ -298,7 +298,7 @@ def test_model_card_names_data_resizing_and_temperature(make_run: RunMaker, tmp_
     (run / "environment.json").write_text(json.dumps({"data": data_digest(synthetic)}))
     card = (export(run, "timm", "--data", str(synthetic)) / "README.md").read_text()
     assert "test_resnet at 32 px on synthetic data, not CIFAR-100 (100 classes)" in card
-    assert "shrink other images to 32 px first." in card
+    assert "resize other images to 32 px first." in card
     assert "cifar" not in card.split("---\n")[1].replace("library_name: cifar_dist", "")
 
     trained = load_trained_model(make_run("large", image_size=48))

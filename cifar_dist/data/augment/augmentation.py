@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cifar_dist.data.augment.albumentations_buffer import ImageSource, InlineImages
 from cifar_dist.data.augment.albumentations_pipeline import check_names
-from cifar_dist.data.augment.image_ops import cutout, mix, per_sample
+from cifar_dist.data.augment.image_ops import cutout, mix, per_sample, resize_into
 from cifar_dist.data.augment.padded_images import PaddedImages, pad_images
 from cifar_dist.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
 from cifar_dist.data.augment.tables import EpochTables, draw_epoch
@@ -27,6 +27,7 @@ from cifar_dist.data.augment.transforms import (
     Erasing,
     OneOf,
     Transform,
+    check_range,
     named_transforms,
 )
 from cifar_dist.data.batches import Batch
@@ -74,14 +75,19 @@ class AugmentConfig:
     cutout: Hole = 0
     # alpha of MixUp's Beta(alpha, alpha); 0: off (Zhang et al. 2018, arXiv 1710.09412)
     mixup: NonNegative = 0.0
-    # alpha of CutMix's Beta(alpha, alpha); 0: off; with mixup, one of the two at random
+    # alpha of CutMix's Beta(alpha, alpha); 0: off; with mixup or resizemix, one of them at random
     # (Yun et al. 2019, arXiv 1905.04899)
     cutmix: NonNegative = 0.0
+    # range of the side of ResizeMix's box, as a fraction of the image's; null: off; [0.1, 0.8] in the
+    # paper (Qin et al. 2020, arXiv 2012.11101)
+    resizemix: tuple[Fraction, Fraction] | None = None
     mix_probability: Fraction = 1.0  # probability of mixing an image at all
     # differently augmented copies of each image in a batch (Hoffer et al. 2020, arXiv 1901.09335)
     repeated: Count = 1
 
     def __post_init__(self) -> None:
+        if self.resizemix:
+            check_range("resizemix", self.resizemix)
         if self.albumentations is not None:
             check_names(self.albumentations)
             if self.repeated > 1:
@@ -95,7 +101,7 @@ class AugmentConfig:
         if self.views == "all":
             if self.hflip == "alternate":
                 raise ValueError("views: all does not support hflip: alternate; set hflip: true")
-            others = ("albumentations", "vflip", "one_of", "cutout", "mixup", "cutmix")
+            others = ("albumentations", "vflip", "one_of", "cutout", "mixup", "cutmix", "resizemix")
             unsupported = [*named_transforms(self), *(name for name in others if vars(self)[name])]
             if unsupported:
                 raise ValueError(
@@ -105,7 +111,7 @@ class AugmentConfig:
 
     @property
     def uses_mixing(self) -> bool:
-        return bool((self.mixup or self.cutmix) and self.mix_probability)
+        return bool((self.mixup or self.cutmix or self.resizemix) and self.mix_probability)
 
     @property
     def transforms(self) -> dict[str, Transform]:
@@ -271,6 +277,8 @@ class Augment:
         mixing = self.tables.mixing.select(index)
         partner_index = mixing.partner + (index - batch.rows)  # in the table of the same copy
         partners = self.augment_rows(mixing.partner, partner_index)
+        if self.config.resizemix:
+            partners = resize_into(partners, mixing.box, mixing.resized)
         return replace(
             augmented,
             images=mix(augmented.images, partners, mixing.lam, mixing.box, mixing.pasted),

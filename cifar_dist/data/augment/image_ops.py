@@ -205,6 +205,26 @@ def erase(images: Tensor, box: Tensor, filling: Tensor) -> Tensor:
     return torch.where(box_mask(box, images.shape[-1]), filling, images)
 
 
+def resize_into(images: Tensor, box: Tensor, resized: Tensor) -> Tensor:
+    """Return images of which those that are `resized` (bool [B]) are shrunk into their boxes.
+
+    `box` is int64 [B, 4] as in `box_mask`; pixels outside of it are undefined. The nearest pixel is used,
+    as by torch's interpolate.
+    """
+    size = images.shape[-1]
+    positions = torch.arange(size, device=images.device)
+
+    def source(start: Tensor, end: Tensor) -> Tensor:
+        """Return the input position of each output position, int64 [B, S]."""
+        position = (positions - start[:, None]) * size // (end - start)[:, None].clamp(min=1)
+        return torch.where(resized[:, None], position.clamp(0, size - 1), positions)
+
+    top, bottom, left, right = box.unbind(1)
+    sample = torch.arange(len(images), device=images.device)[:, None, None]
+    lines, columns = source(top, bottom)[:, :, None], source(left, right)[:, None, :]
+    return images.permute(0, 2, 3, 1)[sample, lines, columns].permute(0, 3, 1, 2)
+
+
 def mix(images: Tensor, others: Tensor, lam: Tensor, box: Tensor, pasted: Tensor) -> Tensor:
     """Blend each image with its partner or, if `pasted`, paste the partner's box into it."""
     blended = (per_sample(lam) * images + (1 - per_sample(lam)) * others).round().to(torch.uint8)

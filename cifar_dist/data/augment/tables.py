@@ -38,7 +38,8 @@ class MixTable(NamedTuple):
     partner: Tensor  # int64 [N], the row that is mixed in
     lam: Tensor  # f32 [N], weight of the image against its partner; 1: not mixed
     box: Tensor  # int64 [N, 4], where the partner is pasted: top, bottom, left, right
-    pasted: Tensor  # bool [N], pasted into the box (CutMix) rather than blended (MixUp)
+    pasted: Tensor  # bool [N], pasted into the box (CutMix, ResizeMix) rather than blended (MixUp)
+    resized: Tensor  # bool [N], all of the partner is resized to the box (ResizeMix)
 
     def select(self, index: Tensor) -> MixTable:
         return MixTable(*(column.index_select(0, index) for column in self))
@@ -117,7 +118,8 @@ def draw_mix_table(
     """Draw each row's partner among `partners` (int64) and its mixing parameters.
 
     lam is drawn from Beta(alpha, alpha). CutMix's box has the relative area 1 - lam around a uniform
-    center and is clipped at the border; lam is then the share of pixels that are kept.
+    center and is clipped at the border. The side of ResizeMix's box is uniform in a range, its place
+    uniform inside the image. For both, lam is then the share of pixels that are kept.
     """
 
     def stream(column: str) -> numpy.random.Generator:
@@ -128,15 +130,28 @@ def draw_mix_table(
         return stream("share").beta(alpha, alpha, num_images) if alpha else numpy.ones(num_images)
 
     partner = stream("partner").integers(len(partners), size=num_images)
-    cutmix_probability = float(config.cutmix > 0) / (1 + (config.mixup > 0))
-    pasted = stream("pasted").random(num_images) < cutmix_probability
+    kinds = [name for name in ("cutmix", "resizemix", "mixup") if getattr(config, name)]
+    kind = (stream("pasted").random(num_images) * len(kinds)).astype(int)
+    pasted, resized = (
+        kind == kinds.index(name) if name in kinds else numpy.zeros(num_images, bool)
+        for name in ("cutmix", "resizemix")
+    )
     lam = numpy.where(pasted, draw_lam(config.cutmix), draw_lam(config.mixup))
+    lam[resized] = 0  # until the box is known
     lam[stream("mix").random(num_images) >= config.mix_probability] = 1.0
 
     half = image_size * numpy.sqrt(1 - lam) / 2
     centers = stream("box").random((2, num_images)) * image_size
     edges = [edge for center in centers for edge in (center - half, center + half)]
     box = numpy.stack(edges, axis=1).round().clip(0, image_size).astype(numpy.int64)
+    if config.resizemix:
+        low, high = config.resizemix
+        side = ((low + (high - low) * stream("resized").random(num_images)) * image_size).round()
+        side *= resized & (lam < 1)  # not where nothing is mixed
+        start = (stream("place").random((2, num_images)) * (image_size - side + 1)).astype(int)
+        inside = numpy.stack([start[0], start[0] + side, start[1], start[1] + side], axis=1)
+        box = numpy.where(resized[:, None], inside, box).astype(numpy.int64)
+        pasted |= resized
     area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
     lam = numpy.where(pasted, 1 - area / image_size**2, lam)
     return MixTable(
@@ -144,6 +159,7 @@ def draw_mix_table(
         lam=torch.from_numpy(lam).float(),
         box=torch.from_numpy(box),
         pasted=torch.from_numpy(pasted),
+        resized=torch.from_numpy(resized),
     )
 
 

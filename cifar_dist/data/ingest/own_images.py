@@ -66,8 +66,18 @@ def read_own_images(path: Path, options: ImageOptions) -> tuple[RawSplit, RawSpl
     images of each class with the lowest hashes of their names are the test split, so that adding images
     hardly moves others from one split to the other.
     """
-    sources, names = find_folders(path) if _has_class_folders(path) else find_tables(path, options)
-    splits = {split: decode(source, options, split) for split, source in sources.items()}
+    try:
+        sources, names = (
+            find_folders(path) if _has_class_folders(path) else find_tables(path, options)
+        )
+        splits = {split: decode(source, options, split) for split, source in sources.items()}
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}); a dataset can be saved again with "
+            "`save_to_disk` or `to_parquet` of `datasets`"
+        ) from error
     labels = [label for _, of_split, _ in splits.values() for label in of_split]
     names = names or [str(label) for label in sorted(set(labels))]
     number = {label: index for index, label in enumerate(names)}
@@ -140,29 +150,23 @@ def _folder_source(folder: Path) -> Source:
 
 def find_tables(path: Path, options: ImageOptions) -> tuple[dict[str, Source], list[str] | None]:
     """Return the samples of a dataset of `datasets` on disk or of Parquet files, and its class names."""
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            tables = _saved_dataset(path)
-        else:
-            tables = _parquet_files(path)
-        splits = _choose_splits(path, tables)
-        features = next(iter(splits.values())).features
-        image, label = _choose_columns(path, features, options)
-        names = getattr(features[label], "names", None)
-        sources = {
-            split: Source(
-                count=table.count, samples=_row_samples(split, table, image, label, names)
-            )
-            for split, table in splits.items()
-        }
-        return sources, list(names) if names else None
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        tables = _saved_dataset(path)
+    else:
+        tables = _parquet_files(path)
+    splits = _choose_splits(path, tables)
+    image, label = _choose_columns(path, splits["train"].features, options)
+    kinds = [table.features.get(label) for table in splits.values()]
+    if kinds[0] != kinds[-1]:
         raise UserError(
-            f"{path} cannot be read as a dataset ({first_line(error)}); save it again with "
-            "`save_to_disk` or `to_parquet` of `datasets`"
-        ) from error
+            f"{path}: the column {label} has other classes in the test split; make them equal"
+        )
+    names = getattr(kinds[0], "names", None)
+    sources = {
+        split: Source(count=table.count, samples=_row_samples(split, table, image, label, names))
+        for split, table in splits.items()
+    }
+    return sources, list(names) if names else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from cifar_dist.data.augment.augmentation import Augment, AugmentConfig
@@ -177,10 +179,12 @@ def test_limited_views_are_those_of_the_first_epochs(split: Split) -> None:
         assert result.view_ids.tolist() == [epoch % 3] * 64
 
 
-@pytest.mark.parametrize("options", [{"cutout": 8}, {"mixup": 0.2}, {"cutmix": 1.0}])
-def test_all_views_refuses_cutout_and_mixing(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"cutout": 8}, {"mixup": 0.2}, {"cutmix": 1.0}, {"resizemix": (0.1, 0.8)}]
+)
+def test_all_views_refuses_cutout_and_mixing(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a number of views"):
-        AugmentConfig(crop_padding=4, views="all", **options)  # type: ignore[arg-type]
+        AugmentConfig(crop_padding=4, views="all", **options)
 
 
 # ----------------------------------------------------------------------------- mixing
@@ -224,6 +228,40 @@ def test_cutmix_pastes_a_box_and_lam_is_the_share_of_kept_pixels(split: Split) -
         assert torch.equal(result.images[row], expected)
         kept = 1 - (bottom - top) * (right - left) / 1024
         assert float(table.lam[row]) == pytest.approx(kept)
+
+
+def test_resizemix_shrinks_the_partner_into_a_box(split: Split) -> None:
+    config = AugmentConfig(crop_padding=4, hflip=True, resizemix=(0.1, 0.8))
+    result, table = mixed(split, config)
+    plain = view(split, list(range(64)), epoch=0, config=AugmentConfig(crop_padding=4, hflip=True))
+    for row in range(64):
+        top, bottom, left, right = table.box[row].tolist()
+        partner = plain[table.partner[row]][None].float()
+        size = (bottom - top, right - left)
+        expected = plain[row].clone()
+        small = F.interpolate(partner, size, mode="nearest")[0]
+        expected[:, top:bottom, left:right] = small.to(torch.uint8)
+        assert torch.equal(result.images[row], expected), (row, size)
+        assert float(table.lam[row]) == pytest.approx(1 - size[0] ** 2 / 1024)
+    assert torch.equal(result.partner_labels, split.labels[table.partner])
+
+
+def test_resizemix_boxes_are_squares_of_uniform_size_and_place() -> None:
+    rows = torch.arange(50_000)
+    config = AugmentConfig(resizemix=(0.25, 0.75), cutmix=1.0, mixup=0.2, mix_probability=0.5)
+    table = draw_mix_table(config, 0, num_images=50_000, image_size=32, partners=rows)
+    for column in (table.resized, table.pasted & ~table.resized, ~table.pasted):
+        assert float(column.double().mean()) == pytest.approx(1 / 3, abs=0.01)
+    top, bottom, left, right = table.box[table.resized].unbind(1)
+    side = bottom - top
+    assert torch.equal(side, right - left)
+    assert float((side == 0).double().mean()) == pytest.approx(0.5, abs=0.01)
+    assert set(side[side > 0].tolist()) == set(range(8, 25))
+    place = top[side == 16]
+    assert set(place.tolist()) == set(range(17))
+    assert torch.bincount(place).float().std() < 0.25 * torch.bincount(place).float().mean()
+    unmixed = table.resized & (table.lam == 1)
+    assert torch.equal(unmixed[table.resized], side == 0)
 
 
 def test_mixing_parameters_have_the_distributions_of_the_papers() -> None:

@@ -312,7 +312,7 @@ def test_mistakes_are_named_with_a_remedy(tmp_path: Path) -> None:
         ("--images", str(good), "--dataset", "cifar10"): "--dataset: not allowed with argument",
         ("--dataset", str(good), "--allow-unofficial"): "not allowed with argument --dataset",
         ("--sample", "--size", "16"): "--size: only with --images FOLDER or --dataset PATH",
-        ("--dataset", str(tmp_path / "broken.parquet")): "cannot be read as a dataset",
+        ("--dataset", str(tmp_path / "broken.parquet")): r"broken\.parquet cannot be read \(",
         (
             "--dataset",
             str(tmp_path / "texts.parquet"),
@@ -342,3 +342,22 @@ def test_pixel_statistics_are_exact() -> None:
     values = images.reshape(30, 3, -1) / 255
     np.testing.assert_allclose(mean, values.mean((0, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, values.std((0, 2)), rtol=1e-12)
+
+
+def test_damaged_parquet_files_and_other_classes_in_the_test_split(tmp_path: Path) -> None:
+    for first, last in (("train", "test"), ("whole", "part")):
+        (tmp_path / first).mkdir()
+        table(40).to_parquet(tmp_path / first / "train.parquet")
+        names = ["blue", "green", "red"]
+        other = table(1).cast_column("kind", datasets.Value("int64"))
+        other = other.cast_column("kind", datasets.ClassLabel(names=names))
+        other.to_parquet(tmp_path / first / f"{last}.parquet")
+    with pytest.raises(UserError, match="the column kind has other classes in the test split"):
+        prepared(tmp_path / "train", tmp_path / "out", kind="--dataset")
+    damaged = tmp_path / "whole/train.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[100:900] = bytes(800)
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read|are unreadable"):
+        prepared(damaged, tmp_path / "out", kind="--dataset")
+    assert not (tmp_path / "out").exists()

@@ -126,7 +126,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("name: a\nlosses: {supcon: {}, bce: {weight: 0}}", ["(bce, supcon)", "add cross_entropy"]),
         (
             "name: a\nlosses: {supcon: {}, bce: {}}\naugment: {cutmix: 1.0}",
-            ["losses.supcon", "augment.cutmix"],
+            ["losses.supcon", "cutmix and resizemix"],
         ),
         ("name: a\nlosses: {sphereface: {margin: 1.5}}", ["losses.sphereface.margin", "integer"]),
         ("name: a\nlosses: {arcfase: {}}", ["losses.arcface"]),
