@@ -31,7 +31,7 @@ COMMANDS = {
     "report": "compare runs in an HTML page",
     "predict": "classify images",
     "export": "write a run as timm, ONNX, torch.export or teacher",
-    "ensemble": "combine the predictions of runs",
+    "ensemble": "combine the predictions or the weights of runs",
     "cache_logits": "store the logits of a recipe's teachers",
     "doctor": "check a launch before a training starts",
     "near_duplicates": "find near-duplicates between train and test",

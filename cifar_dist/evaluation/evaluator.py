@@ -63,8 +63,8 @@ def update_bn(
     context: DistContext,
     frozen: Collection[str] = (),
     stoppable: bool = False,
-) -> None:
-    """Recompute BatchNorm running statistics for the current weights.
+) -> int:
+    """Recompute BatchNorm running statistics for the current weights; return how many rows were used.
 
     Averaged weights need this because no training step saw them (Izmailov et al. 2018). The
     statistics are means over shuffled, augmented blocks of `epoch`, without dropout and without the
@@ -79,7 +79,7 @@ def update_bn(
         if not module.affine or not {f"{name}.weight", f"{name}.bias"}.issubset(frozen)
     ]
     if not norms:
-        return
+        return 0
     device = split.labels.device
     modes = [(module.training, module.momentum) for module in norms]
     for module in norms:
@@ -117,6 +117,7 @@ def update_bn(
     for module in norms:
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.fill_(num_blocks)
+    return len(order)
 
 
 @torch.no_grad()

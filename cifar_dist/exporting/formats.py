@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cifar_dist.data.dataset import classes_digest
+from cifar_dist.evaluation.evaluator import EvalResult
 from cifar_dist.exporting.model_card import model_card
 from cifar_dist.inference.trained_model import TrainedModel
 from cifar_dist.models.classifier import build_model
@@ -33,8 +34,9 @@ from cifar_dist.models.weights import unshared
 from cifar_dist.recipe.schema import to_dict
 from cifar_dist.recipe.teachers import TEACHER_EXPORT
 from cifar_dist.run_folder.checkpoint import load_progress
+from cifar_dist.run_folder.results import write_predictions
 from cifar_dist.utils.errors import UserError
-from cifar_dist.utils.files import atomic_folder, atomic_write, write_json
+from cifar_dist.utils.files import atomic_folder, atomic_write, sha256, write_json
 from cifar_dist.utils.random import generator
 
 TOLERANCE = 1e-4  # of a logit, relative to the largest logit
@@ -42,6 +44,10 @@ CHECKED_BATCHES = (1, 2, 7)
 EXPORT_FILES = {
     *(TEACHER_EXPORT, "config.json", "README.md"),
     *("model.safetensors", "model.onnx", "model.pt2"),
+}
+SOUP_FILES = {
+    *(TEACHER_EXPORT, "model.safetensors", "README.md"),
+    *("ensemble.json", "predictions.safetensors"),
 }
 
 
@@ -255,5 +261,22 @@ def export(trained: TrainedModel, run: Path, output: Path, *, to: str, uint8: bo
                 check = convert(trained, folder, uint8=uint8)
                 write_json(folder / "config.json", io_config(trained, uint8=uint8))
         card = model_card(trained, run, to=to, uint8=uint8, check=check)
+        atomic_write(folder / "README.md", card)
+    return check
+
+
+def export_soup(
+    trained: TrainedModel, test: EvalResult, report: dict[str, Any], output: Path
+) -> str:
+    """Write what `make_soup` returns as a teacher folder, in one step, and return as `export` does."""
+    trained.model.cpu().to(memory_format=torch.contiguous_format)
+    with atomic_folder(output) as folder:
+        check = to_teacher(trained, folder)
+        write_predictions(
+            folder / "predictions.safetensors", test, weights=sha256(folder / "model.safetensors")
+        )
+        write_json(folder / "ensemble.json", report)
+        run = trained.checkpoint.parents[1]
+        card = model_card(trained, run, to="teacher", uint8=False, check=check, soup=report)
         atomic_write(folder / "README.md", card)
     return check

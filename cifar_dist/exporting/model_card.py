@@ -29,10 +29,19 @@ teacher: {{run: THIS_FOLDER}}""",
 }
 
 
-def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check: str) -> str:
+def model_card(
+    trained: TrainedModel,
+    run: Path,
+    *,
+    to: str,
+    uint8: bool,
+    check: str,
+    soup: dict[str, Any] | None = None,
+) -> str:
     """Return Markdown with the Hub's YAML header; metrics come from the files of the run.
 
-    `check` says how the export compares with the original.
+    `check` says how the export compares with the original. `soup` is the ensemble.json of averaged
+    runs, the first of which is `run`; it has their metrics.
     """
     summary = read_metadata(run, "summary.json")
     environment = read_metadata(run, "environment.json")
@@ -55,11 +64,7 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
         resize = (
             f", then resize them to {size} px\n({recipe.model.interpolation}, no anti-aliasing)"
         )
-    weights = "averaged weights" if recipe.averaging else "weights"
-    if not summary.get("finished"):
-        weights += f" of an unfinished training of {recipe.run.epochs} epochs, at checkpoint"
-    else:
-        weights += " of"
+    weights = describe_weights(trained, is_finished=bool(summary.get("finished")), soup=soup)
     temperature = ""
     is_rescaled = to == "timm" and recipe.model.head == "cosine"  # other probabilities
     if trained.temperature not in (None, 1) and not is_rescaled:
@@ -68,7 +73,9 @@ def model_card(trained: TrainedModel, run: Path, *, to: str, uint8: bool, check:
             "on the validation rows."
         )
     metrics = "Not the last checkpoint of the run, so the metrics of the run do not apply."
-    if trained.checkpoint.name == last_checkpoint(summary):
+    if soup:
+        metrics = metrics_table(soup["ensemble"], {"calibration": soup["ensemble"]})
+    elif trained.checkpoint.name == last_checkpoint(summary):
         evaluation = trained.evaluation or {}
         # An unfinished run's summary has the accuracies of an earlier evaluation.
         metrics = metrics_table(summary if summary.get("finished") else evaluation, evaluation)
@@ -77,10 +84,9 @@ library_name: {"timm" if to == "timm" else "cifar_dist"}
 tags: [{", ".join(tags)}]
 {datasets}metrics: [accuracy]
 ---
-# {recipe.name}
+# {"Model soup" if soup else recipe.name}
 
-{recipe.model.backbone} at {size} px on {trained.trained_on} ({len(trained.fine)} classes), trained with cifar_dist: {weights}
-`{trained.checkpoint.name}`. Check at export: {check}.
+{recipe.model.backbone} at {size} px on {trained.trained_on} ({len(trained.fine)} classes), trained with cifar_dist: {weights}. Check at export: {check}.
 
 ```python
 {LOAD[to].format(input=shape)}
@@ -92,7 +98,7 @@ Trained on images of {data_size} px: resize other images to {data_size} px first
 
 {metrics}
 
-## Training
+## Training{f" of {run}" if soup else ""}
 
 Data digest (SHA-256 over both splits) `{environment.get("data", "unknown")}`; commit
 `{environment.get("commit") or "unknown"}`; {environment.get("hardware", "unknown hardware")},
@@ -102,6 +108,19 @@ Data digest (SHA-256 over both splits) `{environment.get("data", "unknown")}`; c
 {to_yaml(recipe).strip()}
 ```
 """
+
+
+def describe_weights(
+    trained: TrainedModel, *, is_finished: bool, soup: dict[str, Any] | None
+) -> str:
+    """Return which weights were exported, like `weights of step_00000600`."""
+    if soup:
+        members = [f"`{member['run']}`" for member in soup["members"] if member["weight"]]
+        return f"the mean of the weights of {', '.join(members)}"
+    weights = "averaged weights of" if trained.recipe.averaging else "weights of"
+    if not is_finished:
+        weights += f" an unfinished training of {trained.recipe.run.epochs} epochs, at checkpoint"
+    return f"{weights}\n`{trained.checkpoint.name}`"
 
 
 def metrics_table(summary: dict[str, Any], evaluation: dict[str, Any]) -> str:

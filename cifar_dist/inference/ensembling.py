@@ -139,26 +139,58 @@ def validation_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor] | None:
     return stack_logits(runs, predictions, "validation rows")
 
 
-def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Return the content of ensemble.json, the ensemble's test logits f32 [N, C], and the labels."""
+def member_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """Return all members' logits for the test rows, f32 [R, N, C], and the labels."""
     predictions = []
     for run in runs:
         if not run.is_finished or run.predictions is None:
             raise UserError(f"{run.folder} has no predictions yet; let it finish first")
         predictions.append(run.predictions)
-    logits, labels = stack_logits(runs, predictions, "test rows")
+    return stack_logits(runs, predictions, "test rows")
+
+
+def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Return the content of ensemble.json, the ensemble's test logits f32 [N, C], and the labels."""
+    logits, labels = member_logits(runs)
     val = None if uniform else validation_logits(runs)
     weights = [1.0 / len(runs)] * len(runs) if val is None else choose_weights(*val)
     combined = weighted_mean(logits, weights)
-    names = [str(run.folder) for run in runs]
+    report = ensemble_report(
+        runs,
+        weights,
+        (logits, combined, labels),
+        chosen_on=chosen_on(None if val is None else len(val[1])),
+        val=None if val is None else (weighted_mean(val[0], weights), val[1]),
+    )
+    return report, combined, labels
+
+
+def chosen_on(rows: int | None) -> str:
+    """Return how weights were chosen: on a number of validation rows, or not at all (None)."""
+    return "nothing: uniform" if rows is None else f"{rows} validation rows"
+
+
+def ensemble_report(
+    runs: Sequence[Run],
+    weights: Sequence[float],
+    test: tuple[Tensor, Tensor, Tensor],
+    *,
+    chosen_on: str,
+    val: tuple[Tensor, Tensor] | None,
+) -> dict[str, Any]:
+    """Return the content of ensemble.json.
+
+    `test` is the members' logits f32 [R, N, C], the combined ones [N, C] and the labels; `val` is the
+    combined logits and the labels of the validation rows, for a temperature.
+    """
+    logits, combined, labels = test
     metrics = [classification_metrics(member, labels) for member in logits]
     best = max(range(len(runs)), key=lambda index: metrics[index]["top1"])
     correct = combined.argmax(1) == labels
     low, high = bootstrap_interval(correct)
+    names = [str(run.folder) for run in runs]
     report: dict[str, Any] = {
-        "weights_chosen_on": "nothing: uniform"
-        if val is None
-        else f"{len(val[1])} validation rows",
+        "weights_chosen_on": chosen_on,
         "members": [
             {
                 "run": str(run.folder),
@@ -175,10 +207,10 @@ def combine(runs: Sequence[Run], *, uniform: bool) -> tuple[dict[str, Any], Tens
         "diversity": [asdict(pair) for pair in diversity(names, logits, labels)],
     }
     if val is not None:
-        temperature = choose_temperature(weighted_mean(val[0], weights), val[1])
+        temperature = choose_temperature(*val)
         report["temperature"] = temperature
         report["ensemble"]["ece_at_temperature"] = reliability(combined / temperature, labels).ece
-    return report, combined, labels
+    return report
 
 
 def log_ensemble(report: dict[str, Any]) -> None:
