@@ -124,7 +124,7 @@ def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bo
         print(
             f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
             f"  cifar-dist train quick name={name} data.path={shlex.quote(str(output))} "
-            f"model.image_size={size} model.mean=[{mean}] model.std=[{std}]",
+            f"model.image_size={size} 'model.mean=[{mean}]' 'model.std=[{std}]'",
             flush=True,
         )
 
