@@ -77,6 +77,7 @@ def load_trained_model(
     data = data or Path(recipe.data.path)
     fine, superclass = class_names(run, data, recipe.data.labels)
     environment = read_metadata(run, "environment.json")
+    size = environment.get("image_size")  # absent in runs of older versions
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = load_model(recipe, checkpoint_path, len(fine)).eval().requires_grad_(False)
     weights = weights_digest(recipe, checkpoint_path)
@@ -89,7 +90,7 @@ def load_trained_model(
         fine=fine,
         superclass=superclass,
         trained_on=training_data(recipe, environment, data),
-        data_size=int(environment.get("image_size", 32)),
+        data_size=size if isinstance(size, int) else 32,
         evaluation=evaluation,
         temperature=temperature["value"] if temperature else None,
     )

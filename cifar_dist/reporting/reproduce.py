@@ -19,8 +19,9 @@ def reproduce(run: Run) -> str:
     """
     environment, recipe = run.environment, run.recipe
     processes = run.summary.get("world_size") or environment.get("world_size") or 1
-    packages = (environment.get("packages") or {}).items()
-    versions = " ".join(f"{name}=={version}" for name, version in packages if version)
+    packages = environment.get("packages")
+    pairs = packages.items() if isinstance(packages, dict) else ()
+    versions = " ".join(f"{name}=={version}" for name, version in pairs if version)
     teachers = zip(recipe.all_teachers, environment.get("teachers") or (), strict=False)
     file, commit = f"{recipe.name}.yaml", str(environment.get("commit") or "")
     plural = "process" if processes == 1 else "processes"
