@@ -40,6 +40,7 @@ STYLE = (
 CHART_FRAME = Frame(width=700, right=240)
 MAX_COLUMNS = 10  # of a table of curves
 Rows = Sequence[Row]  # finished runs of one recipe
+Curve = dict[float, float]  # test top-1 in percent by epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,34 +151,37 @@ def study_table(study: str, by_recipe: dict[str, Rows]) -> str:
     return markdown(lines)
 
 
-def mean_curves(study: str, logs: Path) -> dict[str, tuple[int, list[float]]]:
-    """Return {row: (number of runs, mean test top-1 after each epoch)} of the available logs."""
+def mean_curves(study: str, logs: Path) -> dict[str, tuple[int, Curve]]:
+    """Return {row: (number of runs, mean test top-1 by epoch)} of the available logs."""
     result = {}
     for name in STUDIES[study]:
         curves = [evaluations(path) for path in sorted(logs.glob(f"{name}_seed*.jsonl"))]
         if curves:
-            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            means = {epoch: statistics.mean(one[epoch] for one in curves) for epoch in curves[0]}
             result[name] = (len(curves), means)
     return result
 
 
-def curves_table(curves: dict[str, tuple[int, list[float]]]) -> str:
-    """Return the table of top-1 after each epoch, or after every n-th to fit MAX_COLUMNS."""
-    epochs = max(len(means) for _, means in curves.values())
-    every = math.ceil(epochs / MAX_COLUMNS)
+def curves_table(curves: dict[str, tuple[int, Curve]]) -> str:
+    """Return the table of top-1 by epoch, of every n-th evaluation to fit MAX_COLUMNS."""
+    epochs = sorted({epoch for _, means in curves.values() for epoch in means})
+    every = math.ceil(len(epochs) / MAX_COLUMNS)
+    shown = epochs[every - 1 :: every]
     lines = [
-        [f"`{name}`", str(runs), *(f"{value:.1f}" for value in means[every - 1 :: every])]
+        [
+            f"`{name}`",
+            str(runs),
+            *(f"{means[epoch]:.1f}" if epoch in means else "" for epoch in shown),
+        ]
         for name, (runs, means) in curves.items()
     ]
-    return markdown([["row", "n", *map(str, range(every, epochs + 1, every))], *lines])
+    return markdown([["row", "n", *(f"{epoch:g}" for epoch in shown)], *lines])
 
 
-def curves_svg(curves: dict[str, tuple[int, list[float]]]) -> str:
+def curves_svg(curves: dict[str, tuple[int, Curve]]) -> str:
     """Return an SVG file with the chart and the names of its lines."""
     series = [
-        Series(
-            name=name, group=index, points=[(epoch + 1, top1) for epoch, top1 in enumerate(means)]
-        )
+        Series(name=name, group=index, points=list(means.items()))
         for index, (name, (_, means)) in enumerate(curves.items())
     ]
     chart = line_chart(
@@ -188,10 +192,10 @@ def curves_svg(curves: dict[str, tuple[int, list[float]]]) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{body}\n'
 
 
-def evaluations(log: Path) -> list[float]:
-    """Return test top-1 in percent after each epoch."""
+def evaluations(log: Path) -> Curve:
+    """Return test top-1 in percent by epoch."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line["top1"] for line in lines if line["kind"] == "eval"]
+    return {line["epoch"]: line["top1"] for line in lines if line["kind"] == "eval"}
 
 
 def stamps(rows: Rows) -> str:

@@ -235,16 +235,18 @@ def test_results_page_has_mean_std_and_empty_cells(tmp_path: Path) -> None:
     rows = [finished_row("r18_32", seed, top1) for seed, top1 in enumerate((78.0, 79.0, 80.0))]
     rows += [finished_row("resnet18_baseline", 0, 43.0), finished_row("short_baseline", 0, 20.0)]
     rows.append(finished_row("val_flip", 0, 30.0, val_top1=31.5))
-    log = [{"kind": "eval", "top1": 10.0}, {"kind": "train", "top1": 50.0}]
+    log = [{"kind": "eval", "epoch": 3, "top1": 10.0}, {"kind": "train", "epoch": 3, "top1": 50.0}]
     (tmp_path / "short_baseline_seed0.jsonl").write_text("\n".join(map(json.dumps, log)))
-    (tmp_path / "short_baseline_seed1.jsonl").write_text(json.dumps({"kind": "eval", "top1": 20.0}))
+    (tmp_path / "short_baseline_seed1.jsonl").write_text(
+        json.dumps({"kind": "eval", "epoch": 3, "top1": 20.0})
+    )
     text = results_page.page_part(rows, tmp_path)
     (first,) = (line for line in text.splitlines() if "`r18_32`" in line)
     assert "| 44.26 | 44.00 | 43.00 | n = 1, 2 epochs, 1,000 s, one core | 78.43" in first
     assert "| 79.00 +- 1.00 | `r18_32` | n = 3, 2 epochs, 1,000 s, one core |" in first
     assert "| + label smoothing 0.1 | 44.81 |  |  |  |  |  |  |  |" in text
     assert "| `short_baseline` | 20.00 | 21.00 | 40.00 | n = 1, 2 epochs" in text
-    assert "| `short_baseline` | 2 | 15.0 |" in text
+    assert "| row | n | 3 |\n| --- | ---: | ---: |\n| `short_baseline` | 2 | 15.0 |" in text
     assert "| `val_flip` | 31.50 | 30.00 |" in text
     assert "large_batch" not in text
     assert "torch 2.15.0; 2026-11-24; commit 0123456" in text
@@ -253,11 +255,14 @@ def test_results_page_has_mean_std_and_empty_cells(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_subsampled() -> None:
-    curves = {"long": (1, [float(epoch) for epoch in range(1, 26)]), "short": (2, [1.0] * 6)}
+    curves = {
+        "long": (1, {epoch: float(epoch) for epoch in range(1, 26)}),
+        "short": (2, dict.fromkeys(range(1, 7), 1.0)),
+    }
     head, _, long, short = results_page.curves_table(curves).splitlines()
     assert head == "| row | n | 3 | 6 | 9 | 12 | 15 | 18 | 21 | 24 |"
     assert long == "| `long` | 1 | 3.0 | 6.0 | 9.0 | 12.0 | 15.0 | 18.0 | 21.0 | 24.0 |"
-    assert short.startswith("| `short` | 2 | 1.0 | 1.0 |")
+    assert short == "| `short` | 2 | 1.0 | 1.0 |  |  |  |  |  |  |"
 
 
 def test_results_of_a_recipe_come_from_one_file(tmp_path: Path) -> None:

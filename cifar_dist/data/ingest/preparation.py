@@ -120,7 +120,7 @@ def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bo
             ",".join(f"{value:.4f}" for value in values)
             for values in pixel_statistics(train.images)
         )
-        size, name = options.size, shlex.quote(root.name)
+        size, name = options.size, re.sub(r"[^\w.-]+|^\W+", "_", root.name, flags=re.ASCII)
         print(
             f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
             f"  cifar-dist train quick name={name} data.path={shlex.quote(str(output))} "
