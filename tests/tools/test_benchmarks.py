@@ -256,8 +256,8 @@ def test_results_page_has_mean_std_and_empty_cells(tmp_path: Path) -> None:
 
 def test_long_curves_are_subsampled() -> None:
     curves = {
-        "long": (1, {epoch: float(epoch) for epoch in range(1, 26)}),
-        "short": (2, dict.fromkeys(range(1, 7), 1.0)),
+        "long": (1, {float(epoch): float(epoch) for epoch in range(1, 26)}),
+        "short": (2, dict.fromkeys(map(float, range(1, 7)), 1.0)),
     }
     head, _, long, short = results_page.curves_table(curves).splitlines()
     assert head == "| row | n | 3 | 6 | 9 | 12 | 15 | 18 | 21 | 24 |"
