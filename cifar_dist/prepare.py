@@ -38,7 +38,6 @@ def main(arguments: list[str]) -> int:
     )
     origin.add_argument(
         "--images",
-        type=Path,
         metavar="FOLDER",
         help="folder with one subfolder of images per class, or with train/CLASS and test/CLASS",
     )
@@ -96,8 +95,10 @@ def main(arguments: list[str]) -> int:
 def own_images(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path | None:
     """Return the path of own images, or None for published or synthetic data."""
     path = None
+    if "" in (options.images, options.dataset):
+        parser.error("the path is empty")
     if options.images:
-        path = options.images
+        path = Path(options.images)
     elif options.dataset and options.dataset not in PUBLISHED:
         path = Path(options.dataset)
     for name in ("dataset", "sample", "source", "allow_unofficial"):

@@ -368,7 +368,7 @@ def _corruption_error(root: Path, path: Path, reason: str) -> UserError:
 def _remedy(root: Path) -> str:
     return (
         f"recreate the dataset with `python -m cifar_dist.prepare --force --output {root}` and its "
-        "original --source or --sample"
+        "original --source, --sample, --images or --dataset"
     )
 
 

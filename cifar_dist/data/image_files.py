@@ -57,10 +57,18 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders, linked ones included, each folder once."""
+def files_in(folder: Path, *, skip_unreadable: bool = True) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, linked ones included, each folder once.
+
+    Unless `skip_unreadable`, a folder that cannot be read raises OSError.
+    """
+
+    def fail(error: OSError) -> None:
+        if not skip_unreadable:
+            raise error
+
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in visited:  # a link to a parent would never end
             folders.clear()

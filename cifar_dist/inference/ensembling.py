@@ -145,6 +145,8 @@ def member_logits(runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
     for run in runs:
         if not run.is_finished or run.predictions is None:
             raise UserError(f"{run.folder} has no predictions yet; let it finish first")
+        if run.environment.get("data") != runs[0].environment.get("data"):
+            raise other_rows(run, runs[0], "data")  # the labels may be the same
         predictions.append(run.predictions)
     return stack_logits(runs, predictions, "test rows")
 

@@ -121,8 +121,7 @@ def common_config(run: Run) -> dict[str, Any]:
         if name.startswith(("model.", "data."))
         and not name.startswith((*NON_SEMANTIC_KEYS, *TRAINING_KEYS))
     }
-    digest, scale = run.environment.get("data"), logit_scale(run.recipe.losses.values())
-    return config | {"digest of the data": digest, "scale of the losses": scale}
+    return config | {"scale of the losses": logit_scale(run.recipe.losses.values())}
 
 
 def load_members(runs: Sequence[Run], data: Path | None) -> list[TrainedModel]:

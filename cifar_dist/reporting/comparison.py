@@ -206,7 +206,7 @@ class PairedTest:
 def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
     """Return McNemar's exact test of each pair of groups, once per common seed, Holm-adjusted.
 
-    Groups without a common seed are compared by their first runs. Runs with different test labels
+    Groups without a common seed are compared by their first runs. Runs with other data or test labels
     are not compared.
     """
     tests: list[PairedTest] = []
@@ -217,7 +217,9 @@ def paired_tests(groups: Sequence[Group]) -> list[PairedTest]:
         for run, other in pairs or [(first.runs[0], second.runs[0])]:
             if run.predictions is None or other.predictions is None:
                 continue
-            if not torch.equal(run.predictions[1], other.predictions[1]):
+            if run.environment.get("data") != other.environment.get("data") or not torch.equal(
+                run.predictions[1], other.predictions[1]
+            ):
                 continue
             assert run.correct is not None
             assert other.correct is not None

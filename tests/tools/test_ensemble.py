@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,13 @@ def test_validation_rows_of_another_subset_are_refused(two_runs: Path, change: s
     with pytest.raises(UserError, match=r"s1 has other validation rows than .*s0; combine runs"):
         combine(runs, uniform=False)
     combine(runs, uniform=True)
+
+
+def test_runs_on_other_data_with_the_same_labels_are_refused(two_runs: Path) -> None:
+    first, second = (read_run(two_runs / "runs" / name) for name in ("s0", "s1"))
+    other = replace(second, environment=second.environment | {"data": "0123"})
+    with pytest.raises(UserError, match="has other data than"):
+        combine([first, other], uniform=True)
 
 
 def test_unusable_runs_are_refused_with_a_remedy(

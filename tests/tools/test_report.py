@@ -315,6 +315,13 @@ def test_damaged_runs_are_refused(runs: Path) -> None:
         main([str(runs / "other")])
 
 
+def test_runs_on_other_data_with_the_same_labels_are_not_compared(runs: Path) -> None:
+    first, second = (read_run(runs / name) for name in ("tiny_s0", "other"))
+    assert len(paired_tests(group_runs([first, second]))) == 1
+    second = replace(second, environment=second.environment | {"data": "0123"})
+    assert paired_tests(group_runs([first, second])) == []
+
+
 def test_runs_with_different_labels_are_not_compared(runs: Path) -> None:
     tensors = load_file(runs / "other/predictions.safetensors")
     flipped = {"labels": tensors["labels"].flip(0).contiguous()}

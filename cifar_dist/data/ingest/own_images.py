@@ -73,7 +73,14 @@ def read_own_images(path: Path, options: ImageOptions) -> tuple[RawSplit, RawSpl
         splits = {split: decode(source, options, split) for split, source in sources.items()}
     except UserError:
         raise
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error)}); a dataset can be saved again with "
             "`save_to_disk` or `to_parquet` of `datasets`"
@@ -105,22 +112,31 @@ def _has_class_folders(path: Path) -> bool:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders, without hidden ones and those of archivers."""
-    for file in files_in(folder):
+    """Yield the files in a folder and its subfolders, without hidden ones and those of archivers.
+
+    OSError if a folder cannot be read. Pipes and devices are left out: reading them could wait forever.
+    """
+    for file in files_in(folder, skip_unreadable=False):
         parts = file.relative_to(folder).parts
-        if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        if not any(part.startswith(".") or part == "__MACOSX" for part in parts) and file.is_file():
             yield file
 
 
 def find_folders(path: Path) -> tuple[dict[str, Source], list[str] | None]:
     """Return the samples of PATH/train/CLASS/* and PATH/test/CLASS/*, or of PATH/CLASS/*."""
-    folders = {entry.name.lower(): entry for entry in path.iterdir() if entry.is_dir()}
-    train = next((folders[name] for name in TRAIN if name in folders), None)
-    tests = [folders[name] for name in TEST if name in folders]
+    folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir()]
+    trains = [entry for entry in folders if entry.name.lower() in TRAIN]
+    if len(trains) > 1:
+        raise UserError(f"{path} has both {trains[0].name} and {trains[1].name}; keep one of them")
+    train = trains[0] if trains else None
+    tests = [entry for name in TEST for entry in folders if entry.name.lower() == name]
     if train is None and tests:
         raise UserError(f"{path} has {tests[0].name}, but no folder train; rename the folder of it")
-    for unused in tests[1:]:
-        log.warning(f"{unused} is not used: {tests[0].name} is the test split")
+    used = [train, *tests[:1]]
+    for unused in folders if train else ():
+        if unused not in used and not unused.name.startswith((".", "__MACOSX")):
+            names = " and ".join(entry.name for entry in used if entry)
+            log.warning(f"{unused} is not used, since {path} has {names}")
     splits = {"train": train or path} | ({"test": tests[0]} if tests else {})
     return {name: _folder_source(folder) for name, folder in splits.items()}, None
 
@@ -139,6 +155,11 @@ def _folder_source(folder: Path) -> Source:
         except UnicodeEncodeError:
             raise UserError(f"{os.fsencode(file)!r}: the name is not UTF-8; rename it") from None
         samples.append(Sample(name=relative.as_posix(), label=relative.parts[0], content=file))
+    for empty in {entry.name for entry in folder.iterdir() if entry.is_dir()} - {
+        str(sample.label) for sample in samples
+    }:
+        if not empty.startswith((".", "__MACOSX")):
+            log.warning(f"{folder / empty} has no images, so it is no class")
     if others:
         kinds = ", ".join(f"{count:,} x {kind}" for kind, count in others.most_common(SHOWN))
         log.warning(f"{folder}: files that are no images are ignored: {kinds}")
@@ -211,8 +232,21 @@ def _parquet_files(path: Path) -> dict[str, _Table]:
     for file in files:  # train-00000-of-00001.parquet, or train/0000.parquet
         inside = file.relative_to(path).parent.name.lower()  # "." for the file of a single one
         words = (re.split(r"[-_.]", file.name)[0].lower(), inside) if file != path else ()
-        split = next((word for word in words if word in (*TRAIN, *TEST)), "train")
+        split = next((word for word in words if word in (*TRAIN, *TEST)), "")
         groups.setdefault(split, []).append(file)
+    if "" in groups and len(groups) > 1:
+        raise UserError(
+            f"{groups[''][0]}: the name does not tell the split, like train-0.parquet or test-0.parquet; "
+            "rename or remove it"
+        )
+    if "" in groups:
+        groups = {"train": groups[""]}
+    features = {
+        file: datasets.Features.from_arrow_schema(parquet.read_schema(file)) for file in files
+    }
+    for file in files:
+        if features[file] != features[files[0]]:
+            raise UserError(f"{file} has other columns or classes than {files[0]}; make them equal")
 
     def batches(files: list[Path]) -> Callable[[Sequence[str]], Iterator[Any]]:
         def read(columns: Sequence[str]) -> Iterator[Any]:
@@ -225,7 +259,7 @@ def _parquet_files(path: Path) -> dict[str, _Table]:
     return {
         split: _Table(
             count=sum(parquet.ParquetFile(file).metadata.num_rows for file in group),
-            features=datasets.Features.from_arrow_schema(parquet.read_schema(group[0])),
+            features=features[group[0]],
             batches=batches(group),
         )
         for split, group in groups.items()
@@ -288,15 +322,17 @@ def _row_samples(
                         f"{where} has no bytes in its column {image}; store the images in the dataset, "
                         "not their paths"
                     )
-                if names is not None and (type(value) is not int or not 0 <= value < len(names)):
-                    raise UserError(f"{where} has the label {value}; remove rows without a class")
-                if value is None:
-                    raise UserError(f"{where} has no label; remove it")
-                yield Sample(
-                    name=f"{split}/{row}",
-                    label=names[value] if names else value,
-                    content=content,
-                )
+                if names is not None:
+                    if type(value) is not int or not 0 <= value < len(names):
+                        raise UserError(
+                            f"{where} has the label {value}; remove rows without a class"
+                        )
+                    value = names[value]
+                if not isinstance(value, str | int):
+                    raise UserError(
+                        f"{where} has the label {value}, not a text or a number; remove it"
+                    )
+                yield Sample(name=f"{split}/{row}", label=value, content=content)
                 row += 1
 
     return samples
@@ -330,7 +366,7 @@ def decode(
         while chunk := list(islice(samples, CHUNK)):
             for sample, result in zip(chunk, pool.map(read, chunk), strict=True):
                 if isinstance(result, UserError):
-                    unreadable.append(str(result).partition("; ")[0])
+                    unreadable.append(str(result).removesuffix("; give another"))
                     continue
                 images[len(labels)] = result
                 labels.append(sample.label)

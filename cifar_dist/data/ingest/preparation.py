@@ -121,10 +121,17 @@ def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bo
             for values in pixel_statistics(train.images)
         )
         size, name = options.size, re.sub(r"[^\w.-]+|^\W+", "_", root.name, flags=re.ASCII)
+        if not re.match(r"[A-Za-z_]", name):
+            name = f"data_{name}"  # YAML could read it as a number
+        batch = (
+            ""
+            if len(train.images) >= 1250
+            else f" run.batch_size={max(2, len(train.images) // 10)}"
+        )
         print(
             f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
             f"  cifar-dist train quick name={name} data.path={shlex.quote(str(output))} "
-            f"model.image_size={size} 'model.mean=[{mean}]' 'model.std=[{std}]'",
+            f"model.image_size={size} 'model.mean=[{mean}]' 'model.std=[{std}]'{batch}",
             flush=True,
         )
 
@@ -138,7 +145,8 @@ def _claim_output(output: Path, *, force: bool) -> Iterator[tuple[Path, dict[str
     output = output.expanduser().resolve()
     with folder_lock(output.parent, remedy=REMEDY):
         for path in output.parent.iterdir():  # left by a killed process
-            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.part", path.name):
+            kinds = "part|old" if output.exists() else "part"  # an old one may be the only copy
+            if re.fullmatch(rf"\.{re.escape(output.name)}\.\d+\.({kinds})", path.name):
                 shutil.rmtree(path, ignore_errors=True)
         _refuse_foreign_files(output)
         yield output, None if force else _read_existing(output)
@@ -253,7 +261,7 @@ def _report_existing(output: Path, *, same: bool) -> None:
     if not same:
         raise UserError(
             f"{output} contains other data; {REMEDY}, or replace it with "
-            f"{_command(output, None, '--force')} and your --source or --sample"
+            f"{_command(output, None, '--force')} and your --source, --sample, --images or --dataset"
         )
     print(f"{output} is complete (digest {data_digest(output)[:12]}); nothing to do", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def test_damaged_files_are_named_or_left_out(tmp_path: Path, warnings: list[str]
     assert message.startswith("5 of 11 images of train are unreadable: ")
     for name in ("bomb.png", "empty.png", "float.tif", "text.gif", "truncated.jpg"):
         assert f"green/{name} cannot be read as an image (" in message
+    assert "save it with 8 or 16 bits)" in message
     assert message.endswith("; remove them, or leave them out with --skip-unreadable")
     assert not (tmp_path / "out").exists()
     names = prepared(folder, tmp_path / "out", "--skip-unreadable")
@@ -181,7 +183,12 @@ def test_other_files_are_ignored(tmp_path: Path, warnings: list[str]) -> None:
     (folder / "train/red/._00.png").write_text("x")  # as archivers of macOS write them
     (folder / "__MACOSX/train/red").mkdir(parents=True)
     (folder / ".cache").mkdir()
+    os.mkfifo(folder / "train/red/pipe.png")  # reading it would wait forever
+    (folder / "train/pink").mkdir()
+    (folder / "extra/red").mkdir(parents=True)
     assert len(prepared(folder, tmp_path / "out")["train"]) == 6
+    assert warnings.pop(0) == f"{folder}/extra is not used, since {folder} has train and test"
+    assert warnings.pop(0) == f"{folder}/train/pink has no images, so it is no class"
     assert warnings[0] == f"{folder}/train: files that are no images are ignored: 1 x .txt"
     assert "copies" in warnings[1]
     assert len(warnings) == 2
@@ -203,7 +210,7 @@ def test_unused_splits_are_reported(tmp_path: Path, warnings: list[str]) -> None
         | {f"test/{label}/x.png": flat(label, 9) for label in COLORS}
     )
     prepared(write(tmp_path / "in", images), tmp_path / "out")
-    assert warnings == [f"{tmp_path}/in/val is not used: test is the test split"]
+    assert warnings == [f"{tmp_path}/in/val is not used, since {tmp_path}/in has train and test"]
 
 
 def encoded(image: Image.Image) -> dict[str, Any]:
@@ -311,6 +318,8 @@ def test_mistakes_are_named_with_a_remedy(tmp_path: Path) -> None:
         ("--images", str(good), "--source", "x"): "--source: not allowed with argument --images",
         ("--images", str(good), "--dataset", "cifar10"): "--dataset: not allowed with argument",
         ("--dataset", str(good), "--allow-unofficial"): "not allowed with argument --dataset",
+        ("--images", ""): "the path is empty",
+        ("--dataset", ""): "the path is empty",
         ("--sample", "--size", "16"): "--size: only with --images FOLDER or --dataset PATH",
         ("--dataset", str(tmp_path / "broken.parquet")): r"broken\.parquet cannot be read \(",
         (
@@ -328,6 +337,57 @@ def test_mistakes_are_named_with_a_remedy(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             main([*arguments, "--output", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
+
+
+def test_parquet_files_must_agree_and_tell_their_split(tmp_path: Path) -> None:
+    """Labels are indices into the class names of a file, so other names would be wrong labels."""
+    names = ["green", "red", "blue"]
+    for folder, files in {
+        "other names": ("train-0.parquet", "train-1.parquet"),
+        "extra": ("train-0.parquet", "extra-0.parquet"),
+        "number": ("train-0.parquet", "test-0.parquet"),
+    }.items():
+        (tmp_path / folder).mkdir()
+        first, second = (tmp_path / folder / file for file in files)
+        table(3).to_parquet(first)
+        other = table(3, first=5)
+        if folder == "other names":
+            other = other.cast_column("kind", datasets.Value("int64"))
+            other = other.cast_column("kind", datasets.ClassLabel(names=names))
+        if folder == "number":
+            other = other.cast_column("kind", datasets.Value("float64"))
+        other.to_parquet(second)
+    for folder, message in {
+        "other names": r"train-1\.parquet has other columns or classes than .*train-0\.parquet",
+        "extra": r"extra-0\.parquet: the name does not tell the split",
+        "number": "has other columns or classes than",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            prepared(tmp_path / folder, tmp_path / "out", kind="--dataset")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusual_labels_are_refused(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "list": [[0], [1]],
+        "struct": [{"a": 1}, {"a": 2}],
+        "null": ["a", None],
+    }
+    for name, labels in values.items():
+        rows = {"image": [encoded(flat("red"))] * 2, "label": labels}
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+        with pytest.raises(UserError, match=r"has the label .*, not a text or a number; remove it"):
+            prepared(tmp_path / f"{name}.parquet", tmp_path / "out", kind="--dataset")
+
+
+def test_printed_name_is_a_valid_recipe_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in {"my flöwers": "my_fl_wers", "2024": "data_2024", "-x": "_x"}.items():
+        prepared(write(tmp_path / folder, class_folders(2)), tmp_path / "out" / folder)
+        assert f"train quick name={name} data.path=" in capsys.readouterr().out
 
 
 def test_prepared_data_as_dataset_are_refused(tmp_path: Path) -> None:
@@ -352,7 +412,7 @@ def test_damaged_parquet_files_and_other_classes_in_the_test_split(tmp_path: Pat
         other = table(1).cast_column("kind", datasets.Value("int64"))
         other = other.cast_column("kind", datasets.ClassLabel(names=names))
         other.to_parquet(tmp_path / first / f"{last}.parquet")
-    with pytest.raises(UserError, match="the column kind has other classes in the test split"):
+    with pytest.raises(UserError, match="has other columns or classes than"):
         prepared(tmp_path / "train", tmp_path / "out", kind="--dataset")
     damaged = tmp_path / "whole/train.parquet"
     content = bytearray(damaged.read_bytes())
