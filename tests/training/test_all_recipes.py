@@ -95,7 +95,7 @@ UNUSED = {
     "augment.vflip",  # the tutorial's, who has it on the host, shows what it costs
     "augment.color_jitter",  # alone; r18_32_one_of has them in a group
     "augment.affine",
-    "augment.resizemix",  # published gains over cutmix are below half a point
+    "augment.resizemix",  # no recipe was chosen with it
     "augment.workers",
     "augment.seed",
     "averaging.every_steps",
