@@ -74,13 +74,16 @@ ALONE = [
     *("optim.warmup_epochs=3", "data.fraction=0.2", "augment.views=2", FLIP[1]),
 ]
 POLICY = [*ALONE[:-2], "run.epochs=45", FLIP[1]]
-TAUGHT = [*ALONE, "teacher.run=runs/pair_teacher_seed0", "teacher.placement=cached"]
+WITH_TEACHER = [*ALONE, "teacher.run=runs/pair_teacher_seed0", "teacher.placement=cached"]
 Row = tuple[str, list[str]]  # recipe, overrides
 
 
-def taught(**losses: str) -> Row:
-    """Return the student of `losses`, for example cross_entropy="{weight: 0.1}"."""
-    return "quick", [*TAUGHT, *(f"losses.{name}={options}" for name, options in losses.items())]
+def student_with(**losses: str) -> Row:
+    """Return a student that is distilled with `losses`, for example cross_entropy="{weight: 0.1}"."""
+    return "quick", [
+        *WITH_TEACHER,
+        *(f"losses.{name}={options}" for name, options in losses.items()),
+    ]
 
 
 def larger(batch_size: int, lr: float) -> list[str]:
@@ -119,16 +122,18 @@ STUDIES: dict[str, dict[str, Row]] = {
     "pair_teacher": {"pair_teacher": ("lite0_224", PAIR_TEACHER)},
     "losses": {  # weights and temperatures of recipes/kd/resnet8x4_*
         "pair_alone": ("quick", ALONE),
-        "pair_kd": taught(cross_entropy="{weight: 0.1}", distill="{weight: 0.9, temperature: 4}"),
-        "pair_lskd": taught(
+        "pair_kd": student_with(
+            cross_entropy="{weight: 0.1}", distill="{weight: 0.9, temperature: 4}"
+        ),
+        "pair_lskd": student_with(
             cross_entropy="{weight: 0.1}",
             distill="{weight: 9, temperature: 2, standardize: true}",
         ),
-        "pair_dkd": taught(
+        "pair_dkd": student_with(
             cross_entropy="{}", dkd="{temperature: 4, alpha: 1, beta: 8, warmup_epochs: 1}"
         ),
-        "pair_dist": taught(cross_entropy="{}", dist="{temperature: 4, inter: 2, intra: 2}"),
-        "pair_wttm": taught(cross_entropy="{}", wttm="{weight: 4, gamma: 0.2}"),
+        "pair_dist": student_with(cross_entropy="{}", dist="{temperature: 4, inter: 2, intra: 2}"),
+        "pair_wttm": student_with(cross_entropy="{}", wttm="{weight: 4, gamma: 0.2}"),
     },
     "policy": {
         "policy_flip": ("quick", POLICY),

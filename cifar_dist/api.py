@@ -54,8 +54,8 @@ def load_model(
 ) -> TrainedModel:
     """Load the newest checkpoint of a run, or one by name, on the accelerator or the CPU.
 
-    `logits` takes uint8 images [N, 3, S, S], S = `data_size`; `probabilities` uses the temperature that `evaluate` chose
-    on the validation rows, if there are any. `data` is the folder of the run's data, if it has moved.
+    `logits` takes uint8 images [N, 3, S, S], S = `data_size`; `probabilities` uses the temperature that
+    `evaluate` chose on the validation rows, if there are any. `data` is the folder of the run's data, if it has moved.
     """
     return load_trained_model(Path(run), checkpoint, Path(data) if data else None)
 

@@ -172,7 +172,9 @@ def _image_size(length: int) -> int:
     """Return S, given the 3 * S * S bytes of an image; ValueError if there is no such S."""
     size = math.isqrt(length // 3)
     if not MIN_SIZE <= size <= MAX_SIZE or 3 * size * size != length:
-        raise ValueError(f"has images of {length:,} bytes, not 3 x S x S with S from 8 to 96")
+        raise ValueError(
+            f"has images of {length:,} bytes, not 3 x S x S with S from {MIN_SIZE} to {MAX_SIZE}"
+        )
     return size
 
 

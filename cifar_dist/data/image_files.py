@@ -18,6 +18,16 @@ SUFFIXES = {  # of image files in folders
     *(".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
     *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 }
+# Pillow's readers of them. Others are never tried: that of EPS would start Ghostscript on the file.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000"),
+        *("PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
+    )
+    if name in Image.OPEN  # of this version of Pillow
+)
 
 
 def read_image(source: Path | bytes, size: int, *, name: str | None = None) -> numpy.ndarray:
@@ -30,7 +40,8 @@ def read_image(source: Path | bytes, size: int, *, name: str | None = None) -> n
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            content = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(content, formats=FORMATS) as file:
                 file.draft("RGB", (4 * size, 4 * size))  # decodes a large JPEG at a smaller scale
                 image = _to_eight_bits(ImageOps.exif_transpose(file))
                 if image.has_transparency_data:

@@ -33,8 +33,7 @@ def describe_environment(
     teachers: list[str],
     origin: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return versions, hardware, commit, the digest and the image size of the
-    data, the digests of the teachers, and a fork's origin."""
+    """Return versions, hardware, commit, digests of data and teachers, image size, a fork's origin."""
     packages = (
         "torch",
         "timm",

@@ -151,7 +151,7 @@ class Operations(TorchDispatchMode):
         (AugmentConfig(), 3),  # images, labels, which view each is
         (CROP_FLIP, 4),  # where a crop begins, the crop
         (AugmentConfig(crop_padding=4, hflip="alternate", cutout=8), 29),
-        (AugmentConfig(crop_padding=4, hflip=True, mixup=0.2), 30),  # and its partner
+        (AugmentConfig(crop_padding=4, hflip=True, mixup=0.2), 29),  # and its partner
     ],
     ids=["nothing", "crop and flip", "and cutout", "and mixup"],
 )

@@ -277,7 +277,7 @@ class Augment:
         mixing = self.tables.mixing.select(index)
         partner_index = mixing.partner + (index - batch.rows)  # in the table of the same copy
         partners = self.augment_rows(mixing.partner, partner_index)
-        if self.config.resizemix:
+        if mixing.resized is not None:
             partners = resize_into(partners, mixing.box, mixing.resized)
         return replace(
             augmented,

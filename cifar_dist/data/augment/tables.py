@@ -39,10 +39,12 @@ class MixTable(NamedTuple):
     lam: Tensor  # f32 [N], weight of the image against its partner; 1: not mixed
     box: Tensor  # int64 [N, 4], where the partner is pasted: top, bottom, left, right
     pasted: Tensor  # bool [N], pasted into the box (CutMix, ResizeMix) rather than blended (MixUp)
-    resized: Tensor  # bool [N], all of the partner is resized to the box (ResizeMix)
+    resized: (
+        Tensor | None
+    )  # bool [N], all of the partner is resized to the box; None without ResizeMix
 
     def select(self, index: Tensor) -> MixTable:
-        return MixTable(*(column.index_select(0, index) for column in self))
+        return tree_map_only(Tensor, lambda column: column.index_select(0, index), self)
 
 
 def draw_table(
@@ -159,7 +161,7 @@ def draw_mix_table(
         lam=torch.from_numpy(lam).float(),
         box=torch.from_numpy(box),
         pasted=torch.from_numpy(pasted),
-        resized=torch.from_numpy(resized),
+        resized=torch.from_numpy(resized) if config.resizemix else None,
     )
 
 
@@ -178,7 +180,10 @@ def draw_mix_tables(
         )
         for view in views
     ]
-    return MixTable(*(torch.cat(parts) for parts in zip(*tables, strict=True)))
+    columns: list[Any] = [
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*tables, strict=True)
+    ]
+    return MixTable(*columns)
 
 
 class EpochTables(NamedTuple):

@@ -127,7 +127,7 @@ class Erasing:
         squarest = min(max(1.0, self.ratio[0]), self.ratio[1])
         longer = max(squarest, 1 / squarest)
         smallest, largest = self.area
-        fits = round(32 * math.sqrt(smallest * longer)) < 32  # larger images have more choices
+        fits = round(32 * math.sqrt(smallest * longer)) < 32  # in pixels of a 32 px image
         if not fits or round(32 * math.sqrt(largest / longer)) < 1:
             raise ValueError(
                 f"area={list(self.area)}, ratio={list(self.ratio)}: no such box is at least one pixel wide "

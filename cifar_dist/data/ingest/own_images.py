@@ -77,6 +77,8 @@ def read_own_images(path: Path, options: ImageOptions) -> tuple[RawSplit, RawSpl
         pa.ArrowException,
         OSError,
         AttributeError,
+        MemoryError,  # for a number of rows, or a depth, that a file only claims
+        RecursionError,
         LookupError,
         TypeError,
         ValueError,

@@ -123,11 +123,8 @@ def prepare_images(path: Path, output: Path, options: ImageOptions, *, force: bo
         size, name = options.size, re.sub(r"[^\w.-]+|^\W+", "_", root.name, flags=re.ASCII)
         if not re.match(r"[A-Za-z_]", name):
             name = f"data_{name}"  # YAML could read it as a number
-        batch = (
-            ""
-            if len(train.images) >= 1250
-            else f" run.batch_size={max(2, len(train.images) // 10)}"
-        )
+        rows = len(train.images)  # at least ten steps per epoch; quick has batches of 125
+        batch = f" run.batch_size={max(2, rows // 10)}" if rows < 10 * 125 else ""
         print(
             f"{len(meta.fine_label_names)} classes, images of {size} px; train on them with\n"
             f"  cifar-dist train quick name={name} data.path={shlex.quote(str(output))} "

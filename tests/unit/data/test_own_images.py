@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from cifar_dist.data.dataset import class_names, load_split, read_digest, read_split
+from cifar_dist.data.image_files import read_image
 from cifar_dist.data.ingest.preparation import pixel_statistics
 from cifar_dist.prepare import main
 from cifar_dist.utils.errors import UserError
@@ -330,8 +331,8 @@ def test_mistakes_are_named_with_a_remedy(tmp_path: Path) -> None:
         ("--dataset", str(tmp_path / "paths.parquet")): "row 0 of train has no bytes in its column",
         (
             *("--dataset", str(tmp_path / "unlabeled.parquet")),
-            *("--image-column", "picture"),
-        ): "has no image column picture; choose one of image, label with --image-column",
+            *("--image-column", "photo"),
+        ): "has no image column photo; choose one of image, label with --image-column",
     }
     for arguments, message in cases.items():
         with pytest.raises(UserError, match=message):
@@ -421,3 +422,33 @@ def test_damaged_parquet_files_and_other_classes_in_the_test_split(tmp_path: Pat
     with pytest.raises(UserError, match=r"train\.parquet cannot be read|are unreadable"):
         prepared(damaged, tmp_path / "out", kind="--dataset")
     assert not (tmp_path / "out").exists()
+
+
+def test_postscript_is_not_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start `gs` on a file with this content, whatever its name."""
+    bin_folder, started = tmp_path / "bin", tmp_path / "started"
+    bin_folder.mkdir()
+    (bin_folder / "gs").write_text(f"#!/bin/sh\ntouch '{started}'\n")
+    (bin_folder / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # look it up again
+    file = tmp_path / "x.png"
+    file.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    )
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(file, 32)
+    assert not started.exists()
+
+
+def test_claimed_number_of_rows_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(2).to_parquet(tmp_path / "a.parquet")
+
+    def huge(*arguments: object) -> None:
+        raise MemoryError("Unable to allocate 2.00 PiB")
+
+    monkeypatch.setattr("cifar_dist.data.ingest.own_images.decode", huge)
+    with pytest.raises(UserError, match=r"cannot be read \(Unable to allocate 2\.00 PiB\)"):
+        prepared(tmp_path / "a.parquet", tmp_path / "out", kind="--dataset")
